@@ -1,0 +1,65 @@
+# Every target does its own set-up; CI calls the same names.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PROTO_VENV := .venv-proto
+PROTO_STAMP := $(PROTO_VENV)/.installed
+
+.PHONY: setup proto proto-check lint type test test-fast e2e bench demo serve models clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make serve   start the service on the bundled model and keep it running"
+	@echo "make demo    send eight prompts through the whole path and stop"
+	@echo "make test    run every test          make test-fast   only the quick ones"
+	@echo "make lint type proto setup bench e2e models"
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tandem needs Python 3.11 or newer; set PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP)
+
+# Stubs are made with the oldest protobuf we support, so the generator lives in a venv of its own.
+$(PROTO_STAMP): Makefile
+	@test -x $(PROTO_VENV)/bin/python || $(PYTHON) -m venv $(PROTO_VENV)
+	@$(PROTO_VENV)/bin/python -m pip install -q --disable-pip-version-check grpcio-tools==1.78.0 mypy-protobuf==5.1.0
+	@touch $@
+
+proto: $(PROTO_STAMP)
+	$(PROTO_VENV)/bin/python protos/generate.py
+
+proto-check: $(PROTO_STAMP)
+	$(PROTO_VENV)/bin/python protos/generate.py --check
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(STAMP)
+	$(BIN)/mypy
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow and not e2e"
+
+e2e: $(STAMP)
+	$(BIN)/python -m pytest -m e2e
+
+demo: $(STAMP)
+	@$(BIN)/tandem demo
+
+serve: $(STAMP)
+	@$(BIN)/tandem serve --try
+
+models: $(STAMP)
+	$(BIN)/python -m bench.bundled_pair
+
+clean:
+	rm -rf $(VENV) $(PROTO_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,186 @@
+"""One tree of frozen settings, checked when built. Values found out at run time live elsewhere.
+
+ClusterConfig
+├── model     ModelConfig      which checkpoint, in which precision
+├── cache     CacheConfig      block size and memory budgets
+├── prefill   PrefillConfig    batching of prompts
+├── decode    DecodeConfig     batching of outputs
+├── kvstore   KvStoreConfig    leases and limits of the store
+└── router    RouterConfig     queue, deadlines, heartbeats
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from tandem.errors import ConfigError
+from tandem.geometry import DTYPE_BYTES
+
+MIB = 1 << 20
+BUNDLED_MODELS = Path(__file__).parent / "models"
+
+
+def _check(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _check_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _check(value > 0, f"{type(config).__name__}.{name} must be more than 0, not {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which checkpoint to serve. `path` is a folder; the hub is asked only by `deploy`."""
+
+    path: Path = BUNDLED_MODELS / "target"
+    name: str = ""  # what clients call it; the folder's name by default
+    dtype: str = "float32"  # of activations and KV
+    linear: str = "auto"  # auto | fp32 | fp16: storage of linear weights on a CPU (tandem.engine.linear)
+
+    def __post_init__(self) -> None:
+        _check(
+            self.dtype in DTYPE_BYTES,
+            f"model dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype}",
+        )
+        _check(
+            self.linear in ("auto", "fp32", "fp16"),
+            f"model linear must be auto, fp32 or fp16, not {self.linear}",
+        )
+
+    @property
+    def served_name(self) -> str:
+        return self.name or ("tandem-8m" if self.path == BUNDLED_MODELS / "target" else self.path.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Memory for KV, in bytes, one budget per pool."""
+
+    block_size: int = 16  # tokens
+    prefill_bytes: int = 256 * MIB
+    decode_bytes: int = 512 * MIB
+    store_bytes: int = 512 * MIB
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "block_size", "prefill_bytes", "decode_bytes", "store_bytes")
+        _check(64 % self.block_size == 0, f"block size must divide 64, not {self.block_size}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillConfig:
+    """How prompts are grouped."""
+
+    token_budget: int = 1024  # most prompt tokens in one forward; longer prompts are chunked
+    bucket_tolerance: float = 0.25  # lengths in a batch differ by at most this share of the longest
+    max_batch: int = 32  # prompts in one forward
+    max_wait_s: float = 0.004  # a lone prompt waits this long for company at most
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "token_budget", "max_batch", "threads")
+        _check(0 <= self.bucket_tolerance <= 1, "prefill bucket_tolerance must be in [0, 1]")
+        _check(self.max_wait_s >= 0, "prefill max_wait_s must not be negative")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig:
+    """How running requests are batched."""
+
+    max_batch: int = 64  # sequences in one step
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "max_batch", "threads")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvStoreConfig:
+    """Life times in the store. All are durations on the store's own clock."""
+
+    url: str = "memory://"
+    chunk_bytes: int = MIB
+    put_deadline_s: float = 10.0
+    lease_s: float = 30.0
+    sweep_s: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "chunk_bytes", "put_deadline_s", "lease_s", "sweep_s")
+        _check(self.chunk_bytes <= 4 * MIB, "kvstore chunk_bytes must be at most 4 MiB")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """The door: where it listens, how many may wait, for how long."""
+
+    host: str = "127.0.0.1"
+    port: int = 0  # 0 takes a free one
+    max_queue: int = 1024
+    default_timeout_s: float = 600.0
+    aging_s: float = 5.0  # waiting this long counts as one step of priority
+    heartbeat_s: float = 0.5
+    worker_timeout_s: float = 2.0  # silence after which a worker is taken for lost
+    drain_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            self, "max_queue", "default_timeout_s", "aging_s", "heartbeat_s", "worker_timeout_s", "drain_s"
+        )
+        _check(0 <= self.port < 65536, f"router port must be in [0, 65535], not {self.port}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """Everything a service is started with."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    prefill: PrefillConfig = field(default_factory=PrefillConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    kvstore: KvStoreConfig = field(default_factory=KvStoreConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ClusterConfig:
+        """Build from nested plain values. Unknown keys and wrong types raise `ConfigError`."""
+        return _build(cls, values, "")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> ClusterConfig:
+        return cls.from_dict(json.loads(text))
+
+
+T = TypeVar("T")
+
+
+def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
+    _check(isinstance(values, dict), f"{where.rstrip('.') or 'the configuration'} must be a mapping")
+    hints = get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind) if f.init]  # type: ignore[arg-type]
+    for key in values:
+        _check(key in names, f"unknown setting {where}{key}; known: {', '.join(sorted(names))}")
+    return kind(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type[Any], hint), value, f"{where}.")
+    if isinstance(hint, types.UnionType):
+        return None if value is None else _convert(typing.get_args(hint)[0], value, where)
+    if hint is Path:
+        return Path(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _check(type(value) is hint, f"{where} must be of type {hint.__name__}, not {type(value).__name__}")
+    return value

@@ -1,0 +1,180 @@
+"""One request from door to end: what was asked, where it stands, and when it got there.
+
+    QUEUED ──► PREFILL ──► TRANSFER ──► DECODE ──► FINISHED_*
+      ▲           │            │           │
+      └───────────┴────────────┴───────────┘   re-plan: a worker was lost or refused
+
+`Lifecycle.to` is the only way a status changes; it checks the table and stamps the time.
+This module knows nothing of sockets, tensors or workers.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+
+from tandem.errors import InvalidRequest
+from tandem.sampling import SamplingParams
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+
+def check_request_id(request_id: str) -> str:
+    """Return the id, or raise `BAD_REQUEST_ID`."""
+    if not REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequest("BAD_REQUEST_ID", "request_id must match [A-Za-z0-9._-]{1,128}")
+    return request_id
+
+
+class FinishReason(Enum):
+    """Why a completed request ended, in the OpenAI API's words."""
+
+    STOP = "stop"  # end-of-text token, stop string or stop token id
+    LENGTH = "length"  # max_tokens or the context limit
+
+
+class RequestStatus(IntEnum):
+    """Where a request is. Everything from FINISHED_STOP on is final."""
+
+    QUEUED = 0
+    PREFILL = 1
+    TRANSFER = 2
+    DECODE = 3
+    FINISHED_STOP = 4
+    FINISHED_LENGTH = 5
+    FINISHED_CANCELLED = 6
+    FINISHED_DEADLINE = 7
+    FINISHED_REFUSED = 8
+    FINISHED_ERROR = 9
+
+    @property
+    def is_finished(self) -> bool:
+        return self >= RequestStatus.FINISHED_STOP
+
+
+_FINISHED = frozenset(status for status in RequestStatus if status.is_finished)
+TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
+    RequestStatus.QUEUED: frozenset({RequestStatus.PREFILL}) | _FINISHED,
+    RequestStatus.PREFILL: frozenset({RequestStatus.TRANSFER, RequestStatus.QUEUED}) | _FINISHED,
+    RequestStatus.TRANSFER: frozenset({RequestStatus.DECODE, RequestStatus.QUEUED}) | _FINISHED,
+    RequestStatus.DECODE: frozenset({RequestStatus.QUEUED}) | _FINISHED,
+    **{status: frozenset() for status in _FINISHED},
+}
+STATUS_OF_REASON = {
+    FinishReason.STOP: RequestStatus.FINISHED_STOP,
+    FinishReason.LENGTH: RequestStatus.FINISHED_LENGTH,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a request's time went, in milliseconds. The parts sum to `total_ms`.
+
+    The hand-off parts hold only the time the client waited for them: transfer that ran while
+    prefill still computed is inside `prefill_ms`.
+    """
+
+    queue_ms: float = 0.0  # received → admitted
+    prefill_ms: float = 0.0  # admitted → first token
+    kv_write_ms: float = 0.0  # first token → KV sealed in the store
+    kv_wait_ms: float = 0.0  # sealed → the decode worker starts to read
+    kv_read_ms: float = 0.0  # reading and checking the KV
+    first_decode_ms: float = 0.0  # KV in place → second token
+    decode_ms: float = 0.0  # second token → last token
+    total_ms: float = 0.0
+
+
+class Mark(Enum):
+    """The instants between two parts of `Timings`, in the order they happen."""
+
+    ADMITTED = "queue_ms"
+    FIRST_TOKEN = "prefill_ms"
+    KV_SEALED = "kv_write_ms"
+    KV_READ_STARTED = "kv_wait_ms"
+    KV_READ_DONE = "kv_read_ms"
+    SECOND_TOKEN = "first_decode_ms"
+    FINISHED = "decode_ms"
+
+
+class Lifecycle:
+    """The status of one request, its transitions and its time line on one monotonic clock.
+
+    A mark closes the part of `Timings` it is named after: the time since the previous mark is
+    charged to that part. After a re-plan the same part is charged again, so the sum always holds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self.status = RequestStatus.QUEUED
+        self.received_s = clock()
+        self.stamps: list[tuple[RequestStatus, float]] = [(self.status, self.received_s)]
+        self._last_mark_s = self.received_s
+        self._parts_s = dict.fromkeys(Mark, 0.0)
+
+    def to(self, status: RequestStatus) -> None:
+        """Move to `status`; a move the table does not list is a bug and raises ValueError."""
+        if status not in TRANSITIONS[self.status]:
+            raise ValueError(f"illegal transition {self.status.name} → {status.name}")
+        self.status = status
+        self.stamps.append((status, self._clock()))
+
+    def mark(self, mark: Mark, at_s: float | None = None) -> None:
+        """Charge the time since the last mark to `mark`'s part. Time never runs backwards here."""
+        now_s = max(self._clock() if at_s is None else at_s, self._last_mark_s)
+        self._parts_s[mark] += now_s - self._last_mark_s
+        self._last_mark_s = now_s
+
+    def timings(self) -> Timings:
+        """The parts so far; `total_ms` is their sum by construction."""
+        parts = {mark.value: 1e3 * seconds for mark, seconds in self._parts_s.items()}
+        return Timings(**parts, total_ms=sum(parts.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request. `cached` prompt tokens were not computed again."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a front hands to the dispatcher: validated, tokenized, named.
+
+    `token_ids` holds the prompt, followed by output tokens already delivered when a request is
+    resumed; `num_prompt_tokens` is the border. `seed` is always set, so that a resumed request
+    draws the same numbers. `deadline_s` is on the router's monotonic clock.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    max_tokens: int  # resolved against the context length
+    seed: int
+    deadline_s: float
+    priority: int = 0  # higher goes first
+    tenant: str = ""
+    lifecycle: Lifecycle = field(default_factory=Lifecycle, compare=False)
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.num_prompt_tokens <= len(self.token_ids), (
+            self.num_prompt_tokens,
+            len(self.token_ids),
+        )
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Prompt plus the longest allowed output."""
+        return self.num_prompt_tokens + self.max_tokens
