@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from tandem.errors import InvalidRequest
+from tandem.pb.v1 import generation_pb2 as pb
 
 MAX_N = 8
 MAX_LOGPROBS = 20
@@ -99,6 +101,24 @@ class SamplingParams:
             if any(not 0 <= token < vocab_size for token in ids):
                 raise bad_param(f"`{name}` holds a token id outside [0, {vocab_size})")
 
+    @classmethod
+    def from_pb(cls, message: pb.SamplingParams) -> SamplingParams:
+        """Absent fields take the defaults. Raises `InvalidRequest(BAD_PARAM)`."""
+        present = {spec.name for spec, _ in message.ListFields()}
+        given: dict[str, Any] = {name: getattr(message, name) for name in _SCALARS if name in present}
+        return cls(
+            **given,
+            logit_bias=dict(message.logit_bias),
+            stop=tuple(message.stop),
+            stop_token_ids=tuple(message.stop_token_ids),
+        )
+
+    def to_pb(self) -> pb.SamplingParams:
+        scalars: dict[str, Any] = {name: getattr(self, name) for name in _SCALARS}
+        return pb.SamplingParams(
+            **scalars, logit_bias=self.logit_bias, stop=self.stop, stop_token_ids=self.stop_token_ids
+        )
+
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
@@ -113,3 +133,10 @@ class SamplingParams:
             or self.presence_penalty
             or self.frequency_penalty
         )
+
+
+_SCALARS = tuple(
+    spec.name
+    for spec in pb.SamplingParams.DESCRIPTOR.fields
+    if spec.name not in ("logit_bias", "stop", "stop_token_ids")
+)

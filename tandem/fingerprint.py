@@ -1,0 +1,45 @@
+"""The name of a model build: what must be equal on both sides before KV may cross.
+
+Two workers with the same fingerprint compute the same KV for the same tokens in the same layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from tandem.config import ClusterConfig
+from tandem.errors import ConfigError
+
+KV_LAYOUT = "block,layer,kv,token,head,dim"
+SAMPLES = 64
+SAMPLE_BYTES = 4096
+
+
+def model_fingerprint(config: ClusterConfig) -> bytes:
+    """SHA-256 over configuration, tokenizer, weights, dtype, KV layout and block size.
+
+    Weights count by their size, their header and 64 evenly spread samples of 4 KiB, so that a
+    checkpoint of many gigabytes is named in milliseconds.
+    """
+    path = config.model.path
+    digest = hashlib.sha256(f"v1|{config.model.dtype}|{config.cache.block_size}|{KV_LAYOUT}".encode())
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(f"no .safetensors weights in {path}; Tandem loads no other format")
+    for name in ("config.json", "tokenizer.json"):
+        if (path / name).is_file():
+            digest.update(hashlib.sha256((path / name).read_bytes()).digest())
+    for file in weights:
+        digest.update(_weights_digest(file))
+    return digest.digest()
+
+
+def _weights_digest(file: Path) -> bytes:
+    size = file.stat().st_size
+    digest = hashlib.sha256(f"{file.name}|{size}".encode())
+    with file.open("rb") as stream:
+        for sample in range(SAMPLES):
+            stream.seek(sample * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+            digest.update(stream.read(SAMPLE_BYTES))
+    return digest.digest()

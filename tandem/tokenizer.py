@@ -1,0 +1,67 @@
+"""Text to tokens and back, from a checkpoint's tokenizer.json. No torch, no transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers.decoders import DecodeStream
+
+from tandem.errors import ConfigError
+
+CONTEXT_TOKENS = 6  # prompt tokens that decide how the first output token is spaced
+
+
+class Tokenizer:
+    """Encodes prompts and decodes outputs of one model."""
+
+    def __init__(self, tokenizer: HfTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @classmethod
+    def from_dir(cls, path: Path) -> Self:
+        """Load `path/tokenizer.json`; raises `ConfigError` if it is missing or unreadable."""
+        file = path / "tokenizer.json"
+        if not file.is_file():
+            raise ConfigError(
+                f"no tokenizer.json in {path}; save the checkpoint with its fast tokenizer "
+                "(AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+            )
+        try:
+            return cls(HfTokenizer.from_file(str(file)))
+        except Exception as error:  # the library raises bare Exception
+            raise ConfigError(f"{file} is not a usable tokenizer: {error}") from error
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._tokenizer.get_vocab_size())
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the special tokens the checkpoint's own tokenizer adds."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def stream(self, context: Sequence[int] = ()) -> TokenStream:
+        """An incremental decoder whose text continues after the `context` tokens."""
+        return TokenStream(self._tokenizer, context)
+
+
+class TokenStream:
+    """Decodes one token at a time and never splits a code point: text waits until it is complete."""
+
+    def __init__(self, tokenizer: HfTokenizer, context: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(ids=list(context)[-CONTEXT_TOKENS:], skip_special_tokens=True)
+
+    def step(self, token_id: int) -> str:
+        """The text this token completes; empty while a character is incomplete."""
+        try:
+            return self._stream.step(self._tokenizer, token_id) or ""
+        except Exception:  # "Invalid prefix": bytes that are no UTF-8; start afresh behind them
+            self._stream = DecodeStream(skip_special_tokens=True)
+            return self._stream.step(self._tokenizer, token_id) or ""

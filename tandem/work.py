@@ -1,0 +1,91 @@
+"""The work order a router sends to a worker: what to compute, from where, until when."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+from tandem.output import OutputStream
+from tandem.pb.worker.v1 import worker_pb2 as pb
+from tandem.request import Request
+from tandem.sampling import SamplingParams
+from tandem.tokenizer import Tokenizer
+
+HOP_MARGIN_S = 0.05  # each hop gets a little less time than the one before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One attempt (`epoch`) at a request. `deadline_s` is on the local monotonic clock."""
+
+    request_id: str
+    epoch: int
+    token_ids: tuple[int, ...]  # prompt, then output tokens already delivered
+    num_prompt_tokens: int
+    sampling: SamplingParams  # max_tokens and seed are set
+    deadline_s: float
+    fingerprint: bytes
+
+    @classmethod
+    def of(cls, request: Request, epoch: int, fingerprint: bytes) -> Work:
+        return cls(
+            request_id=request.request_id,
+            epoch=epoch,
+            token_ids=request.token_ids,
+            num_prompt_tokens=request.num_prompt_tokens,
+            sampling=replace(request.sampling, max_tokens=request.max_tokens, seed=request.seed, n=1),
+            deadline_s=request.deadline_s,
+            fingerprint=fingerprint,
+        )
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.request_id, self.epoch
+
+    @property
+    def max_tokens(self) -> int:
+        assert self.sampling.max_tokens is not None
+        return self.sampling.max_tokens
+
+    @property
+    def seed(self) -> int:
+        assert self.sampling.seed is not None
+        return self.sampling.seed
+
+    @property
+    def max_total_tokens(self) -> int:
+        return self.num_prompt_tokens + self.max_tokens
+
+    def output_stream(self, tokenizer: Tokenizer, eos_token_ids: Collection[int]) -> OutputStream:
+        """An output stream that has already seen the delivered tokens."""
+        return OutputStream(
+            tokenizer, self.sampling, self.max_tokens, eos_token_ids, self.token_ids, self.num_prompt_tokens
+        )
+
+    def time_left_s(self) -> float:
+        return self.deadline_s - time.monotonic()
+
+    def to_pb(self) -> pb.Work:
+        timeout_ms = max(1, int(1e3 * (self.time_left_s() - HOP_MARGIN_S)))
+        return pb.Work(
+            request_id=self.request_id,
+            epoch=self.epoch,
+            token_ids=self.token_ids,
+            num_prompt_tokens=self.num_prompt_tokens,
+            sampling=self.sampling.to_pb(),
+            timeout_ms=timeout_ms,
+            fingerprint=self.fingerprint,
+        )
+
+    @classmethod
+    def from_pb(cls, message: pb.Work) -> Work:
+        return cls(
+            request_id=message.request_id,
+            epoch=message.epoch,
+            token_ids=tuple(message.token_ids),
+            num_prompt_tokens=message.num_prompt_tokens,
+            sampling=SamplingParams.from_pb(message.sampling),
+            deadline_s=time.monotonic() + message.timeout_ms / 1e3,
+            fingerprint=message.fingerprint,
+        )
