@@ -1,0 +1,239 @@
+"""Does it fit, and on which pair? The router's credits over both worker pools and the store.
+
+A request is admitted when one prefill worker has room for its prompt, one decode worker that can
+read the first one's KV has room for everything it may ever generate, and the store has room for the
+hand-off. All three are taken before any work starts, or none: a request that runs never waits for
+memory, so no two can hold what the other needs.
+
+Credits are given back as the parts are done: prefill when its blocks are free, the store when the
+KV has been fetched, decode at the end. A worker that is lost takes its books with it; credits on
+the others stay. These are the books of one router: the worker owns the truth and may refuse, and
+the caller then plans again without it. Owned by one thread; knows no sockets and no queue.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+
+from router.needs import Needs
+from router.policy import Candidate, LeastLoaded, RoutingPolicy
+from router.registry import Registry, WorkerInfo, WorkerRole, WorkerState
+from tandem.errors import AlreadyExists, InvalidRequest, Unavailable
+from tandem.ledger import Ledger, PoolAudit
+
+NOBODY: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where an admitted request runs. Credits are on the books under (request_id, epoch)."""
+
+    request_id: str
+    epoch: int
+    needs: Needs
+    prefill: WorkerInfo
+    decode: WorkerInfo
+    store: str  # which start of the store
+
+
+@dataclass(slots=True)
+class _Pool:
+    """One worker's books."""
+
+    info: WorkerInfo
+    ledger: Ledger
+    accepting: bool = True
+    queued_tokens: int = 0
+
+    def candidate(self) -> Candidate:
+        return Candidate(
+            self.info.worker_id, self.info.num_blocks, max(self.ledger.free, 0), self.queued_tokens
+        )
+
+
+class Admission:
+    """The credits of one router."""
+
+    def __init__(
+        self, policy: RoutingPolicy | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._policy = policy or LeastLoaded()
+        self._clock = clock
+        self._pools: dict[str, _Pool] = {}
+        self._store: Ledger | None = None
+        self._store_incarnation = ""
+        self._largest = dict.fromkeys(WorkerRole, 0)  # blocks of the largest worker ever seen
+        self._largest_store = 0  # bytes
+        self.releases_after_loss = 0  # credits that went with their worker or store before they were returned
+
+    def follow(self, registry: Registry) -> None:
+        """Keep the set of workers equal to the registry's."""
+        registry.subscribe(
+            on_join=self.add_worker,
+            on_loss=lambda info: self.remove_worker(info.worker_id),
+            on_state=lambda info, state: self.set_accepting(info.worker_id, state is WorkerState.READY),
+        )
+
+    def add_worker(self, info: WorkerInfo) -> None:
+        """Open empty books for a worker; those of an earlier start are dropped."""
+        ledger = Ledger(f"{info.role.name.lower()}:{info.worker_id}", "blocks", info.num_blocks, self._clock)
+        self._pools[info.worker_id] = _Pool(info, ledger)
+        self._largest[info.role] = max(self._largest[info.role], info.num_blocks)
+
+    def remove_worker(self, worker_id: str) -> None:
+        """Drop a lost worker's books; what its requests hold elsewhere stays until they release it."""
+        self._pools.pop(worker_id, None)
+
+    def set_accepting(self, worker_id: str, accepting: bool) -> None:
+        """Whether new requests may go to a worker. Its books stay either way."""
+        if worker_id in self._pools:
+            self._pools[worker_id].accepting = accepting
+
+    def set_store(self, total_bytes: int, incarnation: str = "") -> None:
+        """Open books for the store. Saying the same again changes nothing; a new start begins empty."""
+        known = self._store is not None and self._store.total == total_bytes
+        if not (known and self._store_incarnation == incarnation):
+            self._store = Ledger("store", "bytes", total_bytes, self._clock)
+            self._store_incarnation = incarnation
+            self._largest_store = max(self._largest_store, total_bytes)
+
+    def remove_store(self) -> None:
+        """The store is gone; nothing is admitted until `set_store`."""
+        self._store = None
+
+    def check_available(self) -> None:
+        """Raise `NO_PREFILL`, `NO_DECODE` or `STORE_DOWN` if a part is missing altogether."""
+        roles = {pool.info.role for pool in self._pools.values() if pool.accepting}
+        if WorkerRole.PREFILL not in roles:
+            raise Unavailable("NO_PREFILL", "no prefill worker is available")
+        if WorkerRole.DECODE not in roles:
+            raise Unavailable("NO_DECODE", "no decode worker is available")
+        if self._store is None:
+            raise Unavailable("STORE_DOWN", "KV store is unavailable")
+
+    def check_fits_ever(self, needs: Needs) -> None:
+        """Raise `NEVER_FITS` if no worker known so far could hold the request even when idle.
+
+        A lost worker counts: it is probably being restarted, and "never" must not be said for that.
+        """
+        self._check_largest(needs.decode_blocks, self._largest[WorkerRole.DECODE], "KV blocks", "worker")
+        prefill = self._largest[WorkerRole.PREFILL]
+        self._check_largest(needs.prefill_blocks, prefill, "KV blocks for its prompt", "prefill worker")
+        self._check_largest(needs.store_bytes, self._largest_store, "bytes of KV store", "store")
+
+    def fits_when_idle(self, needs: Needs) -> bool:
+        """Whether the workers present now could hold the request if nothing else ran."""
+        return self._find(needs, NOBODY, lambda ledger: ledger.total) is not None
+
+    def try_admit(
+        self, request_id: str, epoch: int, needs: Needs, exclude: Collection[str] = NOBODY
+    ) -> Plan | None:
+        """Take all credits for one attempt, or none. `exclude` names workers that refused before."""
+        found = self._find(needs, exclude, lambda ledger: ledger.free)
+        if found is None:
+            return None
+        prefill, decode, store = found
+        wanted = (
+            (prefill.ledger, needs.prefill_blocks),
+            (decode.ledger, needs.decode_blocks),
+            (store, needs.store_bytes),
+        )
+        _reserve_all(request_id, epoch, wanted)
+        prefill.queued_tokens += needs.prefill_tokens
+        return Plan(request_id, epoch, needs, prefill.info, decode.info, self._store_incarnation)
+
+    def release_prefill(self, plan: Plan) -> None:
+        """The prefill worker's blocks are free again."""
+        pool = self._pool_of(plan.prefill)
+        if pool is None:
+            self.releases_after_loss += 1
+        elif pool.ledger.release(plan.request_id, generation=plan.epoch):
+            pool.queued_tokens -= plan.needs.prefill_tokens
+
+    def release_decode(self, plan: Plan) -> None:
+        """The decode worker's blocks are free again."""
+        pool = self._pool_of(plan.decode)
+        if pool is None:
+            self.releases_after_loss += 1
+        else:
+            pool.ledger.release(plan.request_id, generation=plan.epoch)
+
+    def release_store(self, plan: Plan) -> None:
+        """The store no longer holds the hand-off."""
+        store = self._store_of(plan)
+        if store is None:
+            self.releases_after_loss += 1
+        else:
+            store.release(plan.request_id, generation=plan.epoch)
+
+    def release_all(self, plan: Plan) -> None:
+        """Give back whatever the plan still holds; what was returned before is not counted as late."""
+        prefill, decode, store = self._pool_of(plan.prefill), self._pool_of(plan.decode), self._store_of(plan)
+        if prefill and prefill.ledger.amount(plan.request_id, generation=plan.epoch):
+            self.release_prefill(plan)
+        if decode and decode.ledger.amount(plan.request_id, generation=plan.epoch):
+            self.release_decode(plan)
+        if store and store.amount(plan.request_id, generation=plan.epoch):
+            self.release_store(plan)
+
+    def audit(self, live_ids: Collection[str] | None = None) -> list[PoolAudit]:
+        """The books of every worker and the store; records of other ids than `live_ids` are orphans."""
+        ledgers = [self._pools[worker_id].ledger for worker_id in sorted(self._pools)]
+        return [ledger.audit(live_ids) for ledger in [*ledgers, *([self._store] if self._store else [])]]
+
+    def candidates(self, role: WorkerRole) -> list[Candidate]:
+        """The workers of one role that accept work, as the policy sees them."""
+        return [p.candidate() for p in self._pools.values() if p.info.role is role and p.accepting]
+
+    @staticmethod
+    def _check_largest(needed: int, largest: int, unit: str, where: str) -> None:
+        # Nothing known yet is not a reason to refuse for good.
+        if 0 < largest < needed:
+            raise InvalidRequest(
+                "NEVER_FITS", f"request needs {needed} {unit}; the largest {where} has {largest}"
+            )
+
+    def _find(
+        self, needs: Needs, exclude: Collection[str], room: Callable[[Ledger], int]
+    ) -> tuple[_Pool, _Pool, Ledger] | None:
+        """The best compatible pair with room, or None. `room` says what counts as room."""
+        if self._store is None or room(self._store) < needs.store_bytes:
+            return None
+        usable = [p for p in self._pools.values() if p.accepting and p.info.worker_id not in exclude]
+        prefills = _with_room(usable, WorkerRole.PREFILL, needs.prefill_blocks, room)
+        decodes = [
+            decode
+            for decode in _with_room(usable, WorkerRole.DECODE, needs.decode_blocks, room)
+            if any(decode.info.can_exchange_kv(prefill.info) for prefill in prefills)
+        ]
+        if not decodes:
+            return None
+        decode = self._pools[self._policy.pick_decode([p.candidate() for p in decodes]).worker_id]
+        fitting = [p.candidate() for p in prefills if p.info.can_exchange_kv(decode.info)]
+        return self._pools[self._policy.pick_prefill(fitting).worker_id], decode, self._store
+
+    def _pool_of(self, info: WorkerInfo) -> _Pool | None:
+        pool = self._pools.get(info.worker_id)
+        return pool if pool is not None and pool.info.incarnation == info.incarnation else None
+
+    def _store_of(self, plan: Plan) -> Ledger | None:
+        return self._store if self._store_incarnation == plan.store else None
+
+
+def _with_room(
+    pools: Iterable[_Pool], role: WorkerRole, blocks: int, room: Callable[[Ledger], int]
+) -> list[_Pool]:
+    return [p for p in pools if p.info.role is role and room(p.ledger) >= blocks]
+
+
+def _reserve_all(owner: str, epoch: int, wanted: Iterable[tuple[Ledger, int]]) -> None:
+    """Reserve in every ledger; there is room in each, so only a second record of an attempt fails."""
+    taken: list[Ledger] = []
+    for ledger, amount in wanted:
+        if not ledger.reserve(owner, amount, generation=epoch):
+            for earlier in taken:
+                earlier.release(owner, generation=epoch)
+            raise AlreadyExists("ID_IN_USE", "request_id is already running")
+        taken.append(ledger)
