@@ -1,0 +1,47 @@
+"""Checks an object chunk by chunk: each digest, each place, every cell exactly once.
+
+The store runs it on what a writer sends, and the reader runs it again on what the store sends. Keeps
+no payload.
+"""
+
+from __future__ import annotations
+
+from kvstore.digest import ObjectDigest
+from kvstore.key import Buffer, require
+from kvstore.records import ChunkHeader, ObjectHeader, Seal
+from tandem.errors import DataLoss
+
+
+class Assembly:
+    """What has arrived of one object. A chunk or a seal that is refused changes nothing."""
+
+    def __init__(self, header: ObjectHeader) -> None:
+        self.header = header
+        self.digests: list[bytes] = []
+        self._digest = ObjectDigest(header)
+        self._blocks_of_layer: dict[int, int] = {}  # a bit per block that has arrived
+        self._num_cells = 0
+
+    def add(self, chunk: ChunkHeader, payload: Buffer) -> None:
+        """BAD_MESSAGE if the chunk does not belong here, KV_CORRUPT if its bytes are not what was sent."""
+        header = self.header
+        require(chunk.index == len(self.digests))
+        require(chunk.block_start + chunk.num_blocks <= header.num_blocks)
+        require(chunk.layer_start + chunk.num_layers <= header.num_layers)
+        require(chunk.length == chunk.num_cells * header.cell_bytes)
+        layers = range(chunk.layer_start, chunk.layer_start + chunk.num_layers)
+        blocks = ((1 << chunk.num_blocks) - 1) << chunk.block_start
+        require(not any(self._blocks_of_layer.get(layer, 0) & blocks for layer in layers))
+        if self._digest.chunk(chunk.index, chunk, payload) != chunk.digest:
+            raise DataLoss
+        for layer in layers:
+            self._blocks_of_layer[layer] = self._blocks_of_layer.get(layer, 0) | blocks
+        self.digests.append(chunk.digest)
+        self._num_cells += chunk.num_cells
+
+    def check(self, seal: Seal) -> None:
+        """BAD_MESSAGE if something is missing, KV_CORRUPT if the chunks are not the ones that were sent."""
+        require(self._num_cells == self.header.num_blocks * self.header.num_layers)
+        require(seal.num_chunks == len(self.digests))
+        if self._digest.total(self.digests) != seal.total_digest:
+            raise DataLoss

@@ -1,0 +1,146 @@
+"""The store's books: objects, the bytes they are charged, and the deadline that will end each.
+
+Whatever changes one of the three changes all of them here, so that nothing is charged without an
+object and no object is without a deadline. Decides nothing: who may do what is kvstore/store.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvstore.backend import Backend
+from kvstore.expiry import ExpiryHeap
+from kvstore.key import ObjectKey
+from kvstore.objects import KvObject, Lease, ObjectState
+from kvstore.records import ObjectHeader, Seal
+from tandem.config import KvStoreConfig
+from tandem.ledger import Ledger, PoolAudit
+
+WRITER, SEALED = "writer", "sealed"  # holds on an object's bytes, beside one per lease
+
+
+class Books:
+    """Every object that is charged for. `on_free` hears of each that is not any more."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        total_bytes: int,
+        config: KvStoreConfig,
+        clock: Callable[[], float],
+        on_free: Callable[[KvObject], None],
+    ) -> None:
+        self.objects: dict[ObjectKey, KvObject] = {}
+        self.ledger = Ledger("kvstore", "bytes", total_bytes, clock)
+        self._backend = backend
+        self._config = config
+        self._clock = clock
+        self._on_free = on_free
+        self._expiry: ExpiryHeap[tuple[ObjectKey, str]] = ExpiryHeap()  # "" or the holder of a lease
+
+    def reserve(self, header: ObjectHeader) -> KvObject | None:
+        """A new object with all its bytes charged, or None if they do not fit now."""
+        obj = KvObject(header)
+        if not self.ledger.reserve(obj.owner, header.total_bytes, generation=header.epoch, hold=WRITER):
+            return None
+        self.objects[obj.key] = obj
+        self._wait(obj, self._config.put_deadline_s)
+        return obj
+
+    def keep(self, obj: KvObject, digest: bytes, data: bytes) -> None:
+        """Keep the object's next frame; its put deadline starts again."""
+        self._backend.put(obj.key, len(obj.digests), data)
+        obj.digests.append(digest)
+        self._wait(obj, self._config.put_deadline_s)
+
+    def seal(self, obj: KvObject, seal: Seal) -> None:
+        obj.to(ObjectState.SEALED)
+        obj.seal = seal
+        self._hold(obj, SEALED)
+        self._drop_hold(obj, WRITER)
+        self._wait(obj, self._config.lease_s)
+
+    def lease(self, obj: KvObject, lease: Lease, lease_s: float) -> None:
+        """Let a holder in; an earlier lease of the same holder is over."""
+        if obj.state is ObjectState.SEALED:
+            obj.to(ObjectState.LEASED)
+            self._expiry.remove((obj.key, ""))
+        obj.leases[lease.holder] = lease
+        self._hold(obj, lease.hold)
+        self.renew(obj, lease.holder, lease_s)
+
+    def renew(self, obj: KvObject, holder: str, lease_s: float) -> None:
+        self._expiry.set((obj.key, holder), self._clock() + lease_s)
+
+    def end_lease(self, obj: KvObject, holder: str, *, has_expired: bool = False) -> None:
+        """After the last one the object waits for another reader, unless that lease ran out."""
+        if len(obj.leases) > 1:
+            self._forget_lease(obj, holder)
+        elif obj.state is ObjectState.RELEASED or has_expired:
+            self.free(obj, ObjectState.EXPIRED if has_expired else ObjectState.RELEASED)
+        else:
+            self._forget_lease(obj, holder)
+            obj.to(ObjectState.SEALED)
+            self._wait(obj, self._config.lease_s)
+
+    def give_up(self, obj: KvObject) -> None:
+        """Free the object now, or when its last lease ends."""
+        if obj.leases:
+            obj.to(ObjectState.RELEASED)
+        else:
+            self.free(obj, ObjectState.RELEASED)
+
+    def free(self, obj: KvObject, why: ObjectState) -> None:
+        if obj.state is not ObjectState.RELEASED:
+            obj.to(why)
+        obj.to(ObjectState.FREED)
+        for holder in list(obj.leases):
+            self._forget_lease(obj, holder)
+        self._expiry.remove((obj.key, ""))
+        self._backend.delete(obj.key)
+        self._drop_hold(obj, WRITER if obj.seal is None else SEALED)
+        del self.objects[obj.key]
+        self._on_free(obj)
+
+    def sweep(self, now_s: float) -> int:
+        """End everything that is due; returns how many objects and leases were."""
+        num_due = 0
+        for key, holder in self._expiry.pop_due(now_s):
+            obj = self.objects[key]
+            if holder:
+                self.end_lease(obj, holder, has_expired=True)
+            else:
+                self.free(obj, ObjectState.EXPIRED)
+            num_due += 1
+        return num_due
+
+    def bytes_in(self, *states: ObjectState) -> int:
+        """Payload bytes charged to objects in these states."""
+        return sum(obj.header.total_bytes for obj in self.objects.values() if obj.state in states)
+
+    def audit(self) -> PoolAudit:
+        """The ledger's books; an orphan is a record without an object."""
+        return self.ledger.audit({obj.owner for obj in self.objects.values()})
+
+    def check_integrity(self) -> None:
+        """free + owned == total, and everything owned is an object that some deadline will end."""
+        audit = self.audit()
+        assert audit.is_balanced, audit
+        assert not audit.orphans, audit.orphans
+        assert audit.owned == self.bytes_in(*ObjectState), audit
+        num_deadlines = sum(max(1, len(obj.leases)) for obj in self.objects.values())
+        assert num_deadlines == len(self._expiry), (num_deadlines, len(self._expiry))
+
+    def _wait(self, obj: KvObject, wait_s: float) -> None:
+        self._expiry.set((obj.key, ""), self._clock() + wait_s)
+
+    def _hold(self, obj: KvObject, hold: str) -> None:
+        held = self.ledger.hold(obj.owner, hold, generation=obj.key.epoch)
+        assert held, (obj.key, hold)
+
+    def _drop_hold(self, obj: KvObject, hold: str) -> None:
+        self.ledger.release(obj.owner, generation=obj.key.epoch, hold=hold)
+
+    def _forget_lease(self, obj: KvObject, holder: str) -> None:
+        self._drop_hold(obj, obj.leases.pop(holder).hold)
+        self._expiry.remove((obj.key, holder))

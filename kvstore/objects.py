@@ -1,0 +1,118 @@
+"""One object in the store: where it is in its life, and who reads it.
+
+    RESERVED ──► SEALED ◄──► LEASED
+        │          │           │
+        └──────────┴─────┬─────┘
+                         ▼
+                RELEASED | EXPIRED ──► FREED
+
+`KvObject.to` is the only way a state changes. An object that was given up while somebody reads it is
+RELEASED until the last lease ends. Knows nothing of bytes, clocks or sockets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from kvstore.assembly import Assembly
+from kvstore.key import KvHandle, ObjectKey
+from kvstore.records import ObjectHeader, Seal
+
+
+class ObjectState(Enum):
+    """Only SEALED and LEASED can be leased; nothing else is ever read."""
+
+    RESERVED = "reserved"  # bytes are charged, writing goes on
+    SEALED = "sealed"  # complete and immutable
+    LEASED = "leased"  # and somebody reads it
+    RELEASED = "released"  # given up
+    EXPIRED = "expired"  # nobody came in time
+    FREED = "freed"  # the bytes are back in the pool
+
+
+_ENDS = frozenset({ObjectState.RELEASED, ObjectState.EXPIRED})
+TRANSITIONS: dict[ObjectState, frozenset[ObjectState]] = {
+    ObjectState.RESERVED: frozenset({ObjectState.SEALED}) | _ENDS,
+    ObjectState.SEALED: frozenset({ObjectState.LEASED}) | _ENDS,
+    ObjectState.LEASED: frozenset({ObjectState.SEALED}) | _ENDS,
+    ObjectState.RELEASED: frozenset({ObjectState.FREED}),
+    ObjectState.EXPIRED: frozenset({ObjectState.FREED}),
+    ObjectState.FREED: frozenset(),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lease:
+    """A holder's right to read. A new lease of the same holder is another one: the earlier is over."""
+
+    handle: KvHandle
+    holder: str
+
+    @property
+    def hold(self) -> str:
+        return f"lease:{self.holder}"
+
+
+@dataclass(slots=True, eq=False)
+class KvObject:
+    """What the store knows of one object."""
+
+    header: ObjectHeader
+    state: ObjectState = ObjectState.RESERVED
+    digests: list[bytes] = field(default_factory=list)  # of the chunks kept so far
+    seal: Seal | None = None
+    leases: dict[str, Lease] = field(default_factory=dict)  # by holder
+
+    @property
+    def key(self) -> ObjectKey:
+        return self.header.key
+
+    @property
+    def owner(self) -> str:
+        return self.header.object_id.hex()
+
+    @property
+    def is_readable(self) -> bool:
+        return self.state in (ObjectState.SEALED, ObjectState.LEASED)
+
+    def to(self, state: ObjectState) -> None:
+        """Move to `state`; a move the table does not list is a bug and raises ValueError."""
+        if state not in TRANSITIONS[self.state]:
+            raise ValueError(f"illegal transition {self.state.name} → {state.name}")
+        self.state = state
+
+
+@dataclass(slots=True, eq=False)
+class PutTicket:
+    """A writer's right to write one object. `is_repeat`: the object is complete, and this writer is
+    only checked against it."""
+
+    object: KvObject
+    assembly: Assembly
+    is_repeat: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectStat:
+    """What `stat` answers."""
+
+    state: ObjectState
+    num_bytes: int
+    num_leases: int
+
+
+@dataclass(slots=True)
+class StoreCounters:
+    """How often things happened since the store started."""
+
+    reserved: int = 0
+    sealed: int = 0
+    leased: int = 0
+    freed: int = 0
+    repeated: int = 0  # puts of an object that was complete already
+    refused_full: int = 0
+    refused_stale: int = 0
+    refused_corrupt: int = 0
+    expired: int = 0  # objects and leases whose time ran out
+    late: int = 0  # operations that came late, twice or for something unknown, and were ignored

@@ -1,0 +1,251 @@
+"""The KV store itself: who may write, who may read, and when bytes come back.
+
+The life of an object here:
+1. `reserve` charges all its bytes at once, or refuses; from then on it has a put deadline, counted
+   from its last chunk.
+2. `append` checks each chunk (kvstore/assembly.py) and keeps its frame.
+3. `seal` makes it immutable and readable. Without a reader it lives for one lease time.
+4. `lease` and `read` serve it to a holder, `renew` keeps the lease. When the last lease is ended the
+   object waits for another reader; when the last lease runs out it goes.
+5. `release` gives up a lease or the whole object. Its bytes are free once its last lease has ended.
+
+Plain and synchronous, owned by one thread; every operation first sweeps what is due, so nothing past
+its deadline is ever seen. Knows nothing of sockets, tensors or what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator
+
+from kvstore.assembly import Assembly
+from kvstore.backend import Backend
+from kvstore.books import Books
+from kvstore.history import History
+from kvstore.key import Buffer, KvHandle, ObjectKey, require
+from kvstore.objects import KvObject, Lease, ObjectStat, ObjectState, PutTicket, StoreCounters
+from kvstore.records import ChunkHeader, ObjectHeader, Seal
+from kvstore.wire import frame
+from tandem.config import KvStoreConfig
+from tandem.errors import DataLoss, FailedPrecondition, InvalidRequest, NotFound, Overloaded
+from tandem.ledger import PoolAudit
+
+MAX_LEASE_FACTOR = 10  # no lease is longer than this many default ones
+MAX_HOLDER = 256  # characters
+
+
+class KvStore:
+    """All objects of one life of the store."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        total_bytes: int,
+        config: KvStoreConfig | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.store_epoch = secrets.randbits(64)
+        self.counters = StoreCounters()
+        self.config = config or KvStoreConfig()
+        self._backend = backend
+        self._clock = clock
+        self._books = Books(backend, total_bytes, self.config, clock, self._note_freed)
+        self._history = History()
+
+    def reserve(self, header: ObjectHeader) -> PutTicket:
+        """Charge the object's bytes, all or nothing. A later attempt ends an earlier one's writing."""
+        self.sweep()
+        self._fence(header)
+        existing = self._books.objects.get(header.key)
+        if existing is not None:
+            return self._repeat(existing, header)
+        obj = self._books.reserve(header)
+        if obj is None:
+            raise self._full(header.total_bytes)
+        self.counters.reserved += 1
+        return PutTicket(obj, Assembly(header))
+
+    def append(self, ticket: PutTicket, chunk: ChunkHeader, payload: Buffer, data: bytes) -> None:
+        """Check a chunk and keep `data`, the frame it came in."""
+        self.sweep()
+        obj = self._writable(ticket)
+        try:
+            ticket.assembly.add(chunk, payload)
+        except DataLoss:
+            self.counters.refused_corrupt += 1
+            raise
+        if not ticket.is_repeat:
+            self._books.keep(obj, chunk.digest, data)
+        elif obj.digests[chunk.index : chunk.index + 1] != [chunk.digest]:
+            raise self._stale("the object exists with other content")
+
+    def seal(self, ticket: PutTicket, seal: Seal) -> KvHandle:
+        """Make a complete object readable. An incomplete one stays reserved until its put deadline."""
+        self.sweep()
+        obj = self._writable(ticket)
+        ticket.assembly.check(seal)
+        if not ticket.is_repeat:
+            self._books.seal(obj, seal)
+            self.counters.sealed += 1
+            ticket.is_repeat = True
+        elif seal != obj.seal:
+            raise self._stale("the object exists with other content")
+        return obj.header.handle(self.store_epoch)
+
+    def abort(self, ticket: PutTicket) -> bool:
+        """The writer is gone: free what it did not seal. Says whether there was anything to free."""
+        self.sweep()
+        obj = ticket.object
+        if ticket.is_repeat or obj.state is not ObjectState.RESERVED:
+            return False
+        self._books.free(obj, ObjectState.RELEASED)
+        return True
+
+    def lease(self, handle: KvHandle, holder: str, lease_s: float = 0.0) -> Lease:
+        """Let `holder` read for `lease_s`; an earlier lease of the same holder is over."""
+        self.sweep()
+        require(0 < len(holder) <= MAX_HOLDER)
+        obj = self._known(handle)
+        if obj.state is ObjectState.RESERVED:
+            raise NotFound("NO_SUCH_HANDLE", "not found")
+        if not obj.is_readable:
+            raise self._stale("handle has expired or was given up")
+        lease = Lease(handle, holder)
+        self._books.lease(obj, lease, self._duration(lease_s))
+        self.counters.leased += 1
+        return lease
+
+    def read(self, lease: Lease) -> Iterator[bytes]:
+        """The object's frames: header, chunks, seal. Fails as soon as the lease is over."""
+        obj = self._leased(lease)
+        assert obj.seal is not None, obj.state
+        yield frame(obj.header)
+        for index in range(obj.seal.num_chunks):
+            self._leased(lease)
+            yield self._backend.get(obj.key, index)
+        yield frame(obj.seal)
+
+    def renew(self, handle: KvHandle, holder: str, lease_s: float = 0.0) -> None:
+        """Let a lease run for `lease_s` from now; STALE_HANDLE if it is over."""
+        self.sweep()
+        obj = self._known(handle)
+        if holder not in obj.leases:
+            raise self._stale("lease is over")
+        self._books.renew(obj, holder, self._duration(lease_s))
+
+    def end(self, lease: Lease) -> bool:
+        """End exactly this lease; a newer one of the same holder stays."""
+        self.sweep()
+        obj = self._books.objects.get(lease.handle.key)
+        if obj is None or obj.leases.get(lease.holder) is not lease:
+            return self._late()
+        self._books.end_lease(obj, lease.holder)
+        return True
+
+    def release(self, handle: KvHandle, holder: str = "") -> bool:
+        """Give up a holder's lease, or without a holder the object. Late, repeated, unknown: ignored."""
+        self.sweep()
+        obj = self._books.objects.get(handle.key)
+        if obj is None or handle != obj.header.handle(self.store_epoch):
+            return self._late()
+        if holder not in obj.leases if holder else obj.state is ObjectState.RELEASED:
+            return self._late()
+        if holder:
+            self._books.end_lease(obj, holder)
+        else:
+            self._books.give_up(obj)
+        return True
+
+    def stat(self, handle: KvHandle) -> ObjectStat:
+        self.sweep()
+        obj = self._known(handle)
+        return ObjectStat(obj.state, obj.header.total_bytes, len(obj.leases))
+
+    def sweep(self, now_s: float | None = None) -> int:
+        """End everything that is due; returns how many objects and leases were."""
+        num_due = self._books.sweep(self._clock() if now_s is None else now_s)
+        self.counters.expired += num_due
+        return num_due
+
+    def audit(self) -> PoolAudit:
+        return self._books.audit()
+
+    def bytes_in(self, *states: ObjectState) -> int:
+        """Payload bytes charged to objects in these states."""
+        return self._books.bytes_in(*states)
+
+    def check_integrity(self) -> None:
+        self._books.check_integrity()
+
+    def _fence(self, header: ObjectHeader) -> None:
+        """Refuse an attempt that a later one has overtaken, and end one that this one overtakes."""
+        latest = self._history.latest(header.object_id)
+        if latest and (header.epoch < latest.epoch or header.tenant != latest.tenant):
+            raise self._stale("a later attempt has written this object")
+        if latest and header.epoch > latest.epoch:
+            overtaken = self._books.objects.get(ObjectKey(header.object_id, latest.epoch))
+            if overtaken and overtaken.state is ObjectState.RESERVED:
+                self._books.free(overtaken, ObjectState.RELEASED)
+        self._history.note(header.object_id, header.tenant, header.epoch, self._clock())
+
+    def _repeat(self, obj: KvObject, header: ObjectHeader) -> PutTicket:
+        """The same put again is checked against what is kept; while the first goes on, it is refused."""
+        if header != obj.header or not obj.is_readable:
+            raise self._stale("the object exists with other content or is being written")
+        self.counters.repeated += 1
+        return PutTicket(obj, Assembly(header), is_repeat=True)
+
+    def _writable(self, ticket: PutTicket) -> KvObject:
+        obj = ticket.object
+        if obj.is_readable if ticket.is_repeat else obj.state is ObjectState.RESERVED:
+            return obj
+        raise self._stale("writing came too late")
+
+    def _leased(self, lease: Lease) -> KvObject:
+        self.sweep()
+        obj = self._books.objects.get(lease.handle.key)
+        if obj is None or obj.leases.get(lease.holder) is not lease:
+            raise self._stale("lease is over")
+        return obj
+
+    def _known(self, handle: KvHandle) -> KvObject:
+        if handle.store_epoch != self.store_epoch:
+            raise self._stale("handle is from an earlier store epoch")
+        obj = self._books.objects.get(handle.key)
+        if obj is None and self._history.latest(handle.object_id) is not None:
+            raise self._stale("handle has expired or was given up")
+        if obj is not None and handle.fingerprint != obj.header.fingerprint:
+            raise FailedPrecondition("FINGERPRINT_MISMATCH", "prefill and decode builds differ")
+        if obj is None or handle != obj.header.handle(self.store_epoch):
+            raise NotFound("NO_SUCH_HANDLE", "not found")
+        return obj
+
+    def _duration(self, lease_s: float) -> float:
+        default_s = self.config.lease_s
+        return min(lease_s, MAX_LEASE_FACTOR * default_s) if lease_s > 0 else default_s
+
+    def _note_freed(self, obj: KvObject) -> None:
+        """Remember a freed object from now on, not from when it was reserved."""
+        header = obj.header
+        self._history.note(header.object_id, header.tenant, header.epoch, self._clock())
+        self.counters.freed += 1
+
+    def _late(self) -> bool:
+        self.counters.late += 1
+        return False
+
+    def _stale(self, message: str) -> FailedPrecondition:
+        self.counters.refused_stale += 1
+        return FailedPrecondition("STALE_HANDLE", message)
+
+    def _full(self, num_bytes: int) -> InvalidRequest | Overloaded:
+        self.counters.refused_full += 1
+        total, free = self._books.ledger.total, self._books.ledger.free
+        figures = {"needed_bytes": str(num_bytes), "free_bytes": str(free), "total_bytes": str(total)}
+        if num_bytes > total:
+            message = f"object needs {num_bytes} bytes; the store holds {total}"
+            return InvalidRequest("NEVER_FITS", message, metadata=figures)
+        message = f"object needs {num_bytes} bytes; the store has {free} of {total} free"
+        wait_ms = max(1, int(1000 * self.config.sweep_s))
+        return Overloaded("NO_MEMORY_FIT_NOW", message, retry_after_ms=wait_ms, metadata=figures)

@@ -1,0 +1,79 @@
+"""Frames: magic | u32 header length, little endian | msgpack header | raw bytes.
+
+The payload is never copied while parsing. The header is one flat map of scalars in the one encoding
+that `frame` itself writes, so nesting, duplicate keys, extension types, over-long numbers and
+trailing bytes are all refused by the same few lines. Knows nothing of what may follow what.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import fields
+from typing import Any
+
+import msgpack
+
+from kvstore.key import Buffer, require
+from kvstore.records import ChunkHeader, ObjectHeader, Record, Seal
+from tandem.errors import InvalidRequest
+
+MAGIC = b"TKV\x01"
+VERSION = 1
+MAX_HEADER_BYTES = 1024
+PREFIX = struct.Struct("<4sI")
+
+_KINDS: dict[str, type[Record]] = {"header": ObjectHeader, "chunk": ChunkHeader, "seal": Seal}
+_NAMES = {kind: name for name, kind in _KINDS.items()}
+_TYPES = {"int": int, "str": str, "bytes": bytes}
+_SCHEMAS = {kind: {field.name: _TYPES[str(field.type)] for field in fields(kind)} for kind in _NAMES}
+_LIMITS: dict[str, Any] = {
+    "raw": False,
+    "strict_map_key": True,
+    "max_str_len": 512,  # a tenant of 128 characters is at most 512 bytes
+    "max_bin_len": 64,
+    "max_array_len": 0,
+    "max_map_len": 24,
+    "max_ext_len": 0,
+}
+
+
+def frame(record: Record, payload: Buffer = b"") -> bytes:
+    """One frame in one copy."""
+    header = _pack(record)
+    return b"".join((PREFIX.pack(MAGIC, len(header)), header, payload))
+
+
+def parse(data: bytes) -> tuple[Record, memoryview]:
+    """The record and a view of the payload behind it, or BAD_MESSAGE."""
+    require(len(data) >= PREFIX.size)
+    magic, length = PREFIX.unpack_from(data)
+    require(magic == MAGIC and 0 < length <= MAX_HEADER_BYTES and PREFIX.size + length <= len(data))
+    view = memoryview(data)
+    header, payload = view[PREFIX.size : PREFIX.size + length], view[PREFIX.size + length :]
+    record = _unpack(header)
+    require(len(payload) == (record.length if isinstance(record, ChunkHeader) else 0))
+    return record, payload
+
+
+def _pack(record: Record) -> bytes:
+    kind = type(record)
+    values = {name: getattr(record, name) for name in _SCHEMAS[kind]}
+    packed: bytes = msgpack.packb({"v": VERSION, "kind": _NAMES[kind], **values})
+    return packed
+
+
+def _unpack(header: memoryview) -> Record:
+    try:
+        values = msgpack.unpackb(header, **_LIMITS)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise InvalidRequest("BAD_MESSAGE", "malformed request message") from error
+    require(type(values) is dict and next(iter(values), None) == "v" and values.pop("v") == VERSION)
+    name = values.pop("kind", None)
+    require(isinstance(name, str) and name in _KINDS)
+    kind = _KINDS[name]
+    schema = _SCHEMAS[kind]
+    require(values.keys() == schema.keys())
+    require(all(type(values[key]) is wanted for key, wanted in schema.items()))
+    record = kind(**values)
+    require(_pack(record) == header)  # one record, one encoding
+    return record
