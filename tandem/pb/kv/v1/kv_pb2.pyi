@@ -31,6 +31,8 @@ class _KvStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvState.Value
     """Complete and immutable."""
     KV_STATE_LEASED: _KvState.ValueType  # 3
     """Complete, and somebody reads it."""
+    KV_STATE_RELEASED: _KvState.ValueType  # 4
+    """Given up; freed when its last lease ends."""
 
 class KvState(_KvState, metaclass=_KvStateEnumTypeWrapper):
     """Where an object is in its life."""
@@ -43,6 +45,8 @@ KV_STATE_SEALED: KvState.ValueType  # 2
 """Complete and immutable."""
 KV_STATE_LEASED: KvState.ValueType  # 3
 """Complete, and somebody reads it."""
+KV_STATE_RELEASED: KvState.ValueType  # 4
+"""Given up; freed when its last lease ends."""
 Global___KvState: _TypeAlias = KvState  # noqa: Y015
 
 @_typing.final
@@ -58,7 +62,7 @@ class KvHandle(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     object_id: _builtins.bytes
-    """16 random bytes."""
+    """16 bytes, the same for every attempt at a request."""
     epoch: _builtins.int
     """Writer generation: a later attempt for the same request has a higher one."""
     store_epoch: _builtins.int
@@ -145,7 +149,7 @@ class GetKvRequest(_message.Message):
     holder: _builtins.str
     """Who reads; a lease belongs to a holder."""
     lease_ms: _builtins.int
-    """Lease duration; the store's default when 0."""
+    """Lease duration; the store's default when 0, at most ten times that."""
     @_builtins.property
     def handle(self) -> Global___KvHandle:
         """Which one."""
@@ -253,7 +257,7 @@ class RenewLeaseRequest(_message.Message):
     holder: _builtins.str
     """The holder."""
     lease_ms: _builtins.int
-    """New duration; the store's default when 0."""
+    """New duration; the store's default when 0, at most ten times that."""
     @_builtins.property
     def handle(self) -> Global___KvHandle:
         """The object."""

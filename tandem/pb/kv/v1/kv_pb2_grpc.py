@@ -67,14 +67,16 @@ class KvServiceServicer(object):
     """
 
     def PutKv(self, request_iterator, context):
-        """Writes one object: a header frame, chunk frames, a seal frame. Ending the stream without a seal frees it.
+        """Writes one object: a header frame, chunk frames, a seal frame. Initial metadata arrives when its bytes are
+        reserved. Ending the stream without a seal frees them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetKv(self, request, context):
-        """Leases one object and streams it: its header frame, then its chunk frames.
+        """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease outlives the
+        stream, unless the stream is cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

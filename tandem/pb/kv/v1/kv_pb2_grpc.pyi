@@ -34,9 +34,13 @@ class KvServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> KvServiceAsyncStub: ...
     PutKv: _grpc.StreamUnaryMultiCallable[_kv_pb2.PutKvRequest, _kv_pb2.PutKvResponse]
-    """Writes one object: a header frame, chunk frames, a seal frame. Ending the stream without a seal frees it."""
+    """Writes one object: a header frame, chunk frames, a seal frame. Initial metadata arrives when its bytes are
+    reserved. Ending the stream without a seal frees them.
+    """
     GetKv: _grpc.UnaryStreamMultiCallable[_kv_pb2.GetKvRequest, _kv_pb2.GetKvResponse]
-    """Leases one object and streams it: its header frame, then its chunk frames."""
+    """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease outlives the
+    stream, unless the stream is cancelled.
+    """
     StatKv: _grpc.UnaryUnaryMultiCallable[_kv_pb2.StatKvRequest, _kv_pb2.StatKvResponse]
     """Says where an object is in its life."""
     RenewLease: _grpc.UnaryUnaryMultiCallable[_kv_pb2.RenewLeaseRequest, _kv_pb2.RenewLeaseResponse]
@@ -50,9 +54,13 @@ class KvServiceAsyncStub(KvServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     PutKv: _aio.StreamUnaryMultiCallable[_kv_pb2.PutKvRequest, _kv_pb2.PutKvResponse]  # type: ignore[assignment]
-    """Writes one object: a header frame, chunk frames, a seal frame. Ending the stream without a seal frees it."""
+    """Writes one object: a header frame, chunk frames, a seal frame. Initial metadata arrives when its bytes are
+    reserved. Ending the stream without a seal frees them.
+    """
     GetKv: _aio.UnaryStreamMultiCallable[_kv_pb2.GetKvRequest, _kv_pb2.GetKvResponse]  # type: ignore[assignment]
-    """Leases one object and streams it: its header frame, then its chunk frames."""
+    """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease outlives the
+    stream, unless the stream is cancelled.
+    """
     StatKv: _aio.UnaryUnaryMultiCallable[_kv_pb2.StatKvRequest, _kv_pb2.StatKvResponse]  # type: ignore[assignment]
     """Says where an object is in its life."""
     RenewLease: _aio.UnaryUnaryMultiCallable[_kv_pb2.RenewLeaseRequest, _kv_pb2.RenewLeaseResponse]  # type: ignore[assignment]
@@ -69,7 +77,9 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_kv_pb2.PutKvRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.PutKvResponse, _abc.Awaitable[_kv_pb2.PutKvResponse]]:
-        """Writes one object: a header frame, chunk frames, a seal frame. Ending the stream without a seal frees it."""
+        """Writes one object: a header frame, chunk frames, a seal frame. Initial metadata arrives when its bytes are
+        reserved. Ending the stream without a seal frees them.
+        """
 
     @_abc_1.abstractmethod
     def GetKv(
@@ -77,7 +87,9 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_pb2.GetKvRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_pb2.GetKvResponse], _abc.AsyncIterator[_kv_pb2.GetKvResponse]]:
-        """Leases one object and streams it: its header frame, then its chunk frames."""
+        """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease outlives the
+        stream, unless the stream is cancelled.
+        """
 
     @_abc_1.abstractmethod
     def StatKv(
