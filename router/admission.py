@@ -118,9 +118,13 @@ class Admission:
 
         A lost worker counts: it is probably being restarted, and "never" must not be said for that.
         """
-        self._check_largest(needs.decode_blocks, self._largest[WorkerRole.DECODE], "KV blocks", "worker")
+        self._check_largest(
+            needs.decode_blocks, self._largest[WorkerRole.DECODE], "KV blocks", "largest worker"
+        )
         prefill = self._largest[WorkerRole.PREFILL]
-        self._check_largest(needs.prefill_blocks, prefill, "KV blocks for its prompt", "prefill worker")
+        self._check_largest(
+            needs.prefill_blocks, prefill, "KV blocks for its prompt", "largest prefill worker"
+        )
         self._check_largest(needs.store_bytes, self._largest_store, "bytes of KV store", "store")
 
     def fits_when_idle(self, needs: Needs) -> bool:
@@ -191,9 +195,7 @@ class Admission:
     def _check_largest(needed: int, largest: int, unit: str, where: str) -> None:
         # Nothing known yet is not a reason to refuse for good.
         if 0 < largest < needed:
-            raise InvalidRequest(
-                "NEVER_FITS", f"request needs {needed} {unit}; the largest {where} has {largest}"
-            )
+            raise InvalidRequest("NEVER_FITS", f"request needs {needed} {unit}; the {where} has {largest}")
 
     def _find(
         self, needs: Needs, exclude: Collection[str], room: Callable[[Ledger], int]

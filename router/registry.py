@@ -59,7 +59,8 @@ class WorkerInfo:
         """Raises `BAD_MESSAGE` unless every field makes sense."""
         sizes = (message.block_size, message.num_blocks, message.block_bytes)
         is_named = REQUEST_ID.fullmatch(message.worker_id) and message.incarnation and message.address
-        if not is_named or min(sizes) < 1 or message.role == worker_pb2.WORKER_ROLE_UNSPECIFIED:
+        has_role = message.role in (role.value for role in WorkerRole)  # proto3 enums are open
+        if not is_named or not has_role or min(sizes) < 1:
             raise InvalidRequest("BAD_MESSAGE", "malformed request message")
         return cls(
             worker_id=message.worker_id,
