@@ -1,0 +1,237 @@
+"""One forward pass as packed ragged rows: which token stands where, and who attends to what.
+
+There is no batch dimension. A sequence contributes the rows it adds (a prompt chunk: many, decode: 1,
+verification of k drafts: k + 1), all sequences lie behind each other in `[1, total_rows]`, and every
+index that attention needs is built here once, not per layer. Knows token ids and block tables, no model.
+
+A sequence is one of three kinds, by what it needs from attention:
+
+    decode   every row is computed as a query of its own   rows == num_logits, or few rows on top of a cache
+    fresh    a prompt (chunk) with nothing in the cache     start == 0: needs no gather from the cache
+    chunk    many rows on top of `start` cached tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+KV_TILE = 64  # decode attention pads each context to a multiple of this many tokens
+MAX_DECODE_ROWS = 16  # more rows than this on top of a cache count as a prompt chunk
+MAX_PADDING = 0.25  # prompts of one padded group differ from the longest by at most this share
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRows:
+    """The new rows of one sequence in a forward. `start` tokens are already in the cache."""
+
+    token_ids: Sequence[int] | Ints
+    start: int
+    block_table: Sequence[int]
+    num_logits: int = 1  # logits are wanted for this many last rows; 0 for a chunk that is not the last
+
+    @property
+    def is_decode(self) -> bool:
+        rows = len(self.token_ids)
+        return rows == 1 or (self.start > 0 and (rows == self.num_logits or rows <= MAX_DECODE_ROWS))
+
+
+@dataclass(slots=True)
+class DecodeRows:
+    """Rows that attend as one query each. `None` in `rows` means all rows of the batch."""
+
+    rows: torch.Tensor | None  # [num_rows] int64: where they are in the packed batch
+    context_lens: torch.Tensor  # [num_rows] int64: tokens each row sees, itself included
+    slots: torch.Tensor  # [num_rows, padded_len] int64; padding points to the cache's zero slot
+    _head_rows: torch.Tensor | None = None
+    _biases: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def head_rows(self, kv_heads: int) -> torch.Tensor:
+        """Gather index `[num_rows · kv_heads · padded_len]` into the cache's rows of one head each."""
+        if self._head_rows is None:
+            heads = torch.arange(kv_heads, device=self.slots.device)[:, None]
+            self._head_rows = (self.slots[:, None] * kv_heads + heads).flatten()
+        return self._head_rows
+
+    def bias(self, window: int | None, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
+        """`[num_rows · kv_heads, 1, padded_len]`: 0 where a row may look, -inf elsewhere."""
+        if window not in self._biases:
+            position = torch.arange(self.slots.shape[1], device=self.slots.device)
+            hidden = position >= self.context_lens[:, None]
+            if window is not None:
+                hidden |= position < self.context_lens[:, None] - window
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            bias = bias.masked_fill_(hidden, float("-inf")).repeat_interleave(kv_heads, 0)
+            self._biases[window] = bias[:, None]
+        return self._biases[window]
+
+
+@dataclass(frozen=True, slots=True)
+class FreshGroup:
+    """Prompts of similar length, attended together: padded on the right to the longest."""
+
+    rows: torch.Tensor  # [prompts, longest] int64 into the packed batch; padding repeats the first row
+    real: torch.Tensor | None  # [prompts, longest] bool; None if nothing is padded
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRows:
+    """One prompt chunk on top of cached tokens."""
+
+    first_row: int
+    num_rows: int
+    start: int
+    slots: torch.Tensor  # [start + num_rows] int64
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """Everything one forward needs besides the weights and the cache."""
+
+    token_ids: torch.Tensor  # [1, rows] int64
+    positions: torch.Tensor  # [1, rows] int64
+    slot_mapping: torch.Tensor  # [rows] int64
+    cu_seqlens: Ints  # [sequences + 1] row ranges of the sequences
+    context_lens: Ints  # [sequences] tokens in the cache after this forward
+    logits_indices: torch.Tensor  # [num_logits_rows] int64
+    decode: DecodeRows | None
+    fresh: tuple[FreshGroup, ...]
+    chunks: tuple[ChunkRows, ...]
+    padded_rows: int  # rows of the padded attention groups that carry no token
+
+    @property
+    def num_rows(self) -> int:
+        return self.slot_mapping.shape[0]
+
+    @property
+    def is_decode_only(self) -> bool:
+        return not self.fresh and not self.chunks
+
+    @classmethod
+    def build(
+        cls,
+        sequences: Sequence[SequenceRows],
+        block_size: int,
+        zero_slot: int,
+        device: torch.device | str = "cpu",
+    ) -> ForwardBatch:
+        """Lay the sequences out behind each other and index them. Order is kept."""
+        if not sequences:
+            raise ValueError("a forward needs at least one sequence")
+        layout = _Layout(sequences, block_size)
+        fresh, padded_rows = _fresh_groups(sequences, layout, device)
+        return cls(
+            token_ids=_to(
+                np.concatenate([np.asarray(s.token_ids, np.int64) for s in sequences])[None], device
+            ),
+            positions=_to(layout.positions[None], device),
+            slot_mapping=_to(layout.slots_of(layout.sequence_of_row, layout.positions), device),
+            cu_seqlens=layout.cu_seqlens,
+            context_lens=layout.starts + layout.lens,
+            logits_indices=_to(_logits_indices(sequences, layout), device),
+            decode=_decode_rows(sequences, layout, zero_slot, device),
+            fresh=fresh,
+            chunks=_chunks(sequences, layout, device),
+            padded_rows=padded_rows,
+        )
+
+
+class _Layout:
+    """Row ranges, positions and block tables of all sequences as arrays."""
+
+    def __init__(self, sequences: Sequence[SequenceRows], block_size: int) -> None:
+        self.block_size = block_size
+        self.lens = np.array([len(s.token_ids) for s in sequences], np.int64)
+        self.starts = np.array([s.start for s in sequences], np.int64)
+        self.cu_seqlens = np.concatenate(([0], np.cumsum(self.lens)))
+        rows = int(self.cu_seqlens[-1])
+        self.sequence_of_row = np.repeat(np.arange(len(sequences)), self.lens)
+        self.positions = np.arange(rows) + (self.starts - self.cu_seqlens[:-1])[self.sequence_of_row]
+        self.block_tables = np.zeros((len(sequences), max(len(s.block_table) for s in sequences)), np.int64)
+        for table, sequence in zip(self.block_tables, sequences, strict=True):
+            table[: len(sequence.block_table)] = sequence.block_table
+        self._check(sequences)
+
+    def _check(self, sequences: Sequence[SequenceRows]) -> None:
+        capacity = np.array([len(s.block_table) for s in sequences]) * self.block_size
+        if (self.lens < 1).any() or (self.starts + self.lens > capacity).any():
+            raise ValueError(f"rows {self.lens} after {self.starts} do not fit in {capacity} slots")
+
+    def slots_of(self, sequence: Ints, position: Ints) -> Ints:
+        """The cache slot of each (sequence, position); the two broadcast."""
+        block: Ints = self.block_tables[sequence, position // self.block_size]
+        return block * self.block_size + position % self.block_size
+
+
+def _to(array: npt.NDArray[np.generic], device: torch.device | str) -> torch.Tensor:
+    return torch.from_numpy(array).to(device)
+
+
+def _logits_indices(sequences: Sequence[SequenceRows], layout: _Layout) -> Ints:
+    ends = layout.cu_seqlens[1:]
+    return np.concatenate(
+        [np.arange(end - s.num_logits, end) for s, end in zip(sequences, ends, strict=True)]
+    )
+
+
+def _decode_rows(
+    sequences: Sequence[SequenceRows], layout: _Layout, zero_slot: int, device: torch.device | str
+) -> DecodeRows | None:
+    is_decode = np.array([s.is_decode for s in sequences])
+    if not is_decode.any():
+        return None
+    rows = np.flatnonzero(is_decode[layout.sequence_of_row])
+    contexts = layout.positions[rows] + 1
+    padded_len = -(-int(contexts.max()) // KV_TILE) * KV_TILE
+    position = np.arange(padded_len)
+    sees = position < contexts[:, None]
+    last_slot = layout.block_tables.shape[1] * layout.block_size - 1
+    slots = layout.slots_of(layout.sequence_of_row[rows][:, None], np.minimum(position, last_slot)[None])
+    return DecodeRows(
+        rows=None if is_decode.all() else _to(rows, device),
+        context_lens=_to(contexts, device),
+        slots=_to(np.where(sees, slots, zero_slot), device),
+    )
+
+
+def _fresh_groups(
+    sequences: Sequence[SequenceRows], layout: _Layout, device: torch.device | str
+) -> tuple[tuple[FreshGroup, ...], int]:
+    fresh = [i for i, s in enumerate(sequences) if not s.is_decode and s.start == 0]
+    fresh.sort(key=lambda i: -layout.lens[i])
+    groups: list[FreshGroup] = []
+    padded_rows = 0
+    while fresh:
+        longest = int(layout.lens[fresh[0]])
+        members = [i for i in fresh if layout.lens[i] >= (1 - MAX_PADDING) * longest]
+        fresh = fresh[len(members) :]
+        lens = layout.lens[members]
+        real = np.arange(longest) < lens[:, None]
+        first = layout.cu_seqlens[members][:, None]
+        rows = first + np.where(real, np.arange(longest), 0)
+        padding = int(real.size - real.sum())
+        padded_rows += padding
+        groups.append(FreshGroup(_to(rows, device), _to(real, device) if padding else None, longest))
+    return tuple(groups), padded_rows
+
+
+def _chunks(
+    sequences: Sequence[SequenceRows], layout: _Layout, device: torch.device | str
+) -> tuple[ChunkRows, ...]:
+    return tuple(
+        ChunkRows(
+            first_row=int(layout.cu_seqlens[i]),
+            num_rows=len(s.token_ids),
+            start=s.start,
+            slots=_to(layout.slots_of(np.int64(i), np.arange(s.start + len(s.token_ids))), device),  # type: ignore[arg-type]
+        )
+        for i, s in enumerate(sequences)
+        if s.start > 0 and not s.is_decode
+    )

@@ -1,0 +1,149 @@
+"""From logits to tokens: penalties, filters and the draw. Every row stands for itself.
+
+`process_logits` is the one place where parameters act on logits, so that speculation can apply exactly
+the same to the draft's and the target's side. Knows nothing of models, batches or requests.
+
+Order: logit bias, penalties, min_tokens, temperature, top-k, top-p, min-p. The repetition penalty
+counts prompt and output, presence and frequency count the output only. Logprobs are of the raw logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tandem.engine.rng import Stream, uniforms
+from tandem.engine.sampling_state import SamplingState
+
+_NEVER = float("-inf")
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """A chosen token. `logprob` and `top` are of the model's own distribution, and empty unless asked for."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most probable first
+
+
+@dataclass(frozen=True, slots=True)
+class BadLogits:
+    """The model gave this row no usable distribution; only its request fails (`Internal.numerics`)."""
+
+
+class Sampler:
+    """Chooses one token per row. Holds no state: all of it is in `SamplingState`."""
+
+    def sample(
+        self,
+        logits: torch.Tensor,  # [rows, vocab] float32, not changed
+        states: Sequence[SamplingState],
+        stream: Stream = Stream.TOKEN,
+    ) -> list[SampledToken | BadLogits]:
+        """One result per row. The states are read, not advanced."""
+        if not states:
+            return []
+        plain = [s.params.is_greedy and not s.params.changes_logits for s in states]
+        scores = logits if all(plain) else process_logits(logits, states)
+        token_ids = scores.argmax(-1)
+        drawn = [i for i, state in enumerate(states) if not state.params.is_greedy]
+        if drawn:
+            token_ids[drawn] = draw(scores[drawn], [states[i] for i in drawn], stream)
+        is_good = (logits.sum(-1).isfinite() & (scores.amax(-1) > _NEVER)).tolist()
+        return [
+            _result(token_id, logits[i], state) if good else BadLogits()
+            for i, (token_id, good, state) in enumerate(zip(token_ids.tolist(), is_good, states, strict=True))
+        ]
+
+
+def process_logits(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    """A copy with all parameters applied: the softmax of a row is what its token is drawn from.
+
+    Greedy rows get bias, penalties and `min_tokens` only; their token is the argmax.
+    """
+    scores = logits.float().clone()
+    for row, state in zip(scores, states, strict=True):
+        if state.params.changes_logits:
+            _penalize(row, state)
+    drawn = [i for i, state in enumerate(states) if not state.params.is_greedy]
+    if len(drawn) == len(states):
+        return _filter(scores, states)
+    if drawn:
+        scores[drawn] = _filter(scores[drawn], [states[i] for i in drawn])
+    return scores
+
+
+def draw(scores: torch.Tensor, states: Sequence[SamplingState], stream: Stream) -> torch.Tensor:
+    """Token ids `[rows]` by inverse CDF, with the number that belongs to each (seed, position)."""
+    chance = uniforms([s.seed for s in states], [s.position for s in states], stream)
+    return invert_cdf(scores.double().softmax(-1), chance)
+
+
+def invert_cdf(probs: torch.Tensor, chance: np.ndarray[tuple[int], np.dtype[np.float64]]) -> torch.Tensor:
+    """The first token whose cumulative probability exceeds chance · total; never one of probability 0."""
+    cdf = probs.cumsum(-1)  # [rows, vocab] float64
+    total = cdf[:, -1:]
+    threshold = torch.from_numpy(chance).to(cdf.device)[:, None] * total
+    threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
+    found = torch.searchsorted(cdf, threshold, right=True)[:, 0]
+    return found.clamp_(max=probs.shape[-1] - 1)
+
+
+def _penalize(row: torch.Tensor, state: SamplingState) -> None:
+    """Bias, penalties and `min_tokens` on one row, in place."""
+    params = state.params
+    row[state.bias_ids] += state.biases
+    if state.prompt_counts is not None and state.output_counts is not None:
+        if params.repetition_penalty != 1:
+            seen = (state.prompt_counts + state.output_counts) > 0
+            scaled = torch.where(row < 0, row * params.repetition_penalty, row / params.repetition_penalty)
+            row.copy_(torch.where(seen, scaled, row))
+        row -= params.frequency_penalty * state.output_counts
+        row -= params.presence_penalty * (state.output_counts > 0)
+    if state.position < params.min_tokens:
+        row[state.stop_ids] = _NEVER
+
+
+def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+
+
+def _filter(scores: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    """Temperature, top-k, top-p and min-p; what falls out becomes -inf. Ties at the border of top-k stay."""
+    params = [s.params for s in states]
+    scores = scores / _column([p.temperature for p in params], scores)
+    vocab = scores.shape[-1]
+    if any(0 < p.top_k < vocab for p in params):
+        ks = [min(p.top_k, vocab) or vocab for p in params]
+        best = scores.topk(max(k for k in ks if k < vocab), -1).values
+        smallest = [best[i, k - 1].item() if k < vocab else _NEVER for i, k in enumerate(ks)]
+        scores = scores.masked_fill(scores < _column(smallest, scores), _NEVER)
+    if any(p.top_p < 1 for p in params):
+        scores = _keep_top_p(scores, _column([p.top_p for p in params], scores))
+    if any(p.min_p > 0 for p in params):
+        probs = scores.softmax(-1)
+        floor = _column([p.min_p for p in params], scores) * probs.amax(-1, keepdim=True)
+        scores = scores.masked_fill(probs < floor, _NEVER)
+    return scores
+
+
+def _keep_top_p(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """Keep the smallest set of most probable tokens whose probability reaches `top_p`; at least one."""
+    ascending, order = scores.sort(-1)
+    drop = (ascending.softmax(-1).cumsum(-1) <= 1 - top_p) & (top_p < 1)
+    drop[:, -1] = False
+    return scores.masked_fill(torch.zeros_like(drop).scatter_(-1, order, drop), _NEVER)
+
+
+def _result(token_id: int, raw: torch.Tensor, state: SamplingState) -> SampledToken:
+    num_top = state.params.logprobs
+    if num_top is None:
+        return SampledToken(token_id)
+    logprobs = raw.log_softmax(-1)
+    values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]))
+    top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return SampledToken(token_id, float(logprobs[token_id]), top)
