@@ -58,7 +58,9 @@ class ModelGeometry:
         head_dim = int(config.get("head_dim") or hidden // heads)
         ffn = int(config.get("intermediate_size") or 4 * hidden)
         per_layer = hidden * head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * ffn + 2 * hidden
-        embeddings = vocab * hidden * (1 if config.get("tie_word_embeddings") else 2)
+        # Gemma's files leave the key out and mean yes; everybody else's mean no.
+        tied = config.get("tie_word_embeddings", str(config.get("model_type")).startswith("gemma"))
+        embeddings = vocab * hidden * (1 if tied else 2)
         return cls(
             num_layers=layers,
             num_heads=heads,
