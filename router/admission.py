@@ -127,9 +127,9 @@ class Admission:
         )
         self._check_largest(needs.store_bytes, self._largest_store, "bytes of KV store", "store")
 
-    def fits_when_idle(self, needs: Needs) -> bool:
+    def fits_when_idle(self, needs: Needs, exclude: Collection[str] = NOBODY) -> bool:
         """Whether the workers present now could hold the request if nothing else ran."""
-        return self._find(needs, NOBODY, lambda ledger: ledger.total) is not None
+        return self._find(needs, exclude, lambda ledger: ledger.total) is not None
 
     def try_admit(
         self, request_id: str, epoch: int, needs: Needs, exclude: Collection[str] = NOBODY

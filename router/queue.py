@@ -81,22 +81,21 @@ class RequestQueue(Generic[T]):
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._entries
 
-    def put(self, request: T, need: int) -> Entry[T]:
-        """Add a request. Raises `QUEUE_FULL` with a retry hint, or `ID_IN_USE`."""
-        if len(self._entries) >= self.max_length:
+    def put(self, request: T, need: int, *, since_s: float | None = None) -> Entry[T]:
+        """Add a request. Raises `QUEUE_FULL` with a retry hint, or `ID_IN_USE`.
+
+        `since_s` is for a request that comes back because its worker was lost or refused: when it was
+        first put. It takes its old place, and it is never refused for the bound: it was accepted
+        once, and there are only as many as were running.
+        """
+        if since_s is None and len(self._entries) >= self.max_length:
             retry_ms = self.retry_after_ms()
             raise Overloaded("QUEUE_FULL", f"server is full; retry in {retry_ms} ms", retry_after_ms=retry_ms)
-        now_s = self._clock()
+        put_s = self._clock() if since_s is None else since_s
         priority = max(-MAX_PRIORITY, min(request.priority, MAX_PRIORITY))
-        rank = (now_s - priority * self.aging_s, next(self._numbers))
-        entry = Entry(request, need, now_s, rank)
+        entry = Entry(request, need, put_s, (put_s - priority * self.aging_s, next(self._numbers)))
         self._add(entry)
         return entry
-
-    def put_back(self, entry: Entry[T]) -> None:
-        """Return an entry to its old place, because its worker was lost or refused. Not bounded: it was
-        accepted before, and there are only as many as were running."""
-        self._add(entry)
 
     def constrained_get(self, condition: Callable[[Entry[T]], bool]) -> Entry[T] | None:
         """Remove and return the first offered entry that meets the condition, or None.

@@ -227,6 +227,7 @@ def test_never_is_not_said_because_of_load_or_a_lost_worker(admission):
     admit(admission)
     admission.check_fits_ever(wanted)
     assert admission.fits_when_idle(wanted)
+    assert not admission.fits_when_idle(wanted, exclude={"d0"})
     assert admission.try_admit("s", 0, wanted) is None
     admission.remove_worker("d0")
     admission.check_fits_ever(wanted)

@@ -256,8 +256,8 @@ def test_everything_put_comes_out_exactly_once(actions):
             inside[str(number)] = queue.put(Waiting(str(number), priority, clock() + timeout_s), need)
         elif action == "put_back" and values[0] < len(outside):
             entry = outside.pop(values[0])
-            queue.put_back(entry)
-            inside[entry.request.request_id] = entry
+            again = queue.put(entry.request, entry.need, since_s=entry.put_s)
+            inside[entry.request.request_id] = again
         elif action == "get" and (entry := queue.constrained_get(fits(values[0]))):
             outside.append(inside.pop(entry.request.request_id))
         elif action == "remove":
@@ -300,15 +300,17 @@ def test_a_name_may_wait_only_once_but_again_later(clock):
     assert drain(queue) == ["a"]
 
 
-def test_put_back_returns_to_the_old_place_even_when_full(clock):
+def test_what_comes_back_takes_its_old_place_even_when_full(clock):
     queue = make_queue(clock, max_length=2)
     queue.put(Waiting("first"), 1)
+    clock.advance(1.0)
     queue.put(Waiting("second"), 1)
     entry = queue.constrained_get(anything)
     assert entry is not None
     queue.put(Waiting("third"), 1)
-    queue.put_back(entry)
+    queue.put(entry.request, entry.need, since_s=entry.put_s)
     assert len(queue) == 3
+    assert queue.snapshot().oldest_wait_s == 1.0
     assert drain(queue) == ["first", "second", "third"]
 
 
