@@ -29,6 +29,16 @@ def check_request_id(request_id: str) -> str:
     return request_id
 
 
+def child_id(request_id: str, index: int) -> str:
+    """The name of one of several completions; no caller can choose it, as `#` is not allowed."""
+    return f"{request_id}#{index}"
+
+
+def public_id(request_id: str) -> str:
+    """The name the caller knows."""
+    return request_id.partition("#")[0]
+
+
 class FinishReason(Enum):
     """Why a completed request ended, in the OpenAI API's words."""
 

@@ -31,11 +31,9 @@ class PagedCache:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.zero_slot = num_blocks * block_size
-        self._data = torch.zeros(
-            (geometry.num_layers, 2, num_blocks + 1, block_size, geometry.num_kv_heads, geometry.head_dim),
-            dtype=dtype,
-            device=device,
-        )
+        shape = (geometry.num_layers, 2, num_blocks + 1, block_size, geometry.num_kv_heads, geometry.head_dim)
+        with torch.inference_mode(False):  # threads outside inference mode write to it too
+            self._data = torch.zeros(shape, dtype=dtype, device=device)
         flat = self._data.view(geometry.num_layers, 2, -1, geometry.num_kv_heads, geometry.head_dim)
         self._slots = [(layer[0], layer[1]) for layer in flat]  # [slots, kv_heads, head_dim] each
         self._head_rows = [

@@ -1,0 +1,62 @@
+"""Brings a prompt's KV from the store into blocks that are already reserved, off the step loop.
+
+The blocks carry a hold of their own while bytes may still be written into them, so a request that is
+cancelled meanwhile gives them back only after the last write.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import aclosing
+
+from decode_worker.sequence import DecodeSequence, Started
+from kvstore.client import KvClient
+from tandem.engine.block_pool import BlockPool
+from tandem.engine.paged_cache import PagedCache
+from tandem.errors import TandemError
+from tandem.threads import to_thread_to_end
+
+log = logging.getLogger(__name__)
+HOLD = "restore"
+
+
+class KvRestorer:
+    """Fetches, checks and places KV. What was placed is used only after `restore` has returned."""
+
+    def __init__(self, client: KvClient, cache: PagedCache, pool: BlockPool) -> None:
+        self._client = client
+        self._cache = cache
+        self._pool = pool
+
+    async def restore(self, sequence: DecodeSequence) -> Started:
+        """Place the KV of all tokens but the last.
+
+        Raises `TandemError`: STALE_HANDLE, NO_SUCH_HANDLE, STORE_DOWN, or KV_CORRUPT from the client.
+        """
+        work = sequence.work
+        self._pool.hold(work.request_id, HOLD, generation=work.epoch)
+        try:
+            started_ns = time.monotonic_ns()
+            async with aclosing(self._client.get(sequence.handle, _holder(sequence))) as chunks:
+                async for chunk, payload in chunks:
+                    blocks = sequence.blocks[chunk.block_start : chunk.block_start + chunk.num_blocks]
+                    await to_thread_to_end(
+                        self._cache.write_blocks, blocks, payload, chunk.layer_start, chunk.num_layers
+                    )
+            done_ns = time.monotonic_ns()
+        finally:
+            self._pool.release(work.request_id, generation=work.epoch, hold=HOLD)
+        return Started(started_ns - sequence.arrived_ns, done_ns - started_ns)
+
+    async def give_up_stored(self, sequence: DecodeSequence) -> None:
+        """The stored copy is no longer needed. What a lost store misses, the lease frees."""
+        try:
+            await self._client.release(sequence.handle, _holder(sequence))
+            await self._client.release(sequence.handle)
+        except TandemError as error:
+            log.warning("could not release stored KV: %s", error.reason)
+
+
+def _holder(sequence: DecodeSequence) -> str:
+    return f"{sequence.work.request_id}/{sequence.work.epoch}"

@@ -1,0 +1,71 @@
+"""Puts a decode worker together and serves it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import grpc
+
+from decode_worker.restore import KvRestorer
+from decode_worker.service import DecodeServicer
+from decode_worker.worker import DecodeWorker
+from kvstore.client import KvClient
+from tandem.config import ClusterConfig
+from tandem.engine.loading import load_engine
+from tandem.fingerprint import model_fingerprint
+from tandem.pb.worker.v1 import worker_pb2 as pb
+from tandem.pb.worker.v1 import worker_pb2_grpc
+from tandem.registration import WorkerLoad
+from tandem.rpc import channel
+from tandem.tokenizer import Tokenizer
+from tandem.worker_host import WorkerHost
+
+
+class DecodeServer:
+    """One decode worker with its model, its pool and its gRPC server."""
+
+    def __init__(self, host: WorkerHost, worker: DecodeWorker, store: grpc.aio.Channel) -> None:
+        self._host = host
+        self._store = store
+        self.worker = worker
+
+    @classmethod
+    async def start(
+        cls, config: ClusterConfig, worker_id: str, router_address: str, store_address: str
+    ) -> DecodeServer:
+        """Load the model, serve, register."""
+        engine = await asyncio.to_thread(
+            load_engine, config, worker_id, config.cache.decode_bytes, config.decode.threads
+        )
+        fingerprint = model_fingerprint(config)
+        store = channel(store_address)
+        client = KvClient(store, config.kvstore)
+        worker = DecodeWorker(
+            config.decode,
+            engine.model,
+            engine.pool,
+            Tokenizer.from_dir(config.model.path),
+            KvRestorer(client, engine.model.cache, engine.pool),
+        )
+        host = WorkerHost(router_address)
+        servicer = DecodeServicer(worker, fingerprint)
+        await host.start(
+            pb.WorkerInfo(
+                worker_id=worker_id,
+                role=pb.WORKER_ROLE_DECODE,
+                fingerprint=fingerprint,
+                block_size=config.cache.block_size,
+                num_blocks=engine.num_blocks,
+                block_bytes=engine.block_bytes,
+            ),
+            lambda server: worker_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server),
+            lambda: WorkerLoad(engine.pool.num_free, worker.num_running, worker.num_waiting),
+            worker.audit,
+        )
+        return cls(host, worker, store)
+
+    async def stop(self) -> None:
+        """Leave the router, end what runs, close."""
+        await self._host.stop()
+        await self.worker.stop()
+        await self._store.close()

@@ -1,0 +1,101 @@
+"""The decode worker's gRPC face: one stream per router, orders in, one message per step out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from decode_worker.sequence import DecodeSequence, Event, Started
+from decode_worker.worker import DecodeWorker
+from kvstore.key import KvHandle
+from tandem.errors import FailedPrecondition, TandemError
+from tandem.output import OutputDelta
+from tandem.pb.worker.v1 import worker_pb2 as pb
+from tandem.pb.worker.v1 import worker_pb2_grpc
+from tandem.work import Work
+
+
+class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
+    """Hosts one `Session` per connected router."""
+
+    def __init__(self, worker: DecodeWorker, fingerprint: bytes) -> None:
+        self._worker = worker
+        self._fingerprint = fingerprint
+
+    async def Decode(
+        self, request_iterator: AsyncIterator[pb.DecodeRequest], context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[pb.DecodeResponse]:
+        session = Session(self._worker, self._fingerprint)
+        reader = asyncio.ensure_future(session.read(request_iterator))
+        try:
+            while (response := await session.outbox.get()) is not None:
+                yield response
+            await reader
+        finally:
+            reader.cancel()
+            session.close()
+
+
+class Session:
+    """One router's requests on this worker. When the router goes, they go."""
+
+    def __init__(self, worker: DecodeWorker, fingerprint: bytes) -> None:
+        self._worker = worker
+        self._fingerprint = fingerprint
+        self._sequences: dict[tuple[str, int], DecodeSequence] = {}
+        self.outbox: asyncio.Queue[pb.DecodeResponse | None] = asyncio.Queue()
+
+    async def read(self, requests: AsyncIterator[pb.DecodeRequest]) -> None:
+        """Take the router's orders until it hangs up."""
+        try:
+            async for request in requests:
+                match request.WhichOneof("command"):
+                    case "start":
+                        self._start(request.start)
+                    case "cancel":
+                        self._cancel((request.cancel.request_id, request.cancel.epoch))
+        finally:
+            self.outbox.put_nowait(None)
+
+    def close(self) -> None:
+        for sequence in self._sequences.values():
+            self._worker.cancel(sequence)
+
+    def _start(self, order: pb.StartDecode) -> None:
+        key = (order.work.request_id, order.work.epoch)
+        try:
+            if order.work.fingerprint != self._fingerprint:
+                raise FailedPrecondition("FINGERPRINT_MISMATCH", "prefill and decode builds differ")
+            work = Work.from_pb(order.work)
+            self._sequences[key] = self._worker.start(work, KvHandle.from_pb(order.handle), self._emit)
+        except TandemError as error:
+            self.outbox.put_nowait(pb.DecodeResponse(events=[_failed(key, error)]))
+
+    def _cancel(self, key: tuple[str, int]) -> None:
+        if sequence := self._sequences.pop(key, None):
+            self._worker.cancel(sequence)
+
+    def _emit(self, news: list[tuple[DecodeSequence, Event]]) -> None:
+        events = [_to_pb(sequence.work.key, event) for sequence, event in news]
+        for sequence, event in news:
+            if isinstance(event, TandemError) or (isinstance(event, OutputDelta) and event.finish):
+                self._sequences.pop(sequence.work.key, None)
+        self.outbox.put_nowait(pb.DecodeResponse(events=events))
+
+
+def _to_pb(key: tuple[str, int], event: Event) -> pb.SequenceEvent:
+    match event:
+        case Started():
+            started = pb.DecodeStarted(kv_wait_ns=event.kv_wait_ns, kv_read_ns=event.kv_read_ns)
+            return pb.SequenceEvent(request_id=key[0], epoch=key[1], started=started)
+        case OutputDelta():
+            return pb.SequenceEvent(request_id=key[0], epoch=key[1], output=event.to_pb())
+    return _failed(key, event)
+
+
+def _failed(key: tuple[str, int], error: TandemError) -> pb.SequenceEvent:
+    failed = pb.WorkFailed(reason=error.reason, message=error.message)
+    return pb.SequenceEvent(request_id=key[0], epoch=key[1], failed=failed)

@@ -1,0 +1,255 @@
+"""The decode worker: one step thread that advances every running sequence by one forward at a time.
+
+The life of a request here:
+ 1. `start` reserves blocks for the longest possible output, or refuses after a moment's patience: the
+    router gives credits back when it cancels, and that may be a step before the blocks are free.
+ 2. A task fetches the KV from the store into those blocks, off the step loop.
+ 3. The sequence joins the running batch; `Started` is emitted.
+ 4. Each step: one packed forward, sample, find stops, emit, and let finished sequences leave.
+ 5. Blocks go back to the pool in the step that ends the sequence.
+A sequence that is cancelled or late leaves at the next step; one whose KV is still arriving keeps its
+blocks until the last byte is written.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+
+from decode_worker.restore import KvRestorer
+from decode_worker.scheduler import DecodeScheduler
+from decode_worker.sequence import DecodeSequence, Emit, Event
+from kvstore.key import KvHandle
+from tandem.config import DecodeConfig
+from tandem.engine.block_pool import BlockPool
+from tandem.engine.model_runner import ModelRunner
+from tandem.engine.sampler import BadLogits, SampledToken, Sampler
+from tandem.engine.work_state import logprobs_of, sampling_state
+from tandem.errors import Cancelled, DeadlineExceeded, Internal, Overloaded, TandemError
+from tandem.ledger import PoolAudit
+from tandem.tokenizer import Tokenizer
+from tandem.work import Work
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 1.0
+
+
+class DecodeWorker:
+    """Plain class behind the gRPC service and the Ray actor. Start it inside a running event loop.
+
+    `start` is called with an `emit` per router: it gets one list of events per step, on the event loop.
+    """
+
+    def __init__(
+        self,
+        config: DecodeConfig,
+        model: ModelRunner,
+        pool: BlockPool,
+        tokenizer: Tokenizer,
+        restorer: KvRestorer,
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._tokenizer = tokenizer
+        self._restorer = restorer
+        self._sampler = Sampler()
+        self._scheduler = DecodeScheduler(config.max_batch)
+        self._inbox: deque[DecodeSequence] = deque()  # KV in place, not yet in the scheduler
+        self._restoring: dict[DecodeSequence, asyncio.Task[None]] = {}  # event loop only
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._releases: set[asyncio.Task[None]] = set()  # event loop only
+        self._memory = asyncio.Event()  # replaced each time it is set
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_running(self) -> int:
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        return self._scheduler.num_waiting + len(self._restoring) + len(self._inbox)
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._pool.num_free
+
+    def audit(self) -> PoolAudit:
+        return self._pool.audit()
+
+    def start(self, work: Work, handle: KvHandle, emit: Emit) -> DecodeSequence:
+        """Take a request. Call on the event loop. What goes wrong is emitted, never raised."""
+        sequence = DecodeSequence(
+            work,
+            handle,
+            emit,
+            output=work.output_stream(self._tokenizer, self._model.eos_token_ids),
+            sampling=sampling_state(work, self._model),
+        )
+        self._restoring[sequence] = self._loop.create_task(self._restore(sequence))
+        return sequence
+
+    def cancel(self, sequence: DecodeSequence) -> None:
+        """Stop working on a sequence and free what it holds. Call on the event loop."""
+        sequence.is_cancelled = True
+        if task := self._restoring.get(sequence):
+            task.cancel()
+        self._notify()
+
+    async def stop(self) -> None:
+        """End every sequence, then the step thread."""
+        for task in list(self._restoring.values()):
+            task.cancel()
+        while tasks := [*self._restoring.values(), *self._releases]:
+            await asyncio.wait(tasks)
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    # --- event loop ---
+
+    async def _restore(self, sequence: DecodeSequence) -> None:
+        try:
+            await self._reserve(sequence)
+            started = await self._restorer.restore(sequence)
+        except asyncio.CancelledError:
+            self._free(sequence)
+        except TandemError as error:
+            self._refuse(sequence, error)
+        except Exception:
+            bug = Internal.bug()
+            log.exception("restore of %s failed (%s)", sequence.work.request_id, bug.error_id)
+            self._refuse(sequence, bug)
+        else:
+            sequence.emit([(sequence, started)])
+            with self._wake:
+                self._inbox.append(sequence)
+                self._wake.notify()
+            release = self._loop.create_task(self._restorer.give_up_stored(sequence))
+            self._releases.add(release)
+            release.add_done_callback(self._releases.discard)
+        finally:
+            del self._restoring[sequence]
+
+    async def _reserve(self, sequence: DecodeSequence) -> None:
+        """All blocks the sequence may ever need, before anything is fetched."""
+        work = sequence.work
+        patience_s = min(work.deadline_s, time.monotonic() + PATIENCE_S)
+        while True:
+            blocks = self._pool.allocate(work.request_id, work.max_total_tokens, generation=work.epoch)
+            if blocks is not None:
+                sequence.blocks = blocks
+                return
+            try:
+                async with asyncio.timeout_at(patience_s):
+                    await self._memory.wait()
+            except TimeoutError:
+                raise Overloaded(
+                    "NO_MEMORY_FIT_NOW", "no worker has room now; retry in 1000 ms", retry_after_ms=1000
+                ) from None
+
+    def _note_memory(self) -> None:
+        """Blocks were freed: wake those that wait for some."""
+        self._memory.set()
+        self._releases: set[asyncio.Task[None]] = set()  # event loop only
+        self._memory = asyncio.Event()
+
+    def _refuse(self, sequence: DecodeSequence, error: TandemError) -> None:
+        self._free(sequence)
+        sequence.emit([(sequence, error)])
+
+    def _notify(self) -> None:
+        with self._wake:
+            self._wake.notify()
+
+    # --- step thread ---
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            try:
+                self._step()
+            except Exception:  # the top of the loop: one bad step must not end the worker
+                log.exception("decode step failed")
+        for sequence in self._scheduler.leave(lambda sequence: True):
+            self._end(sequence, Cancelled("ADMIN_ABORT"))
+
+    def _wait_for_work(self) -> bool:
+        with self._wake:
+            while True:
+                while self._inbox:
+                    self._scheduler.join(self._inbox.popleft())
+                if self._stopping:
+                    return False
+                if self._scheduler.num_running or self._scheduler.num_waiting:
+                    return True
+                self._wake.wait()
+
+    def _step(self) -> None:
+        """Advance every running sequence by one token."""
+        self._drop_departed()
+        batch = self._scheduler.schedule()
+        if not batch:
+            return
+        try:
+            tokens = self._forward(batch)
+        except Exception as error:
+            self._fail(batch, error)
+            return
+        events = [
+            (sequence, self._accept(sequence, token)) for sequence, token in zip(batch, tokens, strict=True)
+        ]
+        for sequence in self._scheduler.leave(lambda sequence: sequence.is_finished):
+            self._free(sequence)
+        self._emit(events)
+
+    def _forward(self, batch: list[DecodeSequence]) -> list[SampledToken | BadLogits]:
+        rows = self._model.batch([sequence.rows() for sequence in batch])
+        return self._sampler.sample(self._model.forward(rows), [sequence.sampling for sequence in batch])
+
+    def _accept(self, sequence: DecodeSequence, token: SampledToken | BadLogits) -> Event:
+        """Account for one token of one sequence; the event says whether it was the last."""
+        if isinstance(token, BadLogits):
+            sequence.is_finished = True
+            return Internal.numerics()
+        sequence.advance(token.token_id)
+        delta = sequence.output.append(token.token_id, logprobs_of(token))
+        sequence.is_finished = delta.finish is not None
+        return delta
+
+    def _drop_departed(self) -> None:
+        for sequence in self._scheduler.leave(lambda sequence: sequence.is_cancelled):
+            self._free(sequence)
+        for sequence in self._scheduler.leave(lambda sequence: sequence.work.time_left_s() <= 0):
+            self._end(sequence, DeadlineExceeded("decode", sequence.output.num_tokens))
+
+    def _fail(self, batch: list[DecodeSequence], error: Exception) -> None:
+        """A forward failed: its sequences end, the worker goes on."""
+        bug = Internal.bug()
+        log.error("decode of %d sequences failed (%s)", len(batch), bug.error_id, exc_info=error)
+        for sequence in self._scheduler.leave(lambda sequence: sequence in batch):
+            self._end(sequence, bug)
+
+    def _end(self, sequence: DecodeSequence, error: TandemError) -> None:
+        self._free(sequence)
+        self._emit([(sequence, error)])
+
+    def _free(self, sequence: DecodeSequence) -> None:
+        if sequence.blocks:
+            self._pool.release(sequence.work.request_id, generation=sequence.work.epoch)
+            sequence.blocks = []
+            self._loop.call_soon_threadsafe(self._note_memory)
+
+    def _emit(self, events: list[tuple[DecodeSequence, Event]]) -> None:
+        """One message per router and step."""
+        by_router: dict[Emit, list[tuple[DecodeSequence, Event]]] = {}
+        for sequence, event in events:
+            by_router.setdefault(sequence.emit, []).append((sequence, event))
+        for emit, news in by_router.items():
+            self._loop.call_soon_threadsafe(emit, news)

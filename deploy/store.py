@@ -1,0 +1,36 @@
+"""The KV store hosted inside another process's internal gRPC server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import grpc
+
+from kvstore.backend import backend_from_url
+from kvstore.server import KvServicer
+from kvstore.store import KvStore
+from kvstore.sweeper import Sweeper
+from tandem.config import ClusterConfig
+from tandem.ledger import PoolAudit
+from tandem.pb.kv.v1 import kv_pb2_grpc
+
+
+class EmbeddedStore:
+    """A store with its sweeper. Start it inside a running event loop."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        backend = backend_from_url(config.kvstore.url)
+        self._store = KvStore(backend, config.cache.store_bytes, config.kvstore)
+        self._sweeper = Sweeper(self._store)
+
+    async def start(self) -> None:
+        await self._sweeper.__aenter__()
+
+    async def stop(self) -> None:
+        await self._sweeper.__aexit__(None, None, None)
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        kv_pb2_grpc.add_KvServiceServicer_to_server(KvServicer(self._store), server)
+
+    def audits(self) -> Sequence[PoolAudit]:
+        return [self._store.audit()]

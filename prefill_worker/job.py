@@ -1,0 +1,39 @@
+"""One prompt on a prefill worker, from arrival to the last KV block handed off."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kvstore.key import KvHandle
+from tandem.errors import TandemError
+from tandem.output import OutputDelta
+from tandem.work import Work
+
+Event = OutputDelta | KvHandle | TandemError
+
+
+@dataclass(slots=True, eq=False)
+class PrefillJob:
+    """`emit` may be called from any thread; `blocks` are set when memory was found.
+
+    `is_cancelled` is raised by whoever lost interest and looked at between chunks.
+    """
+
+    work: Work
+    emit: Callable[[Event], None]
+    arrived_s: float = field(default_factory=time.monotonic)
+    blocks: list[int] = field(default_factory=list)
+    num_computed: int = 0  # tokens whose KV is in the cache
+    handle: KvHandle | None = None  # once the store has sealed the KV
+    is_handed_off: bool = False  # a hand-off holds the blocks too
+    is_cancelled: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.work.token_ids)
+
+    @property
+    def num_left(self) -> int:
+        return self.num_tokens - self.num_computed

@@ -1,0 +1,79 @@
+"""Computes chunks of prompts in one forward and samples the first token of those that are complete."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prefill_worker.job import PrefillJob
+from tandem.engine.batch import ForwardBatch, SequenceRows
+from tandem.engine.model_runner import ModelRunner
+from tandem.engine.sampler import BadLogits, SampledToken, Sampler
+from tandem.engine.work_state import sampling_state
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """The next `num_tokens` tokens of a prompt."""
+
+    job: PrefillJob
+    num_tokens: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.num_tokens == self.job.num_left
+
+
+@dataclass(slots=True)
+class PrefillStats:
+    """What padding and waiting cost so far."""
+
+    num_batches: int = 0
+    num_prompts: int = 0
+    num_tokens: int = 0
+    num_padded_rows: int = 0  # attention rows computed for nothing
+    queue_s: float = 0.0  # summed over prompts: arrival until the first chunk starts
+
+    @property
+    def padding_ratio(self) -> float:
+        """Padded rows over all rows of batched attention."""
+        return self.num_padded_rows / max(self.num_padded_rows + self.num_tokens, 1)
+
+
+class PrefillRunner:
+    """Owns nothing but the way from chunks to first tokens."""
+
+    def __init__(self, model: ModelRunner) -> None:
+        self._model = model
+        self._sampler = Sampler()
+        self.stats = PrefillStats()
+
+    def run(self, chunks: Sequence[Chunk]) -> list[SampledToken | BadLogits | None]:
+        """Compute the chunks; one sampled token for each that completes its prompt, else None."""
+        batch = self._model.batch([self._rows(chunk) for chunk in chunks])
+        logits = self._model.forward(batch)
+        for chunk in chunks:
+            chunk.job.num_computed += chunk.num_tokens
+        self._count(batch, chunks)
+        complete = [chunk for chunk in chunks if chunk.job.num_left == 0]
+        tokens = iter(
+            self._sampler.sample(logits, [sampling_state(chunk.job.work, self._model) for chunk in complete])
+        )
+        return [next(tokens) if chunk.job.num_left == 0 else None for chunk in chunks]
+
+    @staticmethod
+    def _rows(chunk: Chunk) -> SequenceRows:
+        job = chunk.job
+        end = job.num_computed + chunk.num_tokens
+        return SequenceRows(
+            token_ids=job.work.token_ids[job.num_computed : end],
+            start=job.num_computed,
+            block_table=job.blocks,
+            num_logits=1 if chunk.is_last else 0,
+        )
+
+    def _count(self, batch: ForwardBatch, chunks: Sequence[Chunk]) -> None:
+        self.stats.num_batches += 1
+        self.stats.num_prompts += sum(chunk.is_last for chunk in chunks)
+        self.stats.num_tokens += sum(chunk.num_tokens for chunk in chunks)
+        self.stats.num_padded_rows += batch.padded_rows

@@ -1,0 +1,273 @@
+"""The prefill worker: one compute thread that turns prompts into first tokens and KV.
+
+The life of a prompt here:
+ 1. `submit` (any thread) puts it in the inbox and wakes the compute thread.
+ 2. It waits in its length bucket, briefly, for company.
+ 3. Blocks for all of its tokens are taken from the pool, or it goes on waiting.
+ 4. It is computed in chunks of at most the token budget; a long prompt takes turns with short ones.
+ 5. After each chunk the hand-off sends the finished blocks to the store.
+ 6. The first token is sampled and emitted at once. If it ends the request, the KV is not needed.
+ 7. The hand-off seals the object and emits its handle; the blocks go back to the pool.
+A prompt that is cancelled, late or fails leaves at the next of these steps and frees what it holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from prefill_worker.buckets import LengthBuckets
+from prefill_worker.handoff import HOLD, Handoff, HandoffContext, release_handle
+from prefill_worker.job import Event, PrefillJob
+from prefill_worker.runner import Chunk, PrefillRunner
+from tandem.config import PrefillConfig
+from tandem.engine.block_pool import BlockPool
+from tandem.engine.model_runner import ModelRunner
+from tandem.engine.sampler import BadLogits, SampledToken
+from tandem.engine.work_state import logprobs_of
+from tandem.errors import DeadlineExceeded, Internal, Overloaded
+from tandem.ledger import PoolAudit
+from tandem.tokenizer import Tokenizer
+from tandem.work import Work
+
+log = logging.getLogger(__name__)
+
+
+class PrefillWorker:
+    """Plain class behind the gRPC service and the Ray actor. Start it inside a running event loop."""
+
+    def __init__(
+        self,
+        config: PrefillConfig,
+        model: ModelRunner,
+        pool: BlockPool,
+        tokenizer: Tokenizer,
+        handoff: HandoffContext,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._pool = pool
+        self._tokenizer = tokenizer
+        self._handoff_context = handoff
+        self._runner = PrefillRunner(model)
+        self._buckets = LengthBuckets(config)
+        self._long: deque[PrefillJob] = deque()  # prompts with chunks left
+        self._inbox: deque[PrefillJob] = deque()
+        self._handoffs: dict[PrefillJob, Handoff] = {}  # event loop only
+        self._releases: set[asyncio.Task[None]] = set()  # event loop only
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._long_is_next = False
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="prefill", daemon=True)
+        self._thread.start()
+
+    @property
+    def stats(self) -> object:
+        return self._runner.stats
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._buckets) + len(self._inbox)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._long) + len(self._handoffs)
+
+    def audit(self) -> PoolAudit:
+        return self._pool.audit()
+
+    def submit(self, work: Work, emit: Callable[[Event], None]) -> PrefillJob:
+        """Take a prompt. `emit` gets the first token, then the handle, or an error; on the event loop."""
+        job = PrefillJob(work, lambda event: self._post(emit, event))
+        with self._wake:
+            self._inbox.append(job)
+            self._wake.notify()
+        return job
+
+    def cancel(self, job: PrefillJob) -> None:
+        """Stop working on a prompt. Call on the event loop; unknown or finished jobs are ignored."""
+        job.is_cancelled = True
+        self._give_up(job)
+        if job.handle is not None:  # sealed, but perhaps never received
+            task = self._loop.create_task(release_handle(self._handoff_context.client, job.handle))
+            self._releases.add(task)
+            task.add_done_callback(self._releases.discard)
+        with self._wake:
+            self._wake.notify()
+
+    async def stop(self) -> None:
+        """Finish the current chunk, drop the rest, wait for hand-offs on their way."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join)
+        for job, handoff in list(self._handoffs.items()):
+            if job.num_left:
+                handoff.give_up()
+            await handoff.wait()
+        if self._releases:
+            await asyncio.wait(self._releases)
+
+    def _post(self, emit: Callable[[Event], None], event: Event) -> None:
+        self._loop.call_soon_threadsafe(emit, event)
+
+    # --- compute thread ---
+
+    def _run(self) -> None:
+        while self._wait_for_work():
+            try:
+                self._step()
+            except Exception:  # the top of the loop: one bad step must not end the worker
+                log.exception("prefill step failed")
+        for job in [*self._long, *self._buckets.drop(lambda job: True), *self._inbox]:
+            self._end(job)
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is something to compute; False when the worker stops."""
+        with self._wake:
+            while not self._stopping:
+                while self._inbox:
+                    self._buckets.add(self._inbox.popleft())
+                self._drop_departed()
+                due_s, now_s = self._buckets.due_s(time.monotonic()), time.monotonic()
+                if self._long or (due_s is not None and due_s <= now_s and self._has_room()):
+                    return True
+                self._wake.wait(self._nap_s(due_s, now_s))
+        return False
+
+    def _nap_s(self, due_s: float | None, now_s: float) -> float | None:
+        if due_s is None:
+            return None
+        if due_s > now_s:
+            return due_s - now_s
+        return self._buckets.next_deadline_s() - now_s  # no memory: until a release or a deadline
+
+    def _has_room(self) -> bool:
+        return any(self._pool.can_allocate(job.num_tokens) for job in self._buckets)
+
+    def _drop_departed(self) -> None:
+        for job in self._buckets.drop(self._is_departed):
+            self._end(job)
+
+    def _is_departed(self, job: PrefillJob) -> bool:
+        if not job.is_cancelled and job.work.time_left_s() <= 0:
+            job.emit(DeadlineExceeded("prefill"))
+            job.is_cancelled = True
+        return job.is_cancelled
+
+    def _step(self) -> None:
+        chunks = self._next_chunks()
+        if not chunks:
+            return
+        try:
+            tokens = self._runner.run(chunks)
+        except Exception as error:
+            self._fail(chunks, error)
+            return
+        for chunk, token in zip(chunks, tokens, strict=True):
+            self._finish_chunk(chunk.job, token)
+
+    def _next_chunks(self) -> list[Chunk]:
+        """The next forward: a chunk of a long prompt, or a batch of new ones, in turns."""
+        self._long = deque(job for job in self._long if not self._end_if_departed(job))
+        if self._long and (self._long_is_next or not len(self._buckets)):
+            self._long_is_next = False
+            return [self._chunk(self._long[0])]
+        self._long_is_next = True
+        batch = self._buckets.next_batch(self._allocate)
+        for job in batch:
+            self._runner.stats.queue_s += time.monotonic() - job.arrived_s
+            if job.num_tokens > self._config.token_budget:
+                self._long.append(job)
+        return [self._chunk(job) for job in batch]
+
+    def _chunk(self, job: PrefillJob) -> Chunk:
+        return Chunk(job, min(job.num_left, self._config.token_budget))
+
+    def _allocate(self, job: PrefillJob) -> bool:
+        work = job.work
+        blocks = self._pool.allocate(work.request_id, job.num_tokens, generation=work.epoch)
+        job.blocks = blocks or []
+        return blocks is not None
+
+    def _finish_chunk(self, job: PrefillJob, token: SampledToken | BadLogits | None) -> None:
+        if job.num_left == 0 and job in self._long:
+            self._long.remove(job)
+        if self._end_if_departed(job):
+            return
+        if job.num_left == 0 and self._emit_first_token(job, token):
+            self._end(job)
+            return
+        self._advance_handoff(job)
+        if job.num_left == 0:
+            self._free(job)
+
+    def _emit_first_token(self, job: PrefillJob, token: SampledToken | BadLogits | None) -> bool:
+        """Emit the first token; True if it is also the last, or could not be computed."""
+        assert token is not None
+        if isinstance(token, BadLogits):
+            job.emit(Internal.numerics())
+            return True
+        output = job.work.output_stream(self._tokenizer, self._model.eos_token_ids)
+        delta = output.append(token.token_id, logprobs_of(token))
+        job.emit(delta)
+        return delta.finish is not None
+
+    def _fail(self, chunks: list[Chunk], error: Exception) -> None:
+        """A forward failed: its prompts end, the worker goes on."""
+        is_memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
+        failure = Overloaded("NO_MEMORY_FIT_NOW", "no worker has room now") if is_memory else Internal.bug()
+        log.error("prefill of %d prompts failed (%s)", len(chunks), failure.error_id, exc_info=error)
+        for chunk in chunks:
+            chunk.job.emit(failure)
+            self._end(chunk.job)
+            if chunk.job in self._long:
+                self._long.remove(chunk.job)
+
+    def _end_if_departed(self, job: PrefillJob) -> bool:
+        departed = self._is_departed(job)
+        if departed:
+            self._end(job)
+        return departed
+
+    def _end(self, job: PrefillJob) -> None:
+        """The prompt leaves: its hand-off gives up, its blocks are free once nobody reads them."""
+        job.is_cancelled = True
+        if job.is_handed_off:
+            self._loop.call_soon_threadsafe(self._give_up, job)
+        self._free(job)
+
+    def _free(self, job: PrefillJob) -> None:
+        if job.blocks:
+            self._pool.release(job.work.request_id, generation=job.work.epoch)
+            job.blocks = []
+
+    def _advance_handoff(self, job: PrefillJob) -> None:
+        if not job.is_handed_off:
+            self._pool.hold(job.work.request_id, HOLD, generation=job.work.epoch)
+            job.is_handed_off = True
+            self._loop.call_soon_threadsafe(self._start_handoff, job, tuple(job.blocks))
+        self._loop.call_soon_threadsafe(self._advance, job, job.num_computed)
+
+    # --- event loop ---
+
+    def _start_handoff(self, job: PrefillJob, blocks: tuple[int, ...]) -> None:
+        self._handoffs[job] = Handoff(self._handoff_context, job, blocks, self._handoff_ended)
+
+    def _advance(self, job: PrefillJob, num_computed: int) -> None:
+        if job in self._handoffs:
+            self._handoffs[job].advance(num_computed)
+
+    def _give_up(self, job: PrefillJob) -> None:
+        if job in self._handoffs:
+            self._handoffs[job].give_up()
+
+    def _handoff_ended(self, job: PrefillJob) -> None:
+        del self._handoffs[job]
+        with self._wake:  # its blocks may be what somebody waits for
+            self._wake.notify()

@@ -1,0 +1,202 @@
+"""Gives every request a plan and a flight, and gives back what flights leave. The router's centre."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from router.admission import Admission, Plan
+from router.flight import Flight
+from router.links import StoreLink, WorkerLinks
+from router.needs import Needs, needs_of
+from router.queue import RequestQueue
+from router.registry import WorkerRole
+from router.replan import ReplanBudget
+from router.size_bucket import Entry
+from tandem.config import ClusterConfig
+from tandem.errors import AlreadyExists, NotFound, TandemError, Unavailable
+from tandem.geometry import ModelGeometry
+from tandem.ledger import PoolAudit
+from tandem.pb.kv.v1 import kv_pb2
+from tandem.request import Request, child_id
+from tandem.sampling import MAX_N
+
+WORKER_WAIT_S = 10.0  # how long requests wait for a missing kind of worker to come (back)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ticket:
+    """A request's place in the queue."""
+
+    request_id: str
+    priority: int
+    deadline_s: float
+    epoch: int
+    needs: Needs
+    exclude: Collection[str]
+    plan: asyncio.Future[Plan] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+
+class Dispatcher:
+    """Owned by the event loop. `pump` runs whenever memory or a worker may have become available."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        geometry: ModelGeometry,
+        admission: Admission,
+        links: WorkerLinks,
+        store: StoreLink,
+    ) -> None:
+        self._config = config
+        self._geometry = geometry
+        self._admission = admission
+        self._store = store
+        self._queue: RequestQueue[Ticket] = RequestQueue(
+            config.router.max_queue,
+            config.router.aging_s,
+            can_ever_fit=lambda entry: admission.fits_when_idle(entry.request.needs),
+        )
+        self._flights: dict[str, Flight] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._missing_since_s: float | None = None
+        self._epochs = itertools.count(time.time_ns())  # grows across restarts too: it fences old writers
+        self.links = links
+        self.replans = ReplanBudget()
+
+    @property
+    def num_flights(self) -> int:
+        return len(self._flights)
+
+    def next_epoch(self) -> int:
+        """A number for one attempt, higher than any before."""
+        return next(self._epochs)
+
+    def needs(self, request: Request) -> Needs:
+        """What the request takes of each pool."""
+        return needs_of(request, self._geometry, self._config.cache.block_size, self._config.model.dtype)
+
+    def start(self, request: Request) -> Flight:
+        """Begin a request.
+
+        Raises `NEVER_FITS`, `ID_IN_USE`, or `Unavailable` if a kind of worker has been missing for long.
+        A full queue is reported by the flight.
+        """
+        if request.request_id in self._flights:
+            raise AlreadyExists("ID_IN_USE", "request_id is already running")
+        self._admission.check_fits_ever(self.needs(request))
+        self._check_workers()
+        flight = self._flights[request.request_id] = Flight(self, request)
+        return flight
+
+    def cancel(self, request_id: str, reason: TandemError) -> None:
+        """End a running request with all its completions. Raises `NO_SUCH_REQUEST`."""
+        names = (request_id, *(child_id(request_id, index) for index in range(MAX_N)))
+        flights = [self._flights[name] for name in names if name in self._flights]
+        if not flights:
+            raise NotFound("NO_SUCH_REQUEST", "not found")
+        for flight in flights:
+            flight.cancel(reason)
+
+    async def admit(self, request: Request, epoch: int, exclude: Collection[str]) -> Plan:
+        """Wait in the queue until the request has all its credits. Raises `QUEUE_FULL`."""
+        needs = self.needs(request)
+        ticket = Ticket(
+            request.request_id, request.priority, request.deadline_s, epoch, needs, self._avoidable(exclude)
+        )
+        self._queue.put(ticket, needs.decode_blocks)
+        self.pump()
+        try:
+            return await ticket.plan
+        except asyncio.CancelledError:
+            self._queue.remove(ticket.request_id)
+            if ticket.plan.done() and not ticket.plan.cancelled() and not ticket.plan.exception():
+                self.release(ticket.plan.result())
+            raise
+
+    def pump(self) -> None:
+        """Admit whatever fits now."""
+        while self._queue.constrained_get(self._try_admit) is not None:
+            self.replans.note_admitted()
+
+    def tick(self) -> None:
+        """Housekeeping, a few times a second: nobody waits for ever for a worker that does not come."""
+        try:
+            self._check_workers()
+        except Unavailable as error:
+            while entry := self._queue.constrained_get(lambda entry: True):
+                if not entry.request.plan.done():
+                    entry.request.plan.set_exception(error)
+        self.pump()
+
+    def release(self, plan: Plan) -> None:
+        """Give back whatever the plan still holds."""
+        self._admission.release_all(plan)
+        self.pump()
+
+    def release_prefill(self, plan: Plan) -> None:
+        self._admission.release_prefill(plan)
+        self.pump()
+
+    def release_store(self, plan: Plan) -> None:
+        self._admission.release_store(plan)
+        self.pump()
+
+    def give_up_kv(self, handle: kv_pb2.KvHandle) -> None:
+        """Tell the store, in the background, that nobody will fetch this."""
+        task = asyncio.get_running_loop().create_task(self._store.release(handle))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    def landed(self, flight: Flight) -> None:
+        self._flights.pop(flight.request.request_id, None)
+
+    def audit(self) -> list[PoolAudit]:
+        """The router's credits; what no live request owns is an orphan."""
+        return self._admission.audit(self._flights)
+
+    async def drain(self, timeout_s: float, reason: TandemError) -> None:
+        """Let running requests finish for a while, then end the rest with `reason`."""
+        flights = list(self._flights.values())
+        if not flights:
+            return
+        await asyncio.wait([asyncio.ensure_future(flight.landed()) for flight in flights], timeout=timeout_s)
+        for flight in flights:
+            flight.cancel(reason)
+        for flight in flights:
+            await flight.landed()
+        if self._background:
+            await asyncio.wait(self._background)
+
+    def _try_admit(self, entry: Entry[Ticket]) -> bool:
+        ticket = entry.request
+        if ticket.plan.done():  # cancelled this very moment: out of the queue, without a plan
+            return True
+        plan = self._admission.try_admit(ticket.request_id, ticket.epoch, ticket.needs, ticket.exclude)
+        if plan is not None:
+            ticket.plan.set_result(plan)
+        return plan is not None
+
+    def _avoidable(self, exclude: Collection[str]) -> frozenset[str]:
+        """The workers to avoid, as far as there are others of their kind."""
+        avoid = set(exclude)
+        for role in WorkerRole:
+            present = {candidate.worker_id for candidate in self._admission.candidates(role)}
+            if present <= avoid:
+                avoid -= present
+        return frozenset(avoid)
+
+    def _check_workers(self) -> None:
+        try:
+            self._admission.check_available()
+            self._missing_since_s = None
+        except Unavailable as error:
+            now_s = time.monotonic()
+            self._missing_since_s = self._missing_since_s or now_s
+            if now_s - self._missing_since_s > WORKER_WAIT_S:
+                raise Unavailable(
+                    error.reason, f"{error.message}; retry in 1000 ms", retry_after_ms=1000
+                ) from error

@@ -1,0 +1,268 @@
+"""One request under way: the stages, the re-plans, the time line, the end.
+
+The life of a request here:
+ 1. QUEUED    a ticket waits in the queue until the admission has credits on a pair and the store.
+ 2. PREFILL   the prompt goes to the prefill worker; its first token comes back and is passed on at once.
+ 3. TRANSFER  the handle of the KV comes back and goes to the decode worker, which fetches it.
+ 4. DECODE    tokens arrive step by step until one of them is the last.
+ 5. FINISHED  credits, links and stored KV are given back on every path; exactly one end is reported.
+A stage whose worker is lost or refuses is planned again, once, with the tokens already delivered as
+part of the prompt: the random numbers depend on (seed, position), so the text goes on as it would have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from router.admission import Plan
+from router.links import no_decode
+from tandem.errors import (
+    Cancelled,
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    NotFound,
+    Overloaded,
+    StreamBroken,
+    TandemError,
+    Unavailable,
+)
+from tandem.output import OutputDelta
+from tandem.pb.kv.v1 import kv_pb2
+from tandem.pb.worker.v1 import worker_pb2
+from tandem.request import STATUS_OF_REASON, Mark, Request, RequestStatus, Timings, Usage
+from tandem.work import Work
+
+if TYPE_CHECKING:
+    from router.dispatch import Dispatcher
+
+log = logging.getLogger(__name__)
+
+STAGES = {
+    RequestStatus.QUEUED: "queue",
+    RequestStatus.PREFILL: "prefill",
+    RequestStatus.TRANSFER: "transfer",
+    RequestStatus.DECODE: "decode",
+}
+WORTH_ANOTHER_PLAN = (Unavailable, Overloaded, FailedPrecondition, NotFound, DataLoss)
+MAX_BACKLOG = 4096  # deltas a client may leave unread before it is given up
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The request has its memory."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """The one successful end of a request."""
+
+    delta: OutputDelta  # the last one: finish reason and matched stop
+    usage: Usage
+    timings: Timings
+
+
+FlightEvent = Admitted | OutputDelta | Completed
+
+
+class Flight:
+    """Runs one request in a task of its own. Iterate `events()` for what happens."""
+
+    def __init__(self, dispatcher: Dispatcher, request: Request) -> None:
+        self._dispatcher = dispatcher
+        self.request = request
+        self._epoch = 0
+        self._delivered = request.num_output_tokens
+        self._replanned: set[str] = set()
+        self._exclude: set[str] = set()
+        self._reason: TandemError | None = None  # why it was cancelled
+        self._events: asyncio.Queue[FlightEvent | TandemError] = asyncio.Queue()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        self._task.add_done_callback(self._end)
+
+    async def events(self) -> AsyncIterator[FlightEvent]:
+        """Admitted (again after a re-plan), deltas, Completed; or the one error that ended it.
+
+        Deltas that have piled up are merged. Leaving the loop early cancels the request.
+        """
+        is_over = False
+        held: FlightEvent | TandemError | None = None
+        try:
+            while not is_over:
+                event = held or await self._events.get()
+                held = None
+                while isinstance(event, OutputDelta) and held is None and not self._events.empty():
+                    following = self._events.get_nowait()
+                    if isinstance(following, OutputDelta):
+                        event = _merge(event, following)
+                    else:
+                        held = following
+                is_over = isinstance(event, (Completed, TandemError))
+                if isinstance(event, TandemError):
+                    raise event
+                yield event
+        finally:
+            self.cancel(Cancelled())
+
+    def cancel(self, reason: TandemError) -> None:
+        """End the request; its stream ends with `reason`. Too late is harmless."""
+        if not self._task.done():
+            self._reason = self._reason or reason
+            self._task.cancel()
+
+    async def landed(self) -> None:
+        """Until everything the request held has been given back."""
+        await asyncio.wait({self._task})
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        """The task is over. One that was cancelled before its first step has said nothing yet."""
+        if not self.request.lifecycle.status.is_finished:
+            self._fail(self._reason or Cancelled(), RequestStatus.FINISHED_CANCELLED)
+        self._dispatcher.landed(self)
+
+    async def _run(self) -> None:
+        lifecycle = self.request.lifecycle
+        try:
+            async with asyncio.timeout_at(self.request.deadline_s):
+                last = await self._fly()
+            lifecycle.mark(Mark.FINISHED)
+            assert last.finish is not None
+            lifecycle.to(STATUS_OF_REASON[last.finish])
+            usage = Usage(prompt=self.request.num_prompt_tokens, completion=self._delivered)
+            self._events.put_nowait(Completed(last, usage, lifecycle.timings()))
+        except TimeoutError:
+            self._fail(
+                DeadlineExceeded(STAGES[lifecycle.status], self._delivered), RequestStatus.FINISHED_DEADLINE
+            )
+        except asyncio.CancelledError:
+            self._fail(self._reason or Cancelled(), RequestStatus.FINISHED_CANCELLED)
+        except TandemError as error:
+            self._fail(error, _status_of(error))
+        except Exception:
+            bug = Internal.bug()
+            log.exception("request %s failed (%s)", self.request.request_id, bug.error_id)
+            self._fail(bug, RequestStatus.FINISHED_ERROR)
+
+    def _fail(self, error: TandemError, status: RequestStatus) -> None:
+        self.request.lifecycle.mark(Mark.FINISHED)
+        self.request.lifecycle.to(status)
+        self._events.put_nowait(error)
+
+    async def _fly(self) -> OutputDelta:
+        """Attempts until one succeeds; returns the last delta."""
+        while True:
+            self._epoch = self._dispatcher.next_epoch()
+            plan = await self._dispatcher.admit(self.request, self._epoch, self._exclude)
+            self._events.put_nowait(Admitted(plan))
+            try:
+                return await self._attempt(plan)
+            except WORTH_ANOTHER_PLAN as error:
+                self._replan_or_raise(plan, error)
+            finally:
+                self._dispatcher.release(plan)
+
+    async def _attempt(self, plan: Plan) -> OutputDelta:
+        self.request.lifecycle.mark(Mark.ADMITTED)
+        self.request.lifecycle.to(RequestStatus.PREFILL)
+        first, handle = await self._prefill(plan)
+        if handle is None:
+            return first
+        try:
+            return await self._decode(plan, handle)
+        except BaseException:
+            if self.request.lifecycle.status is RequestStatus.TRANSFER:
+                self._dispatcher.give_up_kv(handle)
+            raise
+
+    async def _prefill(self, plan: Plan) -> tuple[OutputDelta, kv_pb2.KvHandle | None]:
+        """The first token, delivered, and where the KV is; no handle if that token was the last."""
+        work = Work.of(self.request, self._epoch, plan.prefill.fingerprint)
+        first: OutputDelta | None = None
+        async for event in self._dispatcher.links.prefill(plan.prefill).prefill(work):
+            if isinstance(event, kv_pb2.KvHandle):
+                assert first is not None
+                self.request.lifecycle.mark(Mark.KV_SEALED)
+                self._dispatcher.release_prefill(plan)
+                return first, event
+            first = event
+            self.request.lifecycle.mark(Mark.FIRST_TOKEN)
+            self._deliver(first)
+        if first is None or first.finish is None:
+            raise Unavailable(
+                "NO_PREFILL", "no prefill worker is available; retry in 1000 ms", retry_after_ms=1000
+            )
+        return first, None
+
+    async def _decode(self, plan: Plan, handle: kv_pb2.KvHandle) -> OutputDelta:
+        """Tokens until the last one, each delivered as it comes."""
+        lifecycle = self.request.lifecycle
+        lifecycle.to(RequestStatus.TRANSFER)
+        work = Work.of(self.request, self._epoch, plan.decode.fingerprint)
+        is_second = True
+        async with aclosing(self._dispatcher.links.decode(plan.decode).decode(work, handle)) as events:
+            async for event in events:
+                if isinstance(event, worker_pb2.DecodeStarted):
+                    self._note_started(plan, event)
+                    continue
+                if is_second:
+                    lifecycle.mark(Mark.SECOND_TOKEN)
+                    is_second = False
+                self._deliver(event)
+                if event.finish is not None:
+                    return event
+        raise no_decode()
+
+    def _note_started(self, plan: Plan, started: worker_pb2.DecodeStarted) -> None:
+        lifecycle = self.request.lifecycle
+        lifecycle.mark(Mark.KV_READ_STARTED, asyncio.get_running_loop().time() - started.kv_read_ns / 1e9)
+        lifecycle.mark(Mark.KV_READ_DONE)
+        lifecycle.to(RequestStatus.DECODE)
+        self._dispatcher.release_store(plan)
+
+    def _deliver(self, delta: OutputDelta) -> None:
+        """Pass tokens on, and remember them: another worker may have to go on from here."""
+        if self._events.qsize() > MAX_BACKLOG:
+            raise Overloaded("CLIENT_TOO_SLOW", "client too slow: too many tokens were left unread")
+        self._delivered += len(delta.token_ids)
+        self.request = replace(self.request, token_ids=self.request.token_ids + delta.token_ids)
+        self._events.put_nowait(delta)
+
+    def _replan_or_raise(self, plan: Plan, error: TandemError) -> None:
+        """Send the request back to the queue, or end it: one more plan per stage, within the budget."""
+        stage = STAGES[self.request.lifecycle.status]
+        if (
+            error.reason == "CLIENT_TOO_SLOW"
+            or stage in self._replanned
+            or not self._dispatcher.replans.take()
+        ):
+            raise (
+                StreamBroken(self._delivered) if self._delivered and isinstance(error, Unavailable) else error
+            )
+        log.info("planning %s again: %s in %s", self.request.request_id, error.reason, stage)
+        self._replanned.add(stage)
+        self._exclude.add(plan.prefill.worker_id if stage == "prefill" else plan.decode.worker_id)
+        self.request.lifecycle.to(RequestStatus.QUEUED)
+
+
+def _status_of(error: TandemError) -> RequestStatus:
+    if isinstance(error, DeadlineExceeded):
+        return RequestStatus.FINISHED_DEADLINE
+    return RequestStatus.FINISHED_REFUSED if isinstance(error, Overloaded) else RequestStatus.FINISHED_ERROR
+
+
+def _merge(first: OutputDelta, second: OutputDelta) -> OutputDelta:
+    return OutputDelta(
+        first.token_ids + second.token_ids,
+        first.text + second.text,
+        first.logprobs + second.logprobs,
+        second.finish,
+        second.matched_stop,
+    )

@@ -1,0 +1,187 @@
+"""The public gRPC services: wire messages to requests, flights to wire messages. No scheduling here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import asdict
+from typing import Any
+
+import grpc
+
+from router.dispatch import Dispatcher
+from router.flight import Admitted, Completed, Flight, FlightEvent
+from router.intake import Intake
+from tandem.errors import Cancelled, NotFound
+from tandem.output import FINISH_TO_PB, OutputDelta, set_matched_stop
+from tandem.pb.v1 import generation_pb2 as pb
+from tandem.pb.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
+from tandem.request import public_id
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
+    """tandem.v1.GenerationService over one dispatcher."""
+
+    def __init__(self, dispatcher: Dispatcher, intake: Intake) -> None:
+        self._dispatcher = dispatcher
+        self._intake = intake
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        flights = await self._start(request.input, context)
+        try:
+            completions = await asyncio.gather(
+                *(_collect(index, flight) for index, flight in enumerate(flights))
+            )
+        finally:
+            for flight in flights:
+                flight.cancel(Cancelled())
+        return pb.GenerateResponse(
+            request_id=public_id(flights[0].request.request_id), completions=completions
+        )
+
+    async def StreamGenerate(
+        self, request: pb.StreamGenerateRequest, context: Context
+    ) -> AsyncIterator[pb.StreamGenerateResponse]:
+        flights = await self._start(request.input, context)
+        try:
+            async for index, event, position in _interleave(flights):
+                yield _event_to_pb(index, event, position, flights[index])
+        finally:
+            for flight in flights:
+                flight.cancel(Cancelled())
+
+    async def CancelGeneration(
+        self, request: pb.CancelGenerationRequest, context: Context
+    ) -> pb.CancelGenerationResponse:
+        self._dispatcher.cancel(request.request_id, Cancelled())
+        return pb.CancelGenerationResponse()
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        return pb.TokenizeResponse(token_ids=await self._intake.tokenize(request.text))
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        return pb.DetokenizeResponse(text=self._intake.detokenize(request.token_ids))
+
+    async def _start(self, message: pb.GenerationInput, context: Context) -> list[Flight]:
+        """One flight per completion, or none of them."""
+        requests = await self._intake.requests(message, context.time_remaining())
+        flights: list[Flight] = []
+        try:
+            for request in requests:
+                flights.append(self._dispatcher.start(request))  # noqa: PERF401 (those begun must be undone)
+        except BaseException:
+            for flight in flights:
+                flight.cancel(Cancelled())
+            raise
+        return flights
+
+
+class ModelServicer(model_pb2_grpc.ModelServiceServicer):
+    """tandem.v1.ModelService for the one served model."""
+
+    def __init__(self, model: model_pb2.Model) -> None:
+        self._model = model
+
+    async def ListModels(
+        self, request: model_pb2.ListModelsRequest, context: Context
+    ) -> model_pb2.ListModelsResponse:
+        return model_pb2.ListModelsResponse(models=[self._model])
+
+    async def GetModel(
+        self, request: model_pb2.GetModelRequest, context: Context
+    ) -> model_pb2.GetModelResponse:
+        if request.model != self._model.name:
+            raise NotFound("NO_SUCH_MODEL", "not found")
+        return model_pb2.GetModelResponse(model=self._model)
+
+
+async def _interleave(flights: list[Flight]) -> AsyncIterator[tuple[int, FlightEvent, int]]:
+    """(index, event, output position before it) of all flights, as they happen; the first error ends all."""
+    if len(flights) == 1:
+        async for event, position in _with_positions(flights[0]):
+            yield 0, event, position
+        return
+    merged: asyncio.Queue[tuple[int, FlightEvent, int] | BaseException | None] = asyncio.Queue()
+
+    async def forward(index: int) -> None:
+        try:
+            async for event, position in _with_positions(flights[index]):
+                merged.put_nowait((index, event, position))
+            merged.put_nowait(None)
+        except BaseException as error:
+            merged.put_nowait(error)
+
+    tasks = [asyncio.ensure_future(forward(index)) for index in range(len(flights))]
+    try:
+        num_left = len(flights)
+        while num_left:
+            item = await merged.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                num_left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _with_positions(flight: Flight) -> AsyncIterator[tuple[FlightEvent, int]]:
+    position = 0
+    async for event in flight.events():
+        yield event, position
+        if isinstance(event, OutputDelta):
+            position += len(event.token_ids)
+
+
+async def _collect(index: int, flight: Flight) -> pb.Completion:
+    completion = pb.Completion(index=index)
+    async for event in flight.events():
+        if isinstance(event, OutputDelta):
+            completion.text += event.text
+            completion.token_ids.extend(event.token_ids)
+            completion.logprobs.extend(entry.to_pb() for entry in event.logprobs)
+        elif isinstance(event, Completed):
+            completion.finished.CopyFrom(_finished_to_pb(index, event))
+    return completion
+
+
+def _event_to_pb(index: int, event: FlightEvent, position: int, flight: Flight) -> pb.StreamGenerateResponse:
+    if isinstance(event, Admitted):
+        return pb.StreamGenerateResponse(admitted=_admitted_to_pb(index, event, flight))
+    if isinstance(event, Completed):
+        return pb.StreamGenerateResponse(finished=_finished_to_pb(index, event))
+    chunk = pb.TokenChunk(
+        index=index,
+        position=position,
+        token_ids=event.token_ids,
+        text=event.text,
+        logprobs=[entry.to_pb() for entry in event.logprobs],
+    )
+    return pb.StreamGenerateResponse(token_chunk=chunk)
+
+
+def _admitted_to_pb(index: int, admitted: Admitted, flight: Flight) -> pb.Admitted:
+    plan = admitted.plan
+    return pb.Admitted(
+        request_id=public_id(plan.request_id),
+        index=index,
+        prefill_worker=plan.prefill.worker_id,
+        decode_worker=plan.decode.worker_id,
+        reserved_bytes=plan.needs.decode_bytes,
+        prompt_tokens=flight.request.num_prompt_tokens,
+    )
+
+
+def _finished_to_pb(index: int, completed: Completed) -> pb.Finished:
+    message = pb.Finished(
+        index=index,
+        reason=FINISH_TO_PB[completed.delta.finish],
+        usage=pb.Usage(**asdict(completed.usage)),
+        timings=pb.Timings(**asdict(completed.timings)),
+    )
+    set_matched_stop(message, completed.delta.matched_stop)
+    return message

@@ -1,0 +1,201 @@
+"""The router's connections: one per worker, opened and closed as workers come and go, and the store's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from typing import Any
+
+import grpc
+
+from router.registry import Registry, WorkerInfo, WorkerRole
+from tandem.errors import TandemError, Unavailable, error_from_reason
+from tandem.output import OutputDelta
+from tandem.pb.kv.v1 import kv_pb2, kv_pb2_grpc
+from tandem.pb.worker.v1 import worker_pb2 as pb
+from tandem.pb.worker.v1 import worker_pb2_grpc
+from tandem.rpc import channel, to_tandem_error
+from tandem.work import Work
+
+log = logging.getLogger(__name__)
+
+RELEASE_TIMEOUT_S = 2.0
+GRACE_S = 1.0
+DecodeEvent = pb.DecodeStarted | OutputDelta | TandemError
+
+
+def no_prefill() -> TandemError:
+    """The prefill worker is lost or missing."""
+    return Unavailable("NO_PREFILL", "no prefill worker is available; retry in 1000 ms", retry_after_ms=1000)
+
+
+def no_decode() -> TandemError:
+    """The decode worker is lost or missing."""
+    return Unavailable("NO_DECODE", "no decode worker is available; retry in 1000 ms", retry_after_ms=1000)
+
+
+class PrefillLink:
+    """Calls one prefill worker."""
+
+    def __init__(self, info: WorkerInfo) -> None:
+        self._channel = channel(info.address)
+        self._stub: Any = worker_pb2_grpc.PrefillServiceStub(self._channel)
+
+    async def prefill(self, work: Work) -> AsyncGenerator[OutputDelta | kv_pb2.KvHandle]:
+        """The first token, then the handle of the KV unless that token was the last.
+
+        Raises what the worker raised; `Unavailable(NO_PREFILL)` if it is lost.
+        """
+        # The flight keeps the deadline and cancels; this limit is for the case that it cannot.
+        limit_s = work.time_left_s() + GRACE_S
+        call = self._stub.Prefill(pb.PrefillRequest(work=work.to_pb()), timeout=limit_s)
+        try:
+            async for response in call:
+                if response.WhichOneof("event") == "first_token":
+                    yield OutputDelta.from_pb(response.first_token)
+                else:
+                    yield response.kv_sealed.handle
+        except grpc.aio.AioRpcError as error:
+            raise to_tandem_error(error, no_prefill()) from error
+        finally:
+            call.cancel()
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+class DecodeLink:
+    """The one stream to a decode worker: orders out, news in, sorted by request."""
+
+    def __init__(self, info: WorkerInfo, router_id: str, on_broken: Callable[[], None]) -> None:
+        self._channel = channel(info.address)
+        self._on_broken = on_broken
+        self._orders: asyncio.Queue[pb.DecodeRequest] = asyncio.Queue()
+        self._orders.put_nowait(pb.DecodeRequest(open=pb.OpenSession(router_id=router_id)))
+        self._news: dict[tuple[str, int], asyncio.Queue[DecodeEvent]] = {}
+        self.num_stale_events = 0  # news of attempts nobody waits for any more
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def decode(
+        self, work: Work, handle: kv_pb2.KvHandle
+    ) -> AsyncGenerator[pb.DecodeStarted | OutputDelta]:
+        """First that the KV is in place, then the tokens after the last of `work.token_ids`.
+
+        Raises what the worker raised; `Unavailable(NO_DECODE)` if it is lost. Leaving early cancels.
+        """
+        news = self._news[work.key] = asyncio.Queue()
+        if self._task.done():
+            news.put_nowait(no_decode())
+        self._orders.put_nowait(pb.DecodeRequest(start=pb.StartDecode(work=work.to_pb(), handle=handle)))
+        is_over = False
+        try:
+            while not is_over:
+                event = await news.get()
+                is_over = isinstance(event, TandemError) or (
+                    isinstance(event, OutputDelta) and event.finish is not None
+                )
+                if isinstance(event, TandemError):
+                    raise event
+                yield event
+        finally:
+            del self._news[work.key]
+            if not is_over:
+                cancel = pb.CancelDecode(request_id=work.request_id, epoch=work.epoch)
+                self._orders.put_nowait(pb.DecodeRequest(cancel=cancel))
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.wait({self._task})
+        await self._channel.close()
+
+    async def _run(self) -> None:
+        stub: Any = worker_pb2_grpc.DecodeServiceStub(self._channel)
+        try:
+            async for response in stub.Decode(self._outgoing()):
+                for event in response.events:
+                    self._deliver(event)
+        except grpc.aio.AioRpcError as error:
+            log.warning("lost a decode worker: %s", error.code().name)
+        finally:
+            for news in self._news.values():
+                news.put_nowait(no_decode())
+        self._on_broken()
+
+    async def _outgoing(self) -> AsyncIterator[pb.DecodeRequest]:
+        while True:
+            yield await self._orders.get()
+
+    def _deliver(self, event: pb.SequenceEvent) -> None:
+        news = self._news.get((event.request_id, event.epoch))
+        if news is None:
+            self.num_stale_events += 1
+            return
+        match event.WhichOneof("event"):
+            case "started":
+                news.put_nowait(event.started)
+            case "output":
+                news.put_nowait(OutputDelta.from_pb(event.output))
+            case "failed":
+                news.put_nowait(error_from_reason(event.failed.reason, event.failed.message))
+
+
+class StoreLink:
+    """Gives up stored KV that no decode worker will fetch."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = channel(address)
+        self._stub: Any = kv_pb2_grpc.KvServiceStub(self._channel)
+
+    async def release(self, handle: kv_pb2.KvHandle) -> None:
+        """Best effort: what this call misses, the lease frees."""
+        try:
+            await self._stub.ReleaseKv(kv_pb2.ReleaseKvRequest(handle=handle), timeout=RELEASE_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            log.warning("could not release stored KV: %s", to_tandem_error(error).reason)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+class WorkerLinks:
+    """Follows the registry: a link for each worker it knows."""
+
+    def __init__(self, registry: Registry, router_id: str) -> None:
+        self._registry = registry
+        self._router_id = router_id
+        self._links: dict[tuple[str, str], PrefillLink | DecodeLink] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        registry.subscribe(on_join=self._open, on_loss=self._close)
+
+    def prefill(self, info: WorkerInfo) -> PrefillLink:
+        link = self._links.get((info.worker_id, info.incarnation))
+        if not isinstance(link, PrefillLink):
+            raise no_prefill()
+        return link
+
+    def decode(self, info: WorkerInfo) -> DecodeLink:
+        link = self._links.get((info.worker_id, info.incarnation))
+        if not isinstance(link, DecodeLink):
+            raise no_decode()
+        return link
+
+    async def close(self) -> None:
+        links, self._links = list(self._links.values()), {}
+        await asyncio.gather(*(link.close() for link in links), *self._closing)
+
+    def _open(self, info: WorkerInfo) -> None:
+        key = (info.worker_id, info.incarnation)
+        if info.role is WorkerRole.PREFILL:
+            self._links[key] = PrefillLink(info)
+        else:
+            self._links[key] = DecodeLink(info, self._router_id, lambda: self._broken(info))
+
+    def _broken(self, info: WorkerInfo) -> None:
+        self._registry.lose(info.worker_id, info.incarnation)
+
+    def _close(self, info: WorkerInfo) -> None:
+        if link := self._links.pop((info.worker_id, info.incarnation), None):
+            task = asyncio.get_running_loop().create_task(link.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)

@@ -1,0 +1,148 @@
+"""The router process: two gRPC servers, public and internal, around one dispatcher.
+
+Public, for clients: generation, models, health, reflection. Internal, for workers: registry and audit,
+and whatever else the caller hosts beside them (the embedded mode puts the KV store there).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Sequence
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from router.admission import Admission
+from router.dispatch import Dispatcher
+from router.grpc_front import GenerationServicer, ModelServicer
+from router.intake import Intake
+from router.links import StoreLink, WorkerLinks
+from router.registry import Registry, WorkerInfo, WorkerRole
+from router.registry_service import RegistryServicer
+from tandem.audit import AuditServicer
+from tandem.config import ClusterConfig
+from tandem.errors import Unavailable
+from tandem.fingerprint import model_fingerprint
+from tandem.geometry import ModelGeometry
+from tandem.ledger import PoolAudit
+from tandem.pb.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
+from tandem.pb.worker.v1 import worker_pb2_grpc
+from tandem.rpc import bind, server
+from tandem.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+SERVICES = (
+    generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
+    model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+)
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Router:
+    """Build it inside a running event loop, `start` it, and `stop` it when done."""
+
+    def __init__(self, config: ClusterConfig, internal_host: str = "127.0.0.1") -> None:
+        self._config = config
+        self._geometry = ModelGeometry.from_dir(config.model.path)
+        self._fingerprint = model_fingerprint(config)
+        self._tokenizer = Tokenizer.from_dir(config.model.path)
+        self.registry = Registry(
+            config.router.heartbeat_s, config.router.worker_timeout_s, fingerprint=self._fingerprint
+        )
+        self._ready = asyncio.Event()
+        self.registry.subscribe(on_join=self._note_join)
+        self._admission = Admission()
+        self._admission.follow(self.registry)
+        self._admission.set_store(config.cache.store_bytes)
+        self._links = WorkerLinks(self.registry, f"router-{secrets.token_hex(4)}")
+        self._public = server(public=True)
+        self._internal = server(public=False)
+        self.port = bind(self._public, config.router.host, config.router.port)
+        self.internal_address = f"{internal_host}:{bind(self._internal, internal_host, 0)}"
+        self._health = health.aio.HealthServicer()
+
+    async def start(
+        self,
+        store_address: str | None = None,
+        add_services: Sequence[Callable[[grpc.aio.Server], None]] = (),
+        audits: Callable[[], Sequence[PoolAudit]] = tuple,
+    ) -> None:
+        """Begin to serve. The store is at `store_address`, or among the services added here."""
+        self._store = StoreLink(store_address or self.internal_address)
+        self.dispatcher = Dispatcher(self._config, self._geometry, self._admission, self._links, self._store)
+        self._add_public_services()
+        worker_pb2_grpc.add_RegistryServiceServicer_to_server(RegistryServicer(self.registry), self._internal)
+        worker_pb2_grpc.add_AuditServiceServicer_to_server(
+            AuditServicer(lambda: [*self.dispatcher.audit(), *audits()]), self._internal
+        )
+        for add in add_services:
+            add(self._internal)
+        await self._internal.start()
+        await self._public.start()
+        self._housekeeping = asyncio.get_running_loop().create_task(self._keep_house())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether at least one worker of each kind takes work."""
+        return all(self.registry.ready(role) for role in (WorkerRole.PREFILL, WorkerRole.DECODE))
+
+    async def ready(self) -> None:
+        """Until there has been a worker of each kind."""
+        await self._ready.wait()
+
+    async def stop(self, drain_s: float | None = None) -> None:
+        """Not serving first, then let running requests finish, then end the rest. Workers may still leave."""
+        await self._health.enter_graceful_shutdown()
+        reason = Unavailable("DRAINING", "server is shutting down")
+        await self.dispatcher.drain(self._config.router.drain_s if drain_s is None else drain_s, reason)
+        await self._public.stop(grace=1.0)
+
+    async def close(self) -> None:
+        """Hang up on everybody. Call after `stop`, when the workers have gone."""
+        self._housekeeping.cancel()
+        await self._links.close()
+        await self._store.close()
+        await self._internal.stop(grace=0.5)
+
+    def _note_join(self, info: WorkerInfo) -> None:
+        log.info("%s worker %s joined: %d blocks", info.role.name.lower(), info.worker_id, info.num_blocks)
+        if self.is_ready:
+            self._ready.set()
+
+    def _add_public_services(self) -> None:
+        intake = Intake(self._config, self._geometry, self._tokenizer)
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+            GenerationServicer(self.dispatcher, intake), self._public
+        )
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._model()), self._public)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._public)
+        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._public)
+
+    def _model(self) -> model_pb2.Model:
+        return model_pb2.Model(
+            name=self._config.model.served_name,
+            max_context=self._geometry.max_context,
+            vocab_size=self._geometry.vocab_size,
+            kv_bytes_per_token=self._geometry.kv_bytes_per_token(self._config.model.dtype),
+            block_size=self._config.cache.block_size,
+            fingerprint=self._fingerprint.hex(),
+        )
+
+    async def _keep_house(self) -> None:
+        was_ready: bool | None = None
+        while True:
+            for lost in self.registry.expire():
+                log.warning("lost worker %s: no heartbeat", lost.worker_id)
+            self.dispatcher.tick()
+            if self.is_ready != was_ready:
+                was_ready = self.is_ready
+                for name in ("", *SERVICES):
+                    await self._health.set(name, SERVING if was_ready else NOT_SERVING)
+            await asyncio.sleep(TICK_S)

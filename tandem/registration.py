@@ -1,0 +1,84 @@
+"""How a worker stays known to the router: it registers, sends heartbeats, and registers again when told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grpc
+
+from tandem.pb.worker.v1 import worker_pb2 as pb
+from tandem.pb.worker.v1 import worker_pb2_grpc
+from tandem.rpc import to_tandem_error
+
+log = logging.getLogger(__name__)
+
+RETRY_S = 0.2
+TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """How busy a worker is now."""
+
+    free_blocks: int
+    num_running: int
+    num_waiting: int
+    draining: bool = False
+
+
+class RouterLink:
+    """Keeps one worker registered with one router until it is closed."""
+
+    def __init__(
+        self, channel: grpc.aio.Channel, info: pb.WorkerInfo, load: Callable[[], WorkerLoad]
+    ) -> None:
+        self._stub: Any = worker_pb2_grpc.RegistryServiceStub(channel)
+        self._info = info
+        self._load = load
+        self._draining = False
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def drain(self) -> None:
+        """Tell the router at once that no new work is wanted."""
+        self._draining = True
+        await self._heartbeat()
+
+    async def close(self) -> None:
+        self._task.cancel()
+        await asyncio.wait({self._task})
+
+    async def _run(self) -> None:
+        while True:
+            period_s = await self._register()
+            while await self._heartbeat():  # noqa: ASYNC110 (a heartbeat is a timer, not a wait)
+                await asyncio.sleep(period_s)
+
+    async def _register(self) -> float:
+        while True:
+            try:
+                request = pb.RegisterWorkerRequest(info=self._info)
+                response = await self._stub.RegisterWorker(request, timeout=TIMEOUT_S)
+                return float(response.heartbeat_ms) / 1e3
+            except grpc.aio.AioRpcError as error:
+                log.warning("cannot register with the router yet: %s", to_tandem_error(error).reason)
+                await asyncio.sleep(RETRY_S)
+
+    async def _heartbeat(self) -> bool:
+        """Whether the router still knows this worker."""
+        load = replace(self._load(), draining=self._draining)
+        request = pb.HeartbeatRequest(
+            worker_id=self._info.worker_id,
+            incarnation=self._info.incarnation,
+            free_blocks=load.free_blocks,
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            draining=load.draining,
+        )
+        try:
+            return bool((await self._stub.Heartbeat(request, timeout=TIMEOUT_S)).known)
+        except grpc.aio.AioRpcError:
+            return False
