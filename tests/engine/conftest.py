@@ -1,0 +1,109 @@
+"""Tiny random checkpoints of each supported architecture, saved once per test run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tandem.engine.model_runner import ModelRunner
+
+BASE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 160,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+ALTERNATING = ["sliding_attention", "full_attention"]
+ARCHITECTURES: dict[str, tuple[str, dict[str, object]]] = {
+    "llama2": ("Llama", {"num_key_value_heads": 4}),
+    "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": 24}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "olmo": ("Olmo", {"clip_qkv": 0.5}),
+    "olmo2": ("Olmo2", {}),
+    "gemma2": (
+        "Gemma2",
+        {"head_dim": 32, "sliding_window": 24, "layer_types": ALTERNATING, "query_pre_attn_scalar": 20}
+        | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": ("Gemma3Text", {"head_dim": 32, "sliding_window": 24, "layer_types": ALTERNATING}),
+}
+CAUSAL_LM = {"Gemma3Text": "Gemma3ForCausalLM"}
+
+
+def build_model(name: str, *, fp16_exact: bool = False) -> torch.nn.Module:
+    """A random model; biases and norm weights are random too, so that nothing is multiplied by one."""
+    family, changes = ARCHITECTURES[name]
+    config = getattr(transformers, f"{family}Config")(**BASE | changes)
+    config._attn_implementation = "eager"
+    torch.manual_seed(7)
+    model: torch.nn.Module = getattr(transformers, CAUSAL_LM.get(family, f"{family}ForCausalLM"))(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.3 if parameter.ndim == 1 else 0.1
+            parameter.add_(scale * torch.randn(parameter.shape))
+            if fp16_exact:
+                parameter.copy_(parameter.half().float())
+    return model.eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small tensors on a shared machine: threads only add noise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[torch.nn.Module, Path]]:
+    """`saved_model(name, fp16_exact=...)` → the eager reference and the folder of its checkpoint."""
+    made: dict[tuple[str, bool], tuple[torch.nn.Module, Path]] = {}
+
+    def make(name: str, fp16_exact: bool = False) -> tuple[torch.nn.Module, Path]:
+        key = (name, fp16_exact)
+        if key not in made:
+            path = tmp_path_factory.mktemp(name)
+            model = build_model(name, fp16_exact=fp16_exact)
+            model.save_pretrained(path)  # type: ignore[operator]
+            made[key] = model, path
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_runner(
+    saved_model: Callable[..., tuple[torch.nn.Module, Path]],
+) -> Callable[..., ModelRunner]:
+    """`make_runner(name, linear=..., fp16_exact=...)` → a runner of 64 blocks of 16 tokens, made once."""
+    made: dict[tuple[str, str, bool], ModelRunner] = {}
+
+    def make(name: str, linear: str = "auto", fp16_exact: bool = False) -> ModelRunner:
+        key = (name, linear, fp16_exact)
+        if key not in made:
+            path = saved_model(name, fp16_exact)[1]
+            made[key] = ModelRunner.load(path, linear=linear, num_blocks=64, block_size=16)
+        return made[key]
+
+    return make
