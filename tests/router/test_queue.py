@@ -182,6 +182,35 @@ def test_every_big_request_of_a_class_shares_the_clock(clock):
     assert drain(queue) == ["big-0", "big-1", "big-2", "big-3", "big-4", "late"]
 
 
+def test_a_later_passing_counts_for_those_behind_the_first_too(clock):
+    queue = make_queue(clock, starvation_s=4.0)
+    for name, need in [("big-0", 90), ("small-0", 1), ("big-1", 91)]:
+        queue.put(Waiting(name), need)
+        clock.advance(0.1)
+    assert queue.constrained_get(fits(10)) is not None  # passes big-0 only
+    queue.put(Waiting("small-1"), 1)
+    assert queue.constrained_get(fits(10)) is not None  # passes both
+    clock.advance(4.1)
+    queue.put(Waiting("late"), 1)
+    assert queue.constrained_get(fits(90)) is not None
+    assert queue.constrained_get(fits(10)) is None
+    assert drain(queue) == ["big-1", "late"]
+
+
+def test_an_entry_that_came_after_the_passing_was_not_passed(clock):
+    queue = make_queue(clock, starvation_s=4.0)
+    queue.put(Waiting("big"), 100)
+    queue.put(Waiting("small"), 1)
+    assert queue.constrained_get(fits(10)) is not None
+    clock.advance(4.1)
+    queue.put(Waiting("urgent and big", priority=5), 100)
+    queue.put(Waiting("late"), 1)
+    queue.remove("big")
+    entry = queue.constrained_get(fits(10))
+    assert entry is not None
+    assert entry.request.request_id == "late"
+
+
 def test_what_ranks_before_a_starving_entry_still_goes(clock):
     queue = make_queue(clock, starvation_s=4.0)
     queue.put(Waiting("big"), 100)
