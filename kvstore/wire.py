@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 import msgpack
 
@@ -17,6 +17,7 @@ from kvstore.key import Buffer, require
 from kvstore.records import ChunkHeader, ObjectHeader, Record, Seal
 from tandem.errors import InvalidRequest
 
+R = TypeVar("R", ObjectHeader, ChunkHeader, Seal)
 MAGIC = b"TKV\x01"
 VERSION = 1
 MAX_HEADER_BYTES = 1024
@@ -35,6 +36,13 @@ _LIMITS: dict[str, Any] = {
     "max_map_len": 24,
     "max_ext_len": 0,
 }
+
+
+def expect(kind: type[R], record: Record) -> R:
+    """The record, which must be of this kind here."""
+    if not isinstance(record, kind):
+        raise InvalidRequest("BAD_MESSAGE", "malformed request message")
+    return record
 
 
 def frame(record: Record, payload: Buffer = b"") -> bytes:

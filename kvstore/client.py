@@ -1,0 +1,105 @@
+"""The store as workers see it. Every failure is a `TandemError`; a store that is gone is STORE_DOWN."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import grpc
+
+from kvstore.key import KvHandle
+from kvstore.link import connected, store_errors
+from kvstore.objects import ObjectStat, ObjectState
+from kvstore.reader import ReadCheck
+from kvstore.records import ChunkHeader, ObjectHeader
+from kvstore.writer import KvWriter
+from tandem.config import KvStoreConfig
+from tandem.errors import DataLoss
+from tandem.pb.kv.v1 import kv_pb2 as pb
+from tandem.pb.kv.v1 import kv_pb2_grpc
+
+UNARY_S = 5.0
+T = TypeVar("T")
+
+
+class KvClient:
+    """Puts, gets and gives up objects over one channel (`tandem.rpc.channel`)."""
+
+    def __init__(self, channel: grpc.aio.Channel, config: KvStoreConfig | None = None) -> None:
+        self.verify_failures = 0  # tandem_kv_verify_failures_total
+        self._channel = channel
+        self._config = config or KvStoreConfig()
+        self._stub: Any = kv_pb2_grpc.KvServiceStub(channel)
+
+    def put(self, header: ObjectHeader) -> KvWriter:
+        """`async with client.put(header) as writer`; leaving without `await writer.seal()` aborts."""
+        return KvWriter(self._channel, self._stub, header, self._config.put_deadline_s)
+
+    async def get(
+        self, handle: KvHandle, holder: str, *, tenant: str | None = None, lease_s: float | None = None
+    ) -> AsyncGenerator[tuple[ChunkHeader, memoryview]]:
+        """Verified chunks in the order they were written, under a lease that this renews as it reads.
+
+        Use nothing of the object before the iteration has ended without an error. The lease outlives
+        it: release it, or the object. Whoever stops early closes the iterator, which ends the lease.
+        """
+        lease_s = lease_s or self._config.lease_s
+        await connected(self._channel)
+        request = pb.GetKvRequest(handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s))
+        call = self._stub.GetKv(request)
+        check = ReadCheck(handle, tenant)
+        renew_at_s = time.monotonic() + lease_s / 3
+        try:
+            while (data := await self._read(call)) is not None:
+                chunk = self._verified(partial(check.accept, data))
+                if chunk is not None:
+                    yield chunk
+                if time.monotonic() >= renew_at_s:
+                    await self.renew(handle, holder, lease_s)
+                    renew_at_s = time.monotonic() + lease_s / 3
+            self._verified(check.finish)
+        finally:
+            call.cancel()
+
+    async def release(self, handle: KvHandle, holder: str = "") -> bool:
+        """Give up a holder's lease, or without a holder the object. False if that came late."""
+        request = pb.ReleaseKvRequest(handle=handle.to_pb(), holder=holder)
+        response: pb.ReleaseKvResponse = await self._ask(self._stub.ReleaseKv, request)
+        return response.was_held
+
+    async def renew(self, handle: KvHandle, holder: str, lease_s: float | None = None) -> None:
+        """Let the lease run on from now; STALE_HANDLE if it is over."""
+        lease_ms = _ms(lease_s or self._config.lease_s)
+        request = pb.RenewLeaseRequest(handle=handle.to_pb(), holder=holder, lease_ms=lease_ms)
+        await self._ask(self._stub.RenewLease, request)
+
+    async def stat(self, handle: KvHandle) -> ObjectStat:
+        """Where an object is in its life; NO_SUCH_HANDLE or STALE_HANDLE if it is over."""
+        response = await self._ask(self._stub.StatKv, pb.StatKvRequest(handle=handle.to_pb()))
+        name = pb.KvState.Name(response.state).removeprefix("KV_STATE_")
+        return ObjectStat(ObjectState[name], response.num_bytes, response.num_leases)
+
+    async def _ask(self, method: Any, request: Any) -> Any:
+        await connected(self._channel)
+        with store_errors():
+            return await method(request, timeout=UNARY_S)
+
+    async def _read(self, call: Any) -> bytes | None:
+        with store_errors():
+            async with asyncio.timeout(self._config.put_deadline_s):
+                response = await call.read()
+        return None if response is grpc.aio.EOF else response.frame
+
+    def _verified(self, check: Callable[[], T]) -> T:
+        try:
+            return check()
+        except DataLoss:
+            self.verify_failures += 1
+            raise
+
+
+def _ms(seconds: float) -> int:
+    return max(1, round(1000 * seconds))

@@ -1,0 +1,60 @@
+"""What a client of the store does about time and loss: connect quickly or not at all, name each failure."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+
+from tandem.errors import DeadlineExceeded, TandemError, Unavailable
+from tandem.rpc import to_tandem_error
+
+CONNECT_S = 1.0
+
+# What gRPC itself answers when the peer is gone, depending on where in the call that was noticed.
+_LOST = frozenset(
+    {
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.CANCELLED,
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.INTERNAL,
+    }
+)
+
+
+def store_down() -> Unavailable:
+    return Unavailable("STORE_DOWN", "KV store is unavailable")
+
+
+async def connected(channel: grpc.aio.Channel) -> None:
+    """Return once the channel is connected. STORE_DOWN at once if that fails, and in any case after 1 s."""
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            while (state := channel.get_state(try_to_connect=True)) is not grpc.ChannelConnectivity.READY:
+                if state in (
+                    grpc.ChannelConnectivity.TRANSIENT_FAILURE,
+                    grpc.ChannelConnectivity.SHUTDOWN,
+                ):
+                    raise store_down()
+                await channel.wait_for_state_change(state)
+    except TimeoutError:
+        raise store_down() from None
+
+
+@contextmanager
+def store_errors() -> Iterator[None]:
+    """Whatever a call raises leaves as the `TandemError` it means."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise _meaning(error) from error
+    except TimeoutError:
+        raise DeadlineExceeded("transfer") from None
+
+
+def _meaning(error: grpc.aio.AioRpcError) -> TandemError:
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return to_tandem_error(error, DeadlineExceeded("transfer"))
+    return to_tandem_error(error, store_down() if error.code() in _LOST else None)

@@ -1,0 +1,104 @@
+"""tandem.kv.v1.KvService: a shell around `KvStore`. It parses frames and holds streams to their deadlines.
+
+A put whose stream ends without a seal, however it ends, is freed at once; a get that is cut ends its
+lease. Errors leave as `TandemError`: `tandem.rpc.ErrorInterceptor` puts them on the wire. A chunk
+that arrives corrupt is refused with KV_CORRUPT, which its writer may send again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import grpc
+
+from kvstore.key import KvHandle
+from kvstore.objects import ObjectState
+from kvstore.records import ChunkHeader, ObjectHeader, Record, Seal
+from kvstore.store import KvStore
+from kvstore.wire import expect, parse
+from tandem.errors import DeadlineExceeded, InvalidRequest
+from tandem.pb.kv.v1 import kv_pb2 as pb
+from tandem.pb.kv.v1 import kv_pb2_grpc
+
+Context = grpc.aio.ServicerContext[Any, Any]
+RESERVED = (("kv-reserved", "1"),)  # initial metadata of a put: the bytes are there, send them
+
+_STATES = {
+    ObjectState.RESERVED: pb.KV_STATE_RESERVED,
+    ObjectState.SEALED: pb.KV_STATE_SEALED,
+    ObjectState.LEASED: pb.KV_STATE_LEASED,
+    ObjectState.RELEASED: pb.KV_STATE_RELEASED,
+}
+
+
+class KvServicer(kv_pb2_grpc.KvServiceServicer):
+    """Serves one store. Needs a `Sweeper` beside it (kvstore/sweeper.py)."""
+
+    def __init__(self, store: KvStore) -> None:
+        self._store = store
+
+    async def PutKv(
+        self, request_iterator: AsyncIterator[pb.PutKvRequest], context: Context
+    ) -> pb.PutKvResponse:
+        header, _, _ = await self._next(request_iterator)
+        ticket = self._store.reserve(expect(ObjectHeader, header))
+        try:
+            await context.send_initial_metadata(RESERVED)
+            while True:
+                record, payload, data = await self._next(request_iterator)
+                if isinstance(record, Seal):
+                    return pb.PutKvResponse(handle=self._store.seal(ticket, record).to_pb())
+                self._store.append(ticket, expect(ChunkHeader, record), payload, data)
+        finally:
+            self._store.abort(ticket)
+
+    async def GetKv(self, request: pb.GetKvRequest, context: Context) -> AsyncIterator[pb.GetKvResponse]:
+        lease = self._store.lease(KvHandle.from_pb(request.handle), request.holder, request.lease_ms / 1000)
+        is_complete = False
+        cut = self._cut_when_idle()
+
+        def close(_: Any) -> None:
+            cut.cancel()
+            if not is_complete:
+                self._store.end(lease)
+
+        # A generator that is cut while its message is sent hears nothing; this does.
+        cast(Any, context).add_done_callback(close)
+        for data in self._store.read(lease):
+            yield pb.GetKvResponse(frame=data)
+            cut.cancel()
+            cut = self._cut_when_idle()
+        is_complete = True
+
+    async def StatKv(self, request: pb.StatKvRequest, context: Context) -> pb.StatKvResponse:
+        stat = self._store.stat(KvHandle.from_pb(request.handle))
+        return pb.StatKvResponse(
+            state=_STATES[stat.state], num_bytes=stat.num_bytes, num_leases=stat.num_leases
+        )
+
+    async def RenewLease(self, request: pb.RenewLeaseRequest, context: Context) -> pb.RenewLeaseResponse:
+        self._store.renew(KvHandle.from_pb(request.handle), request.holder, request.lease_ms / 1000)
+        return pb.RenewLeaseResponse()
+
+    async def ReleaseKv(self, request: pb.ReleaseKvRequest, context: Context) -> pb.ReleaseKvResponse:
+        was_held = self._store.release(KvHandle.from_pb(request.handle), request.holder)
+        return pb.ReleaseKvResponse(was_held=was_held)
+
+    async def _next(self, requests: AsyncIterator[pb.PutKvRequest]) -> tuple[Record, memoryview, bytes]:
+        try:
+            async with asyncio.timeout(self._store.config.put_deadline_s):
+                request = await anext(requests)
+        except TimeoutError:
+            raise DeadlineExceeded("transfer") from None
+        except StopAsyncIteration:
+            raise InvalidRequest("BAD_MESSAGE", "malformed request message") from None
+        data = request.frame
+        return (*parse(data), data)
+
+    def _cut_when_idle(self) -> asyncio.TimerHandle:
+        """End this call if its reader takes nothing for the time of a lease."""
+        task = asyncio.current_task()
+        assert task is not None
+        return asyncio.get_running_loop().call_later(self._store.config.lease_s, task.cancel)

@@ -1,0 +1,96 @@
+"""Writes one object: reserve on entering, chunks in any order of ranges, then the seal.
+
+    async with client.put(header) as writer:
+        await writer.write(ChunkRange(...), payload)
+        handle = await writer.seal()
+
+Leaving without a seal aborts, and the store frees the bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from kvstore.digest import ObjectDigest
+from kvstore.key import Buffer, KvHandle
+from kvstore.link import connected, store_errors
+from kvstore.records import ChunkHeader, ChunkRange, ObjectHeader, Record, Seal
+from kvstore.wire import frame
+from tandem.pb.kv.v1 import kv_pb2 as pb
+
+T = TypeVar("T")
+
+
+class KvWriter:
+    """One put. `idle_s` bounds each wait for the store."""
+
+    def __init__(self, channel: grpc.aio.Channel, stub: Any, header: ObjectHeader, idle_s: float) -> None:
+        self._channel = channel
+        self._stub = stub
+        self._header = header
+        self._idle_s = idle_s
+        self._digest = ObjectDigest(header)
+        self._digests: list[bytes] = []
+        self._call: Any = None
+
+    async def __aenter__(self) -> Self:
+        """Returns when the store has reserved the bytes; raises its refusal otherwise."""
+        await connected(self._channel)
+        self._call = self._stub.PutKv()
+        try:
+            await self._send(self._header)
+            metadata = await self._within(self._call.initial_metadata())
+            if "kv-reserved" not in dict(metadata):
+                await self._within(self._call)
+        except BaseException:
+            self.abort()
+            raise
+        return self
+
+    async def write(self, where: ChunkRange, payload: Buffer) -> None:
+        """Send one chunk, [num_blocks, num_layers, 2, block_size, kv_heads, head_dim] in raw bytes."""
+        digest = self._digest.chunk(len(self._digests), where, payload)
+        chunk = ChunkHeader(
+            block_start=where.block_start,
+            num_blocks=where.num_blocks,
+            layer_start=where.layer_start,
+            num_layers=where.num_layers,
+            index=len(self._digests),
+            length=memoryview(payload).nbytes,
+            digest=digest,
+        )
+        await self._send(chunk, payload)
+        self._digests.append(digest)
+
+    async def seal(self) -> KvHandle:
+        """Complete the object. From here on it is the store's."""
+        seal = Seal(num_chunks=len(self._digests), total_digest=self._digest.total(self._digests))
+        await self._send(seal)
+        response = await self._within(self._call)
+        return KvHandle.from_pb(response.handle)
+
+    def abort(self) -> None:
+        """Give the put up, unless it is over."""
+        self._call.cancel()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    async def _send(self, record: Record, payload: Buffer = b"") -> None:
+        try:
+            await self._within(self._call.write(pb.PutKvRequest(frame=frame(record, payload))))
+        except asyncio.InvalidStateError:
+            await self._within(self._call)  # the store has ended the call; this raises its reason
+            raise
+
+    async def _within(self, answer: Awaitable[T]) -> T:
+        with store_errors():
+            async with asyncio.timeout(self._idle_s):
+                return await answer

@@ -1,0 +1,206 @@
+"""Frames: what goes in comes out, and everything else is BAD_MESSAGE and never another exception."""
+
+from __future__ import annotations
+
+import struct
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvstore import wire
+from kvstore.records import ChunkHeader, ObjectHeader, Seal
+from kvstore.wire import MAGIC, MAX_HEADER_BYTES, PREFIX, frame, parse
+from tandem.errors import InvalidRequest
+from tests.kvstore.samples import make_header, make_sample
+
+SAMPLE = make_sample()
+FRAMES = SAMPLE.frames
+
+
+def refused(data: bytes) -> bool:
+    try:
+        parse(data)
+    except InvalidRequest as error:
+        return (error.reason, error.message) == ("BAD_MESSAGE", "malformed request message")
+    return False
+
+
+def raw(header: bytes, payload: bytes = b"") -> bytes:
+    return PREFIX.pack(MAGIC, len(header)) + header + payload
+
+
+def fields_of(data: bytes) -> dict:
+    _, length = PREFIX.unpack_from(data)
+    return msgpack.unpackb(data[PREFIX.size : PREFIX.size + length])
+
+
+@pytest.mark.parametrize("data", FRAMES, ids=lambda data: fields_of(data)["kind"])
+def test_round_trip(data):
+    record, payload = parse(data)
+    assert frame(record, payload) == data
+
+
+def test_payload_is_a_view():
+    record, payload = parse(FRAMES[1])
+    assert isinstance(record, ChunkHeader)
+    assert payload.obj is FRAMES[1]
+    assert payload == SAMPLE.chunks[0][1]
+
+
+@given(
+    st.binary(min_size=16, max_size=16),
+    st.integers(0, (1 << 64) - 1),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=128),
+    st.integers(1, 300),
+    st.integers(1, 80),
+)
+def test_any_header_round_trips(object_id, epoch, tenant, num_blocks, num_layers):
+    header = make_header(object_id, epoch=epoch, tenant=tenant, num_blocks=num_blocks, num_layers=num_layers)
+    assert parse(frame(header))[0] == header
+
+
+@pytest.mark.parametrize("data", FRAMES)
+def test_every_truncation_is_refused(data):
+    assert all(refused(data[:length]) for length in range(len(data)))
+
+
+@pytest.mark.parametrize("data", FRAMES)
+def test_trailing_bytes_are_refused(data):
+    assert refused(data + b"\x00")
+
+
+@pytest.mark.parametrize("data", FRAMES)
+def test_every_bit_flip_is_refused_or_another_record(data):
+    record, payload = parse(data)
+    for position in range(8 * (len(data) - len(payload))):
+        flipped = bytearray(data)
+        flipped[position // 8] ^= 1 << position % 8
+        if not refused(bytes(flipped)):
+            assert parse(bytes(flipped))[0] != record
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused(data):
+    assert refused(data)
+    assert refused(raw(data))
+
+
+@given(st.sampled_from(FRAMES), st.integers(0, (1 << 32) - 1))
+def test_lying_header_length_is_refused(data, length):
+    _, true_length = PREFIX.unpack_from(data)
+    assert length == true_length or refused(data[:4] + struct.pack("<I", length) + data[8:])
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.floats(),
+    st.integers(-(1 << 63), (1 << 64) - 1),
+    st.binary(max_size=80),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=300),
+    st.lists(st.integers(0, 9), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(0, 9), max_size=3),
+    st.builds(msgpack.ExtType, st.integers(0, 127), st.binary(max_size=8)),
+)
+
+
+@given(st.sampled_from(FRAMES), st.data(), VALUES)
+def test_any_value_in_any_field_is_refused_or_well_formed(data, choose, value):
+    fields = fields_of(data)
+    name = choose.draw(st.sampled_from(sorted(fields)))
+    fields[name] = value
+    _, payload = parse(data)
+    changed = raw(msgpack.packb(fields), bytes(payload))
+    if not refused(changed):
+        assert frame(*parse(changed)) == changed
+
+
+HOSTILE = {
+    "array of 4 Gi": b"\xdd\xff\xff\xff\xff",
+    "map of 4 Gi": b"\xdf\xff\xff\xff\xff",
+    "string of 4 Gi": b"\xdb\xff\xff\xff\xff",
+    "binary of 4 Gi": b"\xc6\xff\xff\xff\xff",
+    "extension of 4 Gi": b"\xc9\xff\xff\xff\xff\x01",
+    "timestamp": b"\xd7\xff" + bytes(8),
+    "empty extension": b"\xc7\x00\x01",
+    "nested arrays": b"\x91" * 1000 + b"\xc0",
+    "nested maps": b"\x81\xa1a" * 330 + b"\xc0",
+    "many empty maps": b"\x80" * MAX_HEADER_BYTES,
+    "not a map": b"\xa1a",
+    "empty map": b"\x80",
+    "nil": b"\xc0",
+    "invalid UTF-8 key": b"\x81\xa1\xff\x01",
+    "reserved byte": b"\xc1",
+    "number as a key": b"\x81\x01\x01",
+    "nil as a key": b"\x81\xc0\x01",
+}
+
+
+@pytest.mark.parametrize("header", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_msgpack_is_refused(header):
+    assert refused(raw(header))
+
+
+def test_header_over_the_limit_is_refused():
+    assert refused(raw(b"\xda\x04\x00" + b"a" * 1024))
+
+
+def test_too_deep_and_too_long_for_the_parser_is_refused_before_it():
+    assert refused(raw(b"\x91" * 100_000))
+
+
+@pytest.mark.parametrize("data", FRAMES)
+def test_shape_of_the_map_is_fixed(data):
+    fields = fields_of(data)
+    payload = bytes(parse(data)[1])
+    packed = msgpack.packb(fields)
+    variants = [
+        msgpack.packb(fields | {"extra": 1}),  # unknown field
+        msgpack.packb(dict(reversed(fields.items()))),  # version not first
+        msgpack.packb(fields | {"v": 2}),
+        msgpack.packb(fields | {"v": True}),
+        msgpack.packb(fields | {"kind": "pickle"}),
+        msgpack.packb({name.encode(): value for name, value in fields.items()}),  # binary keys
+        bytes([packed[0] + 1]) + packed[1:] + msgpack.packb("v") + msgpack.packb(1),  # duplicate key
+        packed.replace(b"\xa1v\x01", b"\xa1v\xcc\x01", 1),  # a longer spelling of 1
+        packed + b"\xc0",
+        *(msgpack.packb({k: v for k, v in fields.items() if k != name}) for name in fields),
+    ]
+    assert all(refused(raw(variant, payload)) for variant in variants)
+
+
+BAD_HEADERS = [
+    {"object_id": bytes(15)},
+    {"fingerprint": bytes(31)},
+    {"epoch": -1},
+    {"codec": "zip"},
+    {"layout": "other"},
+    {"dtype": "int8"},
+    {"num_tokens": 0},
+    {"num_tokens": 13},
+    {"total_bytes": 0},
+    {"total_bytes": 3 * 2 * 64 + 1},
+    {"num_layers": 0},
+    {"block_size": 0},
+    {"tenant": "t" * 129},
+]
+
+
+@pytest.mark.parametrize("changes", BAD_HEADERS, ids=str)
+def test_headers_that_contradict_themselves_are_refused(changes):
+    assert refused(raw(msgpack.packb(fields_of(FRAMES[0]) | changes)))
+    with pytest.raises(InvalidRequest):
+        make_header(**changes)
+
+
+def test_payload_only_on_chunks():
+    assert refused(FRAMES[0] + b"x")
+    assert refused(FRAMES[-1] + b"x")
+
+
+def test_expect_refuses_another_kind():
+    assert wire.expect(ObjectHeader, SAMPLE.header) is SAMPLE.header
+    with pytest.raises(InvalidRequest):
+        wire.expect(Seal, SAMPLE.header)
