@@ -16,7 +16,7 @@ import grpc
 from kvstore.key import KvHandle
 from kvstore.objects import ObjectState
 from kvstore.records import ChunkHeader, ObjectHeader, Record, Seal
-from kvstore.store import KvStore
+from kvstore.store import MAX_LEASE_FACTOR, KvStore
 from kvstore.wire import expect, parse
 from tandem.errors import DeadlineExceeded, InvalidRequest
 from tandem.pb.kv.v1 import kv_pb2 as pb
@@ -98,7 +98,9 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
         return (*parse(data), data)
 
     def _cut_when_idle(self) -> asyncio.TimerHandle:
-        """End this call if its reader takes nothing for the time of a lease."""
+        """A reader that stalls loses its lease first, and learns that when it goes on. If it neither
+        goes on nor away, its call ends after the longest time a lease may have."""
         task = asyncio.current_task()
         assert task is not None
-        return asyncio.get_running_loop().call_later(self._store.config.lease_s, task.cancel)
+        idle_s = MAX_LEASE_FACTOR * self._store.config.lease_s
+        return asyncio.get_running_loop().call_later(idle_s, task.cancel)

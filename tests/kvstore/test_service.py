@@ -1,0 +1,381 @@
+"""A real server and a real client in one process: every way a stream can end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import socket
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, replace
+
+import grpc
+import pytest
+
+from kvstore.backends.memory import MemoryBackend
+from kvstore.client import KvClient
+from kvstore.key import KvHandle
+from kvstore.objects import ObjectState
+from kvstore.records import ObjectHeader
+from kvstore.server import KvServicer
+from kvstore.store import KvStore
+from kvstore.sweeper import Sweeper
+from kvstore.wire import frame
+from tandem import rpc
+from tandem.config import KvStoreConfig
+from tandem.errors import (
+    DataLoss,
+    DeadlineExceeded,
+    FailedPrecondition,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Unavailable,
+)
+from tandem.pb.kv.v1 import kv_pb2 as pb
+from tandem.pb.kv.v1 import kv_pb2_grpc
+from tests.kvstore.samples import make_header, make_ranges, make_sample
+
+MIB = 1 << 20
+QUICK = KvStoreConfig(put_deadline_s=0.3, lease_s=0.3, sweep_s=0.02)
+
+
+@dataclass
+class Service:
+    """A running store and where it listens."""
+
+    store: KvStore
+    server: grpc.aio.Server
+    port: int
+    config: KvStoreConfig
+    sweeper: Sweeper
+
+    @asynccontextmanager
+    async def client(self, config: KvStoreConfig | None = None):
+        async with rpc.channel(f"127.0.0.1:{self.port}") as channel:
+            yield KvClient(channel, config or self.config)
+
+
+@asynccontextmanager
+async def serving(total_bytes=64 * MIB, config=None, port=0):
+    config = config or KvStoreConfig()
+    store = KvStore(MemoryBackend(), total_bytes, config)
+    server = rpc.server(public=False)
+    kv_pb2_grpc.add_KvServiceServicer_to_server(KvServicer(store), server)
+    port = rpc.bind(server, "127.0.0.1", port)
+    await server.start()
+    try:
+        async with Sweeper(store) as sweeper:
+            yield Service(store, server, port, config, sweeper)
+    finally:
+        await server.stop(None)
+    store.check_integrity()
+
+
+async def until(condition, within_s=2.0):
+    """Wait for what happens in another task of this process."""
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110 (nobody tells a test)
+            await asyncio.sleep(0.005)
+
+
+async def write_all(writer, header):
+    for where in make_ranges(header, blocks=1):
+        await writer.write(where, PAYLOAD)
+    return await writer.seal()
+
+
+async def read_all(chunks):
+    return [(chunk, bytes(payload)) async for chunk, payload in chunks]
+
+
+def big(num_chunks: int, number: int = 0, **changes) -> ObjectHeader:
+    """An object of `num_chunks` MiB: one block of 1 MiB per chunk."""
+    return make_header(bytes([number]) * 16, num_blocks=num_chunks, num_layers=1, cell_bytes=MIB, **changes)
+
+
+PAYLOAD = random.Random(0).randbytes(MIB)
+
+
+async def put(client: KvClient, header: ObjectHeader) -> KvHandle:
+    async with client.put(header) as writer:
+        return await write_all(writer, header)
+
+
+async def test_round_trip_of_32_mib():
+    header = big(32)
+    async with serving() as service, service.client() as client:
+        handle = await put(client, header)
+        assert (await client.stat(handle)).state is ObjectState.SEALED
+        chunks = [chunk async for chunk in client.get(handle, "decode-0", tenant="tenant-a")]
+        assert [chunk.block_start for chunk, _ in chunks] == list(range(32))
+        assert all(payload == PAYLOAD for _, payload in chunks)
+        stat = await client.stat(handle)
+        assert (stat.state, stat.num_bytes, stat.num_leases) == (ObjectState.LEASED, 32 * MIB, 1)
+        assert await client.release(handle, "decode-0")
+        assert await client.release(handle)
+        assert not await client.release(handle)
+        assert service.store.audit().is_empty
+        assert client.verify_failures == 0
+
+
+async def test_chunks_and_views_of_any_kind():
+    header = make_header(num_blocks=5, num_layers=4)
+    sample = make_sample(header, blocks=2, layers=3)
+    async with serving() as service, service.client() as client:
+        async with client.put(header) as writer:
+            for chunk, payload in sample.chunks:
+                await writer.write(chunk, memoryview(bytearray(payload)))
+            handle = await writer.seal()
+        read = [(chunk, bytes(payload)) async for chunk, payload in client.get(handle, "reader")]
+        assert read == sample.chunks
+        await client.release(handle, "reader")
+        await client.release(handle)
+
+
+async def test_leaving_without_a_seal_frees():
+    header = big(8)
+    async with serving() as service, service.client() as client:
+        async with client.put(header) as writer:
+            await writer.write(make_ranges(header, blocks=1)[0], PAYLOAD)
+            assert service.store.bytes_in(ObjectState.RESERVED) == 8 * MIB
+        await until(lambda: service.store.audit().is_empty)
+
+
+async def test_cancelling_a_put_frees():
+    header = big(8)
+    async with serving() as service, service.client() as client:
+        is_writing = asyncio.Event()
+
+        async def write_for_ever():
+            async with client.put(header) as writer:
+                await writer.write(make_ranges(header, blocks=1)[0], PAYLOAD)
+                is_writing.set()
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(write_for_ever())
+        await is_writing.wait()
+        task.cancel()
+        await asyncio.wait({task})
+        await until(lambda: service.store.audit().is_empty)
+        assert service.store.counters.freed == 1
+
+
+async def test_a_writer_that_falls_silent_loses_its_bytes():
+    async with serving(config=QUICK) as service, service.client(KvStoreConfig()) as client:
+        header = big(2)
+        async with client.put(header) as writer:
+            await until(lambda: service.store.audit().is_empty)
+            with pytest.raises((DeadlineExceeded, FailedPrecondition)):  # whichever notices first
+                await write_all(writer, header)
+
+
+async def test_cancelling_a_get_ends_its_lease():
+    async with serving() as service, service.client() as client:
+        handle = await put(client, big(32))
+        async with aclosing(client.get(handle, "reader")) as chunks:
+            await anext(chunks)
+            assert service.store.stat(handle).num_leases == 1
+        await until(lambda: service.store.stat(handle).num_leases == 0)
+        assert service.store.stat(handle).state is ObjectState.SEALED
+
+        async def read_slowly():
+            async for _ in client.get(handle, "another"):
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(read_slowly())
+        await until(lambda: service.store.stat(handle).num_leases == 1)
+        task.cancel()
+        await asyncio.wait({task})
+        await until(lambda: service.store.stat(handle).num_leases == 0)
+
+
+async def test_a_reader_that_takes_nothing_loses_its_lease():
+    async with serving(config=QUICK) as service, service.client(replace(QUICK, put_deadline_s=5.0)) as client:
+        handle = await put(client, big(32))
+        chunks = client.get(handle, "reader")
+        await anext(chunks)
+        await until(lambda: service.store.audit().is_empty)
+        with pytest.raises(FailedPrecondition, match="STALE_HANDLE"):
+            await read_all(chunks)
+
+
+async def test_a_long_read_renews_its_lease():
+    config = replace(QUICK, put_deadline_s=5.0)
+    async with serving(config=config) as service, service.client(config) as client:
+        handle = await put(client, big(32))
+        num_chunks = 0
+        async for _ in client.get(handle, "reader"):
+            num_chunks += 1
+            await asyncio.sleep(0.02)
+        assert num_chunks == 32
+        assert service.store.counters.expired == 0
+
+
+async def test_full_says_so_and_has_room_again():
+    async with serving(4 * MIB) as service, service.client() as client:
+        handle = await put(client, big(3))
+        with pytest.raises(Overloaded) as refusal:
+            await put(client, big(2, number=1))
+        assert refusal.value.reason == "NO_MEMORY_FIT_NOW"
+        assert refusal.value.retry_after_ms == 500
+        assert refusal.value.metadata["free_bytes"] == str(MIB)
+        with pytest.raises(InvalidRequest, match="NEVER_FITS"):
+            await put(client, big(5, number=1))
+        await client.release(handle)
+        await put(client, big(2, number=1))
+        assert service.store.bytes_in(ObjectState.SEALED) == 2 * MIB
+
+
+async def test_a_restarted_store_knows_its_own_life_only():
+    async with serving() as service, service.client() as client:
+        handle = await put(client, big(1))
+    async with serving(port=service.port) as service, service.client() as client:
+        with pytest.raises(FailedPrecondition) as refusal:
+            await anext(client.get(handle, "reader"))
+        assert refusal.value.reason == "STALE_HANDLE"
+        assert refusal.value.message == "handle is from an earlier store epoch"
+        for operation in (client.stat(handle), client.renew(handle, "reader")):
+            with pytest.raises(FailedPrecondition):
+                await operation
+        assert not await client.release(handle)
+        with pytest.raises(NotFound):
+            await client.stat(replace(handle, store_epoch=service.store.store_epoch))
+
+
+async def test_a_store_that_dies_under_a_reader_is_down():
+    async with serving() as service, service.client() as client:
+        handle = await put(client, big(32))
+        chunks = client.get(handle, "reader")
+        await anext(chunks)
+        await service.server.stop(None)
+        async with asyncio.timeout(3):
+            with pytest.raises(Unavailable) as refusal:
+                await read_all(chunks)
+            assert refusal.value.reason == "STORE_DOWN"
+            assert refusal.value.message == "KV store is unavailable"
+            with pytest.raises(Unavailable):
+                await client.stat(handle)
+
+
+async def test_a_store_that_dies_under_a_writer_is_down():
+    header = big(32)
+    async with serving() as service, service.client() as client, client.put(header) as writer:
+        await service.server.stop(None)
+        async with asyncio.timeout(3):
+            with pytest.raises(Unavailable, match="STORE_DOWN"):
+                await write_all(writer, header)
+
+
+async def test_nobody_there_is_told_at_once():
+    async with serving() as service:
+        pass
+    async with service.client() as client, asyncio.timeout(2):
+        for _ in range(3):
+            with pytest.raises(Unavailable, match="STORE_DOWN"):
+                await put(client, big(1))
+
+
+async def test_somebody_there_who_does_not_answer_is_down_after_a_second():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        async with rpc.channel(f"127.0.0.1:{silent.getsockname()[1]}") as channel, asyncio.timeout(2):
+            with pytest.raises(Unavailable, match="STORE_DOWN"):
+                await put(KvClient(channel), big(1))
+
+
+async def call_put(service: Service, frames: list[bytes]) -> grpc.aio.AioRpcError | None:
+    async with rpc.channel(f"127.0.0.1:{service.port}") as channel:
+        stub = kv_pb2_grpc.KvServiceStub(channel)
+        try:
+            await stub.PutKv(pb.PutKvRequest(frame=data) for data in frames)
+        except grpc.aio.AioRpcError as error:
+            return rpc.to_tandem_error(error)
+    return None
+
+
+async def test_bad_streams_are_refused_and_freed():
+    sample = make_sample()
+    header, first, second, seal = sample.frames
+    chunk, payload = sample.chunks[0]
+    flipped = frame(chunk, bytes([payload[0] ^ 1]) + payload[1:])
+    streams = {
+        "nothing": ([], "BAD_MESSAGE"),
+        "no header": ([first, second, seal], "BAD_MESSAGE"),
+        "header twice": ([header, header], "BAD_MESSAGE"),
+        "no seal": ([header, first, second], "BAD_MESSAGE"),
+        "early seal": ([header, first, seal], "BAD_MESSAGE"),
+        "swapped": ([header, second, first, seal], "BAD_MESSAGE"),
+        "garbage": ([header, b"garbage"], "BAD_MESSAGE"),
+        "corrupt": ([header, flipped, second, seal], "KV_CORRUPT"),
+    }
+    async with serving() as service:
+        for frames, reason in streams.values():
+            error = await call_put(service, frames)
+            assert error is not None
+            assert error.reason == reason
+        await until(lambda: service.store.audit().is_empty)
+        assert service.store.counters.refused_corrupt == 1
+        assert await call_put(service, sample.frames) is None
+
+
+@pytest.mark.parametrize("where", range(4))
+async def test_what_the_store_spoils_the_reader_finds(where):
+    """One bit in each frame of a stored object; nothing spoiled is ever yielded."""
+    sample = make_sample()
+    async with serving() as service, service.client() as client:
+        async with client.put(sample.header) as writer:
+            for chunk, payload in sample.chunks:
+                await writer.write(chunk, payload)
+            handle = await writer.seal()
+        stored = service.store.read
+
+        def spoiled(lease):
+            for number, data in enumerate(stored(lease)):
+                yield data if number != where else data[:-1] + bytes([data[-1] ^ 1])
+
+        service.store.read = spoiled
+        seen = []
+
+        async def read():
+            async for chunk, payload in client.get(handle, "reader"):
+                seen.append((chunk, bytes(payload)))
+
+        with pytest.raises(DataLoss):
+            await read()
+        assert seen == sample.chunks[: len(seen)]
+        assert client.verify_failures == 1
+
+
+async def test_another_tenants_object_is_not_read():
+    async with serving() as service, service.client() as client:
+        handle = await put(client, big(1))
+        with pytest.raises(DataLoss):
+            await anext(client.get(handle, "reader", tenant="tenant-b"))
+
+
+async def test_malformed_handles_are_refused():
+    async with serving() as service, rpc.channel(f"127.0.0.1:{service.port}") as channel:
+        stub = kv_pb2_grpc.KvServiceStub(channel)
+        for handle in (pb.KvHandle(), pb.KvHandle(object_id=bytes(16), fingerprint=bytes(31))):
+            with pytest.raises(grpc.aio.AioRpcError) as refusal:
+                await stub.StatKv(pb.StatKvRequest(handle=handle))
+            assert rpc.to_tandem_error(refusal.value).reason == "BAD_MESSAGE"
+
+
+async def test_the_sweep_survives_its_failures(caplog):
+    store = KvStore(MemoryBackend(), MIB, QUICK)
+    sweep, num_calls = store.sweep, 0
+
+    def fails_twice():
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls <= 2:
+            raise RuntimeError("planted")
+        return sweep()
+
+    store.sweep = fails_twice
+    with caplog.at_level(logging.CRITICAL):
+        async with Sweeper(store) as sweeper:
+            await until(lambda: num_calls > 4)
+            assert sweeper.num_failures == 2
+            assert sweeper.age_s < 1
