@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 
 import grpc
 
@@ -30,16 +31,16 @@ class DecodeServer:
         self.worker = worker
 
     @classmethod
-    async def start(
-        cls, config: ClusterConfig, worker_id: str, router_address: str, store_address: str
-    ) -> DecodeServer:
-        """Load the model, serve, register."""
+    async def start(cls, config: ClusterConfig, worker_id: str, router: Awaitable[str]) -> DecodeServer:
+        """Load the model, serve, register. The router, which hosts the store too, may become known while
+        the model loads."""
         engine = await asyncio.to_thread(
             load_engine, config, worker_id, config.cache.decode_bytes, config.decode.threads
         )
         fingerprint = model_fingerprint(config)
-        store = channel(store_address)
-        client = KvClient(store, config.kvstore)
+        router_address = await router
+        store_channel = channel(router_address)
+        client = KvClient(store_channel, config.kvstore)
         worker = DecodeWorker(
             config.decode,
             engine.model,
@@ -62,7 +63,7 @@ class DecodeServer:
             lambda: WorkerLoad(engine.pool.num_free, worker.num_running, worker.num_waiting),
             worker.audit,
         )
-        return cls(host, worker, store)
+        return cls(host, worker, store_channel)
 
     async def stop(self) -> None:
         """Leave the router, end what runs, close."""

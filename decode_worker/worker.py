@@ -158,7 +158,6 @@ class DecodeWorker:
     def _note_memory(self) -> None:
         """Blocks were freed: wake those that wait for some."""
         self._memory.set()
-        self._releases: set[asyncio.Task[None]] = set()  # event loop only
         self._memory = asyncio.Event()
 
     def _refuse(self, sequence: DecodeSequence, error: TandemError) -> None:

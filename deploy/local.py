@@ -53,24 +53,27 @@ class LocalCluster:
     ) -> None:
         await self.channel.close()
         await self.router.stop(drain_s=0.0)
-        for worker in (*self.decodes, *self.prefills):
-            await worker.stop()
+        await asyncio.gather(*(worker.stop() for worker in self._workers()))
         await self.router.close()
         await self.store.stop()
 
     async def add_prefill(self, worker_id: str) -> PrefillServer:
-        address = self.router.internal_address
-        worker = await PrefillServer.start(self.config, worker_id, address, address)
+        worker = await PrefillServer.start(self.config, worker_id, self._router_address())
         self.prefills.append(worker)
         return worker
 
     async def add_decode(self, worker_id: str) -> DecodeServer:
-        address = self.router.internal_address
-        worker = await DecodeServer.start(self.config, worker_id, address, address)
+        worker = await DecodeServer.start(self.config, worker_id, self._router_address())
         self.decodes.append(worker)
         return worker
 
+    async def _router_address(self) -> str:
+        return self.router.internal_address
+
     def audit(self) -> list[PoolAudit]:
         """The books of every pool in the cluster."""
-        workers = [worker.worker.audit() for worker in (*self.prefills, *self.decodes)]
+        workers = [worker.worker.audit() for worker in self._workers()]
         return [*self.router.dispatcher.audit(), *self.store.audits(), *workers]
+
+    def _workers(self) -> list[PrefillServer | DecodeServer]:
+        return [*self.prefills, *self.decodes]

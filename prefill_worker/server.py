@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 
 import grpc
 
@@ -30,16 +31,16 @@ class PrefillServer:
         self.worker = worker
 
     @classmethod
-    async def start(
-        cls, config: ClusterConfig, worker_id: str, router_address: str, store_address: str
-    ) -> PrefillServer:
-        """Load the model, serve, register."""
+    async def start(cls, config: ClusterConfig, worker_id: str, router: Awaitable[str]) -> PrefillServer:
+        """Load the model, serve, register. The router, which hosts the store too, may become known while
+        the model loads."""
         engine = await asyncio.to_thread(
             load_engine, config, worker_id, config.cache.prefill_bytes, config.prefill.threads
         )
         fingerprint = model_fingerprint(config)
-        store = channel(store_address)
-        client = KvClient(store, config.kvstore)
+        router_address = await router
+        store_channel = channel(router_address)
+        client = KvClient(store_channel, config.kvstore)
         context = HandoffContext.of(config, engine, client, fingerprint)
         worker = PrefillWorker(
             config.prefill, engine.model, engine.pool, Tokenizer.from_dir(config.model.path), context
@@ -59,7 +60,7 @@ class PrefillServer:
             lambda: WorkerLoad(engine.pool.num_free, worker.num_running, worker.num_waiting),
             worker.audit,
         )
-        return cls(host, worker, store)
+        return cls(host, worker, store_channel)
 
     async def stop(self) -> None:
         """Leave the router, end what runs, close."""

@@ -58,7 +58,7 @@ class Dispatcher:
         self._queue: RequestQueue[Ticket] = RequestQueue(
             config.router.max_queue,
             config.router.aging_s,
-            can_ever_fit=lambda entry: admission.fits_when_idle(entry.request.needs),
+            can_ever_fit=lambda entry: admission.fits_when_idle(entry.request.needs, entry.request.exclude),
         )
         self._flights: dict[str, Flight] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -102,12 +102,16 @@ class Dispatcher:
             flight.cancel(reason)
 
     async def admit(self, request: Request, epoch: int, exclude: Collection[str]) -> Plan:
-        """Wait in the queue until the request has all its credits. Raises `QUEUE_FULL`."""
+        """Wait in the queue until the request has all its credits. Raises `QUEUE_FULL`.
+
+        A request that had a plan before returns to its old place, and a full queue takes it back.
+        """
+        since_s = request.lifecycle.received_s if len(request.lifecycle.stamps) > 1 else None
         needs = self.needs(request)
         ticket = Ticket(
             request.request_id, request.priority, request.deadline_s, epoch, needs, self._avoidable(exclude)
         )
-        self._queue.put(ticket, needs.decode_blocks)
+        self._queue.put(ticket, needs.decode_blocks, since_s=since_s)
         self.pump()
         try:
             return await ticket.plan
@@ -120,7 +124,7 @@ class Dispatcher:
     def pump(self) -> None:
         """Admit whatever fits now."""
         while self._queue.constrained_get(self._try_admit) is not None:
-            self.replans.note_admitted()
+            pass
 
     def tick(self) -> None:
         """Housekeeping, a few times a second: nobody waits for ever for a worker that does not come."""
@@ -178,6 +182,7 @@ class Dispatcher:
         plan = self._admission.try_admit(ticket.request_id, ticket.epoch, ticket.needs, ticket.exclude)
         if plan is not None:
             ticket.plan.set_result(plan)
+            self.replans.note_admitted()
         return plan is not None
 
     def _avoidable(self, exclude: Collection[str]) -> frozenset[str]:

@@ -49,7 +49,7 @@ class Router:
 
     def __init__(self, config: ClusterConfig, internal_host: str = "127.0.0.1") -> None:
         self._config = config
-        self._geometry = ModelGeometry.from_dir(config.model.path)
+        self._geometry = ModelGeometry.from_path(config.model.path)
         self._fingerprint = model_fingerprint(config)
         self._tokenizer = Tokenizer.from_dir(config.model.path)
         self.registry = Registry(
@@ -83,6 +83,7 @@ class Router:
         )
         for add in add_services:
             add(self._internal)
+        await self._say_serving(False)
         await self._internal.start()
         await self._public.start()
         self._housekeeping = asyncio.get_running_loop().create_task(self._keep_house())
@@ -135,6 +136,10 @@ class Router:
             fingerprint=self._fingerprint.hex(),
         )
 
+    async def _say_serving(self, is_serving: bool) -> None:
+        for name in ("", *SERVICES):
+            await self._health.set(name, SERVING if is_serving else NOT_SERVING)
+
     async def _keep_house(self) -> None:
         was_ready: bool | None = None
         while True:
@@ -143,6 +148,5 @@ class Router:
             self.dispatcher.tick()
             if self.is_ready != was_ready:
                 was_ready = self.is_ready
-                for name in ("", *SERVICES):
-                    await self._health.set(name, SERVING if was_ready else NOT_SERVING)
+                await self._say_serving(was_ready)
             await asyncio.sleep(TICK_S)

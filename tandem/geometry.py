@@ -31,9 +31,12 @@ class ModelGeometry:
     num_parameters: int  # estimated from the config; exact for the Llama family
 
     @classmethod
-    def from_dir(cls, path: Path) -> Self:
-        """Read `path/config.json`. Raises `ConfigError` if it is missing or not a decoder-only model's."""
-        file = path / "config.json"
+    def from_path(cls, path: Path) -> Self:
+        """Read a checkpoint folder's config.json, or a config file itself.
+
+        Raises `ConfigError` if it is missing or not a decoder-only model's.
+        """
+        file = path if path.is_file() else path / "config.json"
         try:
             return cls.from_config(json.loads(file.read_text()))
         except FileNotFoundError as error:

@@ -83,11 +83,10 @@ class _Kernel:
         q = q[rows] * self.scaling  # [rows, heads, head_dim]
         num_rows, heads, dim = q.shape
         group = heads // self.kv_heads
-        keys, values = cache.gather(layer, decode.head_rows(self.kv_heads))
+        matrices = num_rows * self.kv_heads
         attended = self._attend(
-            _pad_rows(q.reshape(num_rows * self.kv_heads, group, dim)),
-            keys.view(num_rows * self.kv_heads, -1, dim),
-            values.view(num_rows * self.kv_heads, -1, dim),
+            _pad_rows(q.reshape(matrices, group, dim)),
+            *cache.gather(layer, decode.gather_index, matrices),
             decode.bias(self.window, self.kv_heads, q.dtype),
         )
         out[rows] = attended[:, :group].reshape(num_rows, heads, dim)
@@ -107,7 +106,7 @@ class _Kernel:
         self, out: torch.Tensor, q: torch.Tensor, chunk: ChunkRows, cache: PagedCache, layer: int
     ) -> None:
         """New rows of one prompt against everything cached so far, themselves included."""
-        keys, values = (self._by_head(x[None]) for x in cache.tokens(layer, chunk.slots))
+        keys, values = cache.gather(layer, chunk.gather_index, self.kv_heads)
         rows = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
         out[rows] = self._slices(q[rows][None], keys, values, start=chunk.start)[0]
 

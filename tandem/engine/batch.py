@@ -20,6 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tandem.engine.paged_cache import PagedCache
+
 KV_TILE = 64  # decode attention pads each context to a multiple of this many tokens
 MAX_DECODE_ROWS = 16  # more rows than this on top of a cache count as a prompt chunk
 MAX_PADDING = 0.25  # prompts of one padded group differ from the longest by at most this share
@@ -48,21 +50,14 @@ class DecodeRows:
 
     rows: torch.Tensor | None  # [num_rows] int64: where they are in the packed batch
     context_lens: torch.Tensor  # [num_rows] int64: tokens each row sees, itself included
-    slots: torch.Tensor  # [num_rows, padded_len] int64; padding points to the cache's zero slot
-    _head_rows: torch.Tensor | None = None
+    gather_index: torch.Tensor  # [num_rows · kv_heads · blocks] for `PagedCache.gather`
+    padded_len: int  # tokens gathered per row
     _biases: dict[int | None, torch.Tensor] = field(default_factory=dict)
-
-    def head_rows(self, kv_heads: int) -> torch.Tensor:
-        """Gather index `[num_rows · kv_heads · padded_len]` into the cache's rows of one head each."""
-        if self._head_rows is None:
-            heads = torch.arange(kv_heads, device=self.slots.device)[:, None]
-            self._head_rows = (self.slots[:, None] * kv_heads + heads).flatten()
-        return self._head_rows
 
     def bias(self, window: int | None, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
         """`[num_rows · kv_heads, 1, padded_len]`: 0 where a row may look, -inf elsewhere."""
         if window not in self._biases:
-            position = torch.arange(self.slots.shape[1], device=self.slots.device)
+            position = torch.arange(self.padded_len, device=self.context_lens.device)
             hidden = position >= self.context_lens[:, None]
             if window is not None:
                 hidden |= position < self.context_lens[:, None] - window
@@ -88,7 +83,7 @@ class ChunkRows:
     first_row: int
     num_rows: int
     start: int
-    slots: torch.Tensor  # [start + num_rows] int64
+    gather_index: torch.Tensor  # [kv_heads · blocks] for `PagedCache.gather`; whole tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +93,7 @@ class ForwardBatch:
     token_ids: torch.Tensor  # [1, rows] int64
     positions: torch.Tensor  # [1, rows] int64
     slot_mapping: torch.Tensor  # [rows] int64
+    new_blocks: torch.Tensor | None  # [n] int64: blocks that get their first but not their last token now
     cu_seqlens: Ints  # [sequences + 1] row ranges of the sequences
     context_lens: Ints  # [sequences] tokens in the cache after this forward
     logits_indices: torch.Tensor  # [num_logits_rows] int64
@@ -118,14 +114,12 @@ class ForwardBatch:
     def build(
         cls,
         sequences: Sequence[SequenceRows],
-        block_size: int,
-        zero_slot: int,
-        device: torch.device | str = "cpu",
+        cache: PagedCache,
     ) -> ForwardBatch:
         """Lay the sequences out behind each other and index them. Order is kept."""
         if not sequences:
             raise ValueError("a forward needs at least one sequence")
-        layout = _Layout(sequences, block_size)
+        layout, device = _Layout(sequences, cache.block_size), cache.device
         fresh, padded_rows = _fresh_groups(sequences, layout, device)
         return cls(
             token_ids=_to(
@@ -133,12 +127,13 @@ class ForwardBatch:
             ),
             positions=_to(layout.positions[None], device),
             slot_mapping=_to(layout.slots_of(layout.sequence_of_row, layout.positions), device),
+            new_blocks=_new_blocks(layout, device),
             cu_seqlens=layout.cu_seqlens,
             context_lens=layout.starts + layout.lens,
             logits_indices=_to(_logits_indices(sequences, layout), device),
-            decode=_decode_rows(sequences, layout, zero_slot, device),
+            decode=_decode_rows(sequences, layout, cache),
             fresh=fresh,
-            chunks=_chunks(sequences, layout, device),
+            chunks=_chunks(sequences, layout, cache),
             padded_rows=padded_rows,
         )
 
@@ -169,6 +164,13 @@ class _Layout:
         block: Ints = self.block_tables[sequence, position // self.block_size]
         return block * self.block_size + position % self.block_size
 
+    def whole_tiles(self, sequence: Ints, contexts: Ints, zero_block: int) -> Ints:
+        """`[n, blocks]`: the blocks of each context, then the zero block up to whole tiles of the longest."""
+        padded_len = -(-int(contexts.max()) // KV_TILE) * KV_TILE
+        index = np.arange(padded_len // self.block_size)
+        owned = self.block_tables[sequence][:, np.minimum(index, self.block_tables.shape[1] - 1)]
+        return np.where(index * self.block_size < contexts[:, None], owned, zero_block)
+
 
 def _to(array: npt.NDArray[np.generic], device: torch.device | str) -> torch.Tensor:
     return torch.from_numpy(array).to(device)
@@ -181,23 +183,25 @@ def _logits_indices(sequences: Sequence[SequenceRows], layout: _Layout) -> Ints:
     )
 
 
-def _decode_rows(
-    sequences: Sequence[SequenceRows], layout: _Layout, zero_slot: int, device: torch.device | str
-) -> DecodeRows | None:
+def _new_blocks(layout: _Layout, device: torch.device) -> torch.Tensor | None:
+    ends = layout.starts + layout.lens
+    last_start = (ends - 1) // layout.block_size * layout.block_size
+    new = np.flatnonzero((last_start >= layout.starts) & (ends % layout.block_size != 0))
+    return _to(layout.block_tables[new, last_start[new] // layout.block_size], device) if new.size else None
+
+
+def _decode_rows(sequences: Sequence[SequenceRows], layout: _Layout, cache: PagedCache) -> DecodeRows | None:
     is_decode = np.array([s.is_decode for s in sequences])
     if not is_decode.any():
         return None
     rows = np.flatnonzero(is_decode[layout.sequence_of_row])
     contexts = layout.positions[rows] + 1
-    padded_len = -(-int(contexts.max()) // KV_TILE) * KV_TILE
-    position = np.arange(padded_len)
-    sees = position < contexts[:, None]
-    last_slot = layout.block_tables.shape[1] * layout.block_size - 1
-    slots = layout.slots_of(layout.sequence_of_row[rows][:, None], np.minimum(position, last_slot)[None])
+    blocks = layout.whole_tiles(layout.sequence_of_row[rows], contexts, cache.zero_block)
     return DecodeRows(
-        rows=None if is_decode.all() else _to(rows, device),
-        context_lens=_to(contexts, device),
-        slots=_to(np.where(sees, slots, zero_slot), device),
+        rows=None if is_decode.all() else _to(rows, cache.device),
+        context_lens=_to(contexts, cache.device),
+        gather_index=cache.head_block_index(_to(blocks, cache.device)),
+        padded_len=blocks.shape[1] * cache.block_size,
     )
 
 
@@ -222,16 +226,13 @@ def _fresh_groups(
     return tuple(groups), padded_rows
 
 
-def _chunks(
-    sequences: Sequence[SequenceRows], layout: _Layout, device: torch.device | str
-) -> tuple[ChunkRows, ...]:
-    return tuple(
-        ChunkRows(
-            first_row=int(layout.cu_seqlens[i]),
-            num_rows=len(s.token_ids),
-            start=s.start,
-            slots=_to(layout.slots_of(np.int64(i), np.arange(s.start + len(s.token_ids))), device),  # type: ignore[arg-type]
-        )
-        for i, s in enumerate(sequences)
-        if s.start > 0 and not s.is_decode
-    )
+def _chunks(sequences: Sequence[SequenceRows], layout: _Layout, cache: PagedCache) -> tuple[ChunkRows, ...]:
+    chunks = []
+    for i, s in enumerate(sequences):
+        if s.start == 0 or s.is_decode:
+            continue
+        context = np.array([s.start + len(s.token_ids)])
+        blocks = layout.whole_tiles(np.array([i]), context, cache.zero_block)
+        index = cache.head_block_index(_to(blocks, cache.device))
+        chunks.append(ChunkRows(int(layout.cu_seqlens[i]), len(s.token_ids), s.start, index))
+    return tuple(chunks)

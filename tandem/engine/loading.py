@@ -29,7 +29,7 @@ def load_engine(config: ClusterConfig, pool_name: str, budget_bytes: int, thread
     Raises `ConfigError` if the checkpoint is unusable or the budget is smaller than one block.
     """
     torch.set_num_threads(threads)
-    geometry = ModelGeometry.from_dir(config.model.path)
+    geometry = ModelGeometry.from_path(config.model.path)
     block_bytes = geometry.block_bytes(config.cache.block_size, config.model.dtype)
     num_blocks = budget_bytes // block_bytes
     if num_blocks < 1:

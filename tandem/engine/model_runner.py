@@ -52,7 +52,7 @@ class ModelRunner:
     ) -> Self:
         """Open a local checkpoint. Raises `ConfigError` for what cannot be served."""
         torch_dtype: torch.dtype = getattr(torch, dtype)
-        geometry = ModelGeometry.from_dir(path)
+        geometry = ModelGeometry.from_path(path)
         with torch.inference_mode():
             model = load_model(path, torch_dtype, device)
             linears = swap_linears(model, linear)
@@ -73,11 +73,13 @@ class ModelRunner:
 
     def batch(self, sequences: Sequence[SequenceRows]) -> ForwardBatch:
         """Index one forward over these rows."""
-        return ForwardBatch.build(sequences, self.cache.block_size, self.cache.zero_slot, self.device)
+        return ForwardBatch.build(sequences, self.cache)
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> torch.Tensor:
         """Fill the cache with the batch's rows; `[num_logits_rows, vocab]` float32 of the rows asked for."""
+        if batch.new_blocks is not None:
+            self.cache.clear(batch.new_blocks)
         padding = self._table.padded(batch.num_rows) - batch.num_rows if self._table else 0
         token_ids, positions = batch.token_ids, batch.positions
         if padding:
@@ -94,7 +96,9 @@ class ModelRunner:
 
     def warm_up(self) -> None:
         """Run each kind of row once, in blocks whose content no one relies on yet."""
-        tokens = min(WARM_UP_TOKENS, self.cache.zero_slot - 1, self.geometry.max_context - 1)
+        tokens = min(
+            WARM_UP_TOKENS, self.cache.num_blocks * self.cache.block_size - 1, self.geometry.max_context - 1
+        )
         table = range(-(-(tokens + 1) // self.cache.block_size))
         for start, rows in ((0, tokens // 2), (tokens // 2, tokens - tokens // 2), (tokens, 1)):
             if rows:

@@ -1,8 +1,9 @@
 """The tensor that holds keys and values of all layers, addressed by token slots. Knows no sequences.
 
-Slot `s` is offset `s % block_size` of block `s // block_size`. One block more than the pool hands out
-stays zero for ever: whoever gathers a ragged batch points its padding there, so stale values in
-recycled blocks (even NaN, which masking does not stop) can never reach a result.
+Slot `s` is offset `s % block_size` of block `s // block_size`. A block of one head is contiguous, so
+attention gathers whole blocks. Masking does not stop a stale NaN (0 · NaN), so nothing stale may be
+gathered at all: one block more than the pool hands out stays zero for ever and stands in for blocks a
+row does not have, and a block is cleared when a sequence starts it without filling it.
 """
 
 from __future__ import annotations
@@ -30,15 +31,14 @@ class PagedCache:
         self.geometry = geometry
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self.zero_slot = num_blocks * block_size
-        shape = (geometry.num_layers, 2, num_blocks + 1, block_size, geometry.num_kv_heads, geometry.head_dim)
+        self.zero_block = num_blocks
+        shape = (geometry.num_layers, 2, geometry.num_kv_heads, num_blocks + 1, block_size, geometry.head_dim)
         with torch.inference_mode(False):  # threads outside inference mode write to it too
             self._data = torch.zeros(shape, dtype=dtype, device=device)
-        flat = self._data.view(geometry.num_layers, 2, -1, geometry.num_kv_heads, geometry.head_dim)
-        self._slots = [(layer[0], layer[1]) for layer in flat]  # [slots, kv_heads, head_dim] each
-        self._head_rows = [
-            (k.view(-1, geometry.head_dim), v.view(-1, geometry.head_dim)) for k, v in self._slots
-        ]
+        # Views of K and V: [kv_heads, slots, head_dim] and [kv_heads · blocks, block_size · head_dim].
+        self._slots = [tuple(kv.flatten(1, 2) for kv in layer) for layer in self._data]
+        self._head_blocks = [tuple(kv.flatten(0, 1).flatten(1) for kv in layer) for layer in self._data]
+        self._scratch = (self._data.new_empty(0), self._data.new_empty(0))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,7 +51,7 @@ class PagedCache:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block across all layers."""
-        return self._data[:, :, 0].numel() * self._data.element_size()
+        return self._data[:, :, :, 0].numel() * self._data.element_size()
 
     def write(
         self,
@@ -62,26 +62,37 @@ class PagedCache:
     ) -> None:
         """Store new keys and values, one slot per row."""
         keys, values = self._slots[layer]
-        keys.index_copy_(0, slot_mapping, k)
-        values.index_copy_(0, slot_mapping, v)
+        keys.index_copy_(1, slot_mapping, k.transpose(0, 1))
+        values.index_copy_(1, slot_mapping, v.transpose(0, 1))
 
-    def gather(self, layer: int, head_rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of `head_rows` (slot · kv_heads + head), `[len(head_rows), head_dim]` each, copied."""
-        keys, values = self._head_rows[layer]
-        return keys.index_select(0, head_rows), values.index_select(0, head_rows)
+    def clear(self, block_ids: torch.Tensor) -> None:
+        """Zero blocks `[n]` in all layers."""
+        self._data.index_fill_(3, block_ids, 0)
 
-    def tokens(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of whole slots, `[len(slots), kv_heads, head_dim]` each, copied."""
-        keys, values = self._slots[layer]
-        return keys.index_select(0, slots), values.index_select(0, slots)
+    def head_block_index(self, blocks: torch.Tensor) -> torch.Tensor:
+        """What `gather` takes to bring block tables `[rows, n]`: `[rows · kv_heads · n]`."""
+        first = torch.arange(self.geometry.num_kv_heads, device=blocks.device) * (self.num_blocks + 1)
+        return (blocks[:, None] + first[:, None]).flatten()
+
+    def gather(self, layer: int, index: torch.Tensor, matrices: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of whole blocks, `[matrices, tokens, head_dim]` each, valid until the next call."""
+        size = index.shape[0] * self.block_size * self.geometry.head_dim
+        if self._scratch[0].numel() < size:  # fresh memory per call costs more than the copy
+            self._scratch = (self._data.new_empty(size), self._data.new_empty(size))
+        gathered = []
+        for source, scratch in zip(self._head_blocks[layer], self._scratch, strict=True):
+            out = scratch[:size].view(index.shape[0], -1)
+            torch.index_select(source, 0, index, out=out)
+            gathered.append(out.view(matrices, -1, self.geometry.head_dim))
+        return gathered[0], gathered[1]
 
     def read_blocks(
         self, block_ids: Sequence[int], layer_start: int = 0, num_layers: int | None = None
     ) -> torch.Tensor:
         """The blocks as they travel: CPU `[num_blocks, num_layers, 2, block_size, kv_heads, head_dim]`."""
         layers = self._layers(layer_start, num_layers)
-        chosen = layers.index_select(2, self._ids(block_ids))
-        return chosen.permute(2, 0, 1, 3, 4, 5).contiguous().cpu()
+        chosen = layers.index_select(3, self._ids(block_ids))
+        return chosen.permute(3, 0, 1, 4, 2, 5).contiguous().cpu()
 
     def write_blocks(
         self,
@@ -90,17 +101,21 @@ class PagedCache:
         layer_start: int = 0,
         num_layers: int | None = None,
     ) -> None:
-        """Fill blocks from the bytes of `read_blocks`. ValueError if the size does not match."""
+        """Fill blocks from the bytes of `read_blocks`. ValueError if the size does not match.
+
+        Slots after the last token must hold finite numbers; the sender zeroes them.
+        """
         layers = self._layers(layer_start, num_layers)
-        num_layers, _, _, *token_shape = layers.shape
-        shape = (len(block_ids), num_layers, 2, *token_shape)
-        incoming = _tensor_over(data, self.dtype, shape)
-        layers.index_copy_(2, self._ids(block_ids), incoming.permute(1, 2, 0, 3, 4, 5).to(self.device))
+        num_layers, _, kv_heads, _, block_size, head_dim = layers.shape
+        incoming = _tensor_over(
+            data, self.dtype, (len(block_ids), num_layers, 2, block_size, kv_heads, head_dim)
+        )
+        layers.index_copy_(3, self._ids(block_ids), incoming.permute(1, 2, 4, 0, 3, 5).to(self.device))
 
     def check_finite(self, block_ids: Sequence[int], num_tokens: int) -> bool:
         """Whether the first `num_tokens` tokens of these blocks hold only finite numbers, in every layer."""
-        chosen = self._data.index_select(2, self._ids(block_ids)).flatten(2, 3)
-        return bool(chosen[:, :, :num_tokens].isfinite().all())
+        chosen = self._data.index_select(3, self._ids(block_ids)).flatten(3, 4)
+        return bool(chosen[:, :, :, :num_tokens].isfinite().all())
 
     def _layers(self, start: int, count: int | None) -> torch.Tensor:
         stop = self.geometry.num_layers if count is None else start + count

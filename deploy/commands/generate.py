@@ -1,0 +1,155 @@
+"""`tandem generate`: complete one prompt on the screen, or many from a file, in input order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from deploy.commands.show import as_json, stream_text, summary
+from deploy.embedded import EmbeddedService
+from tandem.client import TandemClient
+from tandem.config import ClusterConfig
+from tandem.errors import ConfigError, TandemError
+from tandem.sampling import SamplingParams
+
+Prompt = str | list[int]
+MAX_IN_FLIGHT = 256  # from one command; the server's queue is for others too
+
+
+def read_prompts(prompts: Sequence[str], file: Path | None) -> list[Prompt]:
+    """Prompts from the command line, then from the file. Raises `ConfigError` naming the bad line."""
+    found: list[Prompt] = list(prompts)
+    if file is not None:
+        found += _read_file(file)
+    if not found:
+        raise ConfigError("no prompt; give one as an argument, or many with --prompt-file")
+    return found
+
+
+def _read_file(file: Path) -> list[Prompt]:
+    try:
+        data = sys.stdin.buffer.read() if str(file) == "-" else file.read_bytes()
+        lines = data.decode("utf-8-sig").split("\n")
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text (byte {error.start})") from error
+    numbered = [(number, line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered or not numbered[0][1].lstrip().startswith("{"):
+        return [line for _, line in numbered]
+    return [_parse(line, file, number) for number, line in numbered]
+
+
+def _parse(line: str, file: Path, number: int) -> Prompt:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file}:{number}: not valid JSON: {error.msg} at column {error.colno}") from error
+    prompt, token_ids = (
+        (record.get("prompt"), record.get("token_ids")) if isinstance(record, dict) else (None, None)
+    )
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(token_ids, list) and all(type(t) is int and 0 <= t < 2**32 for t in token_ids):
+        return token_ids
+    raise ConfigError(f'{file}:{number}: needs "prompt" (a string) or "token_ids" (a list of token ids)')
+
+
+def run(
+    prompts: list[Prompt],
+    sampling: SamplingParams,
+    server: str | None,
+    config: ClusterConfig | None,
+    timeout_s: float | None,
+    as_json_lines: bool,
+) -> int:
+    """Complete all prompts; returns the exit code: 1 if any of them failed."""
+    return asyncio.run(_run(prompts, sampling, server, config, timeout_s, as_json_lines))
+
+
+async def _run(
+    prompts: list[Prompt],
+    sampling: SamplingParams,
+    server: str | None,
+    config: ClusterConfig | None,
+    timeout_s: float | None,
+    as_json_lines: bool,
+) -> int:
+    err = Console(stderr=True, highlight=False)
+    async with _service(server, config, err) as address, TandemClient(address) as client:
+        if len(prompts) == 1 and sampling.n == 1 and not as_json_lines:
+            async with asyncio.timeout(timeout_s):
+                finished = await stream_text(client, prompts[0], sampling, sys.stdout)
+            err.print(f"[dim]{summary(finished)}[/]")
+            return 0
+        return await _many(client, prompts, sampling, timeout_s, as_json_lines)
+
+
+@asynccontextmanager
+async def _service(server: str | None, config: ClusterConfig | None, err: Console) -> AsyncIterator[str]:
+    """The address of the named service, or of one that lives as long as this block."""
+    if server is not None:
+        yield server
+        return
+    assert config is not None
+    with err.status("starting an embedded service …"):
+        service = await EmbeddedService(config).__aenter__()
+    try:
+        yield service.address
+    finally:
+        await service.__aexit__(None, None, None)
+
+
+async def _many(
+    client: TandemClient,
+    prompts: list[Prompt],
+    sampling: SamplingParams,
+    timeout_s: float | None,
+    as_json_lines: bool,
+) -> int:
+    """All at once, a bounded number in flight; printed in input order as soon as their turn comes."""
+    slots = asyncio.Semaphore(MAX_IN_FLIGHT)
+
+    async def one(prompt: Prompt) -> list[dict[str, Any]]:
+        async with slots:
+            try:
+                response = await client.generate(prompt, sampling, timeout_s=timeout_s)
+            except TandemError as error:
+                return [{"error": {"reason": error.reason, "message": error.message}}]
+        return [
+            as_json(completion.text, completion.token_ids, completion.finished) | _logprobs(completion)
+            for completion in response.completions
+        ]
+
+    tasks = [asyncio.create_task(one(prompt)) for prompt in prompts]
+    num_failed = 0
+    for prompt, task in zip(prompts, tasks, strict=True):
+        for record in await task:
+            num_failed += "error" in record
+            print(json.dumps(record) if as_json_lines else _as_text(prompt, record), flush=True)
+    return 1 if num_failed else 0
+
+
+def _logprobs(completion: Any) -> dict[str, Any]:
+    if not completion.logprobs:
+        return {}
+    return {
+        "logprobs": [
+            {"logprob": entry.logprob, "top": {top.token_id: top.logprob for top in entry.top}}
+            for entry in completion.logprobs
+        ]
+    }
+
+
+def _as_text(prompt: Prompt, record: dict[str, Any]) -> str:
+    shown = prompt if isinstance(prompt, str) else f"[{len(prompt)} tokens] "
+    if "error" in record:
+        return f"── {shown[:60]!r}: error: {record['error']['reason']}: {record['error']['message']}"
+    return f"──\n{shown}{record['text']}"

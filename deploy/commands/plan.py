@@ -1,0 +1,101 @@
+"""`tandem plan`: the memory arithmetic of a model, from its config.json alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deploy.models import resolve_model
+from tandem.config import CacheConfig
+from tandem.errors import ConfigError
+from tandem.geometry import DTYPE_BYTES, ModelGeometry, num_blocks
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def run(
+    model: str | None,
+    dtype: str,
+    context: int | None,
+    batch: int,
+    memory: str,
+    block_size: int,
+    as_json: bool,
+) -> None:
+    """Print the plan. Raises `ConfigError` for what cannot be planned."""
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {dtype}")
+    geometry = ModelGeometry.from_path(resolve_model(model))
+    facts = plan(geometry, dtype, context or geometry.max_context, batch, parse_bytes(memory), block_size)
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        _show(facts, batch)
+
+
+def parse_bytes(text: str) -> int | None:
+    """`80GiB`, `8e9` or `512MB` in bytes; None for an empty text."""
+    if not text:
+        return None
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([kmg]i?)?b?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"cannot read {text!r} as a size; write it like 80GiB or 512MB")
+    return int(float(match[1]) * UNITS[(match[2] or "").lower()])
+
+
+def plan(
+    geometry: ModelGeometry, dtype: str, context: int, batch: int, memory: int | None, block_size: int
+) -> dict[str, Any]:
+    """What the model takes at this context and batch, and what fits into `memory` bytes.
+
+    Without `memory` the service's default KV budget of a decode worker is what must hold the KV.
+    """
+    weights = geometry.weights_bytes(dtype)
+    block_bytes = geometry.block_bytes(block_size, dtype)
+    kv_budget = CacheConfig().decode_bytes if memory is None else max(memory - weights, 0)
+    blocks = kv_budget // block_bytes
+    tokens_at_batch = blocks // batch * block_size
+    return {
+        "weights_bytes": weights,
+        "kv_bytes_per_token": geometry.kv_bytes_per_token(dtype),
+        "kv_bytes_per_request": geometry.kv_bytes(context, dtype),
+        "kv_bytes_at_batch": geometry.kv_bytes(context, dtype, batch),
+        "block_bytes": block_bytes,
+        "kv_budget_bytes": kv_budget,
+        "num_blocks": blocks,
+        "max_concurrent_requests": blocks // num_blocks(context, block_size),
+        "max_tokens_at_batch": min(tokens_at_batch, geometry.max_context),
+        "max_context": geometry.max_context,
+        "context": context,
+        "batch": batch,
+        "dtype": dtype,
+    }
+
+
+def _show(facts: dict[str, Any], batch: int) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    rows = (
+        (f"weights ({facts['dtype']}, from the config)", _size(facts["weights_bytes"])),
+        ("KV per token", _size(facts["kv_bytes_per_token"])),
+        (f"KV per request of {facts['context']:,} tokens", _size(facts["kv_bytes_per_request"])),
+        (f"KV of {batch} such requests", _size(facts["kv_bytes_at_batch"])),
+        ("memory for KV", f"{_size(facts['kv_budget_bytes'])} = {facts['num_blocks']:,} blocks"),
+        ("requests of that length that fit at once", f"{facts['max_concurrent_requests']:,}"),
+        (f"longest sequence that fits {batch} at a time", f"{facts['max_tokens_at_batch']:,} tokens"),
+    )
+    for name, value in rows:
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+
+
+def _size(num_bytes: int) -> str:
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:.2f} {name}"
+    return f"{num_bytes} B"

@@ -1,0 +1,130 @@
+"""One process of the embedded service: the router with its store, a prefill worker, or a decode worker.
+
+    python -m deploy.process router|prefill|decode --config JSON --worker-id NAME
+
+It says where it listens in one JSON line on standard output. A worker learns the router's address from
+a line on standard input, so that it can load its model meanwhile. When standard input ends, or on
+SIGTERM, the process leaves in order: nobody outlives the one who started it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+import threading
+from collections.abc import Awaitable
+from typing import TYPE_CHECKING
+
+from tandem import log
+from tandem.config import ClusterConfig
+from tandem.errors import ConfigError
+
+if TYPE_CHECKING:
+    from decode_worker.server import DecodeServer
+    from prefill_worker.server import PrefillServer
+
+EXIT_CONFIG = 2
+
+
+async def run_router(config: ClusterConfig, leave: asyncio.Event) -> None:
+    from deploy.store import EmbeddedStore
+    from router.server import Router
+
+    store, router = EmbeddedStore(config), Router(config)
+    await store.start()
+    await router.start(add_services=[store.add_to], audits=store.audits)
+    _say(port=router.port, internal=router.internal_address)
+    await leave.wait()
+    await router.stop()
+    await router.close()
+    await store.stop()
+
+
+async def run_worker(
+    role: str, config: ClusterConfig, leave: asyncio.Event, worker_id: str, router: Awaitable[str]
+) -> None:
+    server: PrefillServer | DecodeServer
+    if role == "prefill":
+        from prefill_worker.server import PrefillServer
+
+        server = await PrefillServer.start(config, worker_id, router)
+    else:
+        from decode_worker.server import DecodeServer
+
+        server = await DecodeServer.start(config, worker_id, router)
+    await leave.wait()
+    await server.stop()
+
+
+def _say(**facts: object) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+class _Lines:
+    """Standard input as lines, and an event for its end."""
+
+    def __init__(self, leave: asyncio.Event) -> None:
+        self._leave = leave
+        self._first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def has_first(self) -> bool:
+        return self._first.done()
+
+    async def first(self) -> str:
+        return await self._first
+
+    def read(self) -> None:
+        """Blocks; run it in a daemon thread."""
+        for line in sys.stdin:
+            self._loop.call_soon_threadsafe(self._take, line.strip())
+        self._loop.call_soon_threadsafe(self._leave.set)
+
+    def _take(self, line: str) -> None:
+        if not self._first.done():
+            self._first.set_result(line)
+
+
+async def _main(role: str, config: ClusterConfig, worker_id: str) -> None:
+    leave = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, leave.set)
+    loop.add_signal_handler(signal.SIGINT, lambda: None)  # Ctrl-C reaches the whole group; the parent decides
+    lines = _Lines(leave)
+    threading.Thread(target=lines.read, daemon=True).start()
+    if role == "router":
+        await run_router(config, leave)
+        return
+    work = asyncio.create_task(run_worker(role, config, leave, worker_id, lines.first()))
+    left = asyncio.create_task(leave.wait())
+    await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+    if not lines.has_first:  # told to leave before the router's address was known
+        work.cancel()
+    await asyncio.wait({work})
+    left.cancel()
+    if not work.cancelled():
+        work.result()
+
+
+def main() -> None:
+    """Entry point of a child process."""
+    parser = argparse.ArgumentParser(prog="deploy.process")
+    parser.add_argument("role", choices=("router", "prefill", "decode"))
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--worker-id", default="")
+    parser.add_argument("--log-level", default="WARNING")
+    options = parser.parse_args()
+    log.set_up(options.worker_id or options.role, options.log_level)
+    try:
+        asyncio.run(_main(options.role, ClusterConfig.from_json(options.config), options.worker_id))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_CONFIG)
+
+
+if __name__ == "__main__":
+    main()

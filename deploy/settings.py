@@ -1,0 +1,44 @@
+"""From defaults, a YAML file and command-line options to one checked configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deploy.models import resolve_model
+from tandem.config import ClusterConfig
+from tandem.errors import ConfigError
+
+
+def load_config(
+    file: Path | None,
+    *,
+    model: str | None = None,
+    dtype: str = "float32",
+    host: str = "127.0.0.1",
+    port: int = 0,
+) -> ClusterConfig:
+    """The file's settings, overridden by what the command line names. Raises `ConfigError`."""
+    values = _read(file) if file else {}
+    chosen = values.setdefault("model", {})
+    if model is not None or "path" not in chosen:
+        chosen["path"] = str(resolve_model(model))
+    chosen.setdefault("dtype", dtype)
+    router = values.setdefault("router", {})
+    router.setdefault("host", host)
+    router.setdefault("port", port)
+    return ClusterConfig.from_dict(values)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file} must hold a mapping of settings")
+    return values

@@ -1,0 +1,138 @@
+"""A Python client: start a request, follow its events, get the same errors the server raised."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from tandem.errors import TandemError, Unavailable
+from tandem.pb.v1 import generation_pb2 as pb
+from tandem.pb.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
+from tandem.rpc import channel, to_tandem_error
+from tandem.sampling import SamplingParams
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+RETRY_S = 0.05
+
+
+class TandemClient:
+    """One connection to a Tandem server at `address` (host:port). Use it as an async context."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = channel(address)
+        self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
+        self._models: Any = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._health: Any = health_pb2_grpc.HealthStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._channel.close()
+
+    async def stream(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str = "",
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[pb.StreamGenerateResponse]:
+        """Events as they happen: Admitted, TokenChunks, one Finished per completion.
+
+        Raises the server's `TandemError`. Leaving the iteration early cancels the request.
+        """
+        message = generation_input(prompt, sampling, request_id=request_id, priority=priority)
+        call = self._generation.StreamGenerate(pb.StreamGenerateRequest(input=message), timeout=timeout_s)
+        try:
+            async for event in call:
+                yield event
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+        finally:
+            call.cancel()
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str = "",
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> pb.GenerateResponse:
+        """All completions at once. Raises the server's `TandemError`."""
+        message = generation_input(prompt, sampling, request_id=request_id, priority=priority)
+        response = await self._call(self._generation.Generate, pb.GenerateRequest(input=message), timeout_s)
+        assert isinstance(response, pb.GenerateResponse)
+        return response
+
+    async def cancel(self, request_id: str) -> None:
+        """End a running request. Raises `NO_SUCH_REQUEST`."""
+        await self._call(self._generation.CancelGeneration, pb.CancelGenerationRequest(request_id=request_id))
+
+    async def models(self) -> list[model_pb2.Model]:
+        """What is served."""
+        response = await self._call(self._models.ListModels, model_pb2.ListModelsRequest())
+        return list(response.models)
+
+    async def wait_until_serving(self, timeout_s: float) -> None:
+        """Until the server has workers of each kind. Raises `Unavailable` when the time is over."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not await self._is_serving():  # noqa: ASYNC110 (until the port opens there is no event)
+                    await asyncio.sleep(RETRY_S)
+        except TimeoutError:
+            raise Unavailable(
+                "NO_DECODE", f"the server at {self.address} was not ready within {timeout_s:g} s"
+            ) from None
+
+    async def _is_serving(self) -> bool:
+        """Follow the health service until it says SERVING; False if the connection was lost meanwhile."""
+        call = self._health.Watch(health_pb2.HealthCheckRequest(), wait_for_ready=True)
+        try:
+            async for response in call:
+                if response.status == SERVING:
+                    return True
+        except grpc.aio.AioRpcError:
+            pass
+        finally:
+            call.cancel()
+        return False
+
+    async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+        try:
+            return await method(request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: grpc.aio.AioRpcError) -> TandemError:
+        silent = f"no answer from {self.address} ({error.code().name}); is the server running?"
+        return to_tandem_error(error, Unavailable("DRAINING", silent))
+
+
+def generation_input(
+    prompt: str | Sequence[int],
+    sampling: SamplingParams | None = None,
+    *,
+    request_id: str = "",
+    priority: int = 0,
+) -> pb.GenerationInput:
+    """The wire message of a request; `prompt` is text or token ids."""
+    message = pb.GenerationInput(
+        request_id=request_id, sampling=(sampling or SamplingParams()).to_pb(), priority=priority
+    )
+    if isinstance(prompt, str):
+        message.text = prompt
+    else:
+        message.token_ids.ids.extend(prompt)
+    return message
