@@ -1,4 +1,4 @@
-"""Where frames are kept. A backend is one file in kvstore/backends with a function `open_backend(url)`.
+"""Where messages are kept. A backend is one file in kvstore/backends with a function `open_backend(url)`.
 
 It keeps bytes under a key and an index and decides nothing: when bytes may come and go is the
 store's business (kvstore/store.py).
@@ -17,16 +17,16 @@ from tandem.errors import ConfigError
 
 
 class Backend(Protocol):
-    """Frames of objects, in order of their index."""
+    """Messages of objects, in order of their index."""
 
-    def put(self, key: ObjectKey, index: int, frame: bytes) -> None:
-        """Keep a frame; indices of a key come in order, from 0."""
+    def put(self, key: ObjectKey, index: int, message: bytes) -> None:
+        """Keep a message; indices of a key come in order, from 0."""
 
     def get(self, key: ObjectKey, index: int) -> bytes:
-        """The frame as it was put."""
+        """The message as it was put."""
 
     def delete(self, key: ObjectKey) -> None:
-        """Forget all frames of a key; one without frames is fine."""
+        """Forget all messages of a key; one without messages is fine."""
 
     def close(self) -> None:
         """Give everything back."""

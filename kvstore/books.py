@@ -47,9 +47,9 @@ class Books:
         self._wait(obj, self._config.put_deadline_s)
         return obj
 
-    def keep(self, obj: KvObject, digest: bytes, data: bytes) -> None:
-        """Keep the object's next frame; its put deadline starts again."""
-        self._backend.put(obj.key, len(obj.digests), data)
+    def keep(self, obj: KvObject, digest: bytes, message: bytes) -> None:
+        """Keep the object's next message; its put deadline starts again."""
+        self._backend.put(obj.key, len(obj.digests), message)
         obj.digests.append(digest)
         self._wait(obj, self._config.put_deadline_s)
 

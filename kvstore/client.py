@@ -22,6 +22,7 @@ from tandem.pb.kv.v1 import kv_pb2 as pb
 from tandem.pb.kv.v1 import kv_pb2_grpc
 
 UNARY_S = 5.0
+GET_KV = "/tandem.kv.v1.KvService/GetKv"
 T = TypeVar("T")
 
 
@@ -33,10 +34,11 @@ class KvClient:
         self._channel = channel
         self._config = config or KvStoreConfig()
         self._stub: Any = kv_pb2_grpc.KvServiceStub(channel)
+        self._get: Any = channel.unary_stream(GET_KV, pb.GetKvRequest.SerializeToString)
 
     def put(self, header: ObjectHeader) -> KvWriter:
         """`async with client.put(header) as writer`; leaving without `await writer.seal()` aborts."""
-        return KvWriter(self._channel, self._stub, header, self._config.put_deadline_s)
+        return KvWriter(self._channel, header, self._config.put_deadline_s)
 
     async def get(
         self, handle: KvHandle, holder: str, *, tenant: str | None = None, lease_s: float | None = None
@@ -49,12 +51,12 @@ class KvClient:
         lease_s = lease_s or self._config.lease_s
         await connected(self._channel)
         request = pb.GetKvRequest(handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s))
-        call = self._stub.GetKv(request)
+        call = self._get(request)
         check = ReadCheck(handle, tenant)
         renew_at_s = time.monotonic() + lease_s / 3
         try:
-            while (data := await self._read(call)) is not None:
-                chunk = self._verified(partial(check.accept, data))
+            while (message := await self._read(call)) is not None:
+                chunk = self._verified(partial(check.accept, message))
                 if chunk is not None:
                     yield chunk
                 if time.monotonic() >= renew_at_s:
@@ -90,8 +92,8 @@ class KvClient:
     async def _read(self, call: Any) -> bytes | None:
         with store_errors():
             async with asyncio.timeout(self._config.put_deadline_s):
-                response = await call.read()
-        return None if response is grpc.aio.EOF else response.frame
+                message = await call.read()
+        return None if message is grpc.aio.EOF else message
 
     def _verified(self, check: Callable[[], T]) -> T:
         try:

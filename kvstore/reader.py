@@ -1,4 +1,4 @@
-"""Checks what the store sends, frame by frame, against the handle that was asked for.
+"""Checks what the store sends, message by message, against the handle that was asked for.
 
 Whatever does not fit, in whichever way, is KV_CORRUPT: the reader must not decode from it.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from kvstore.assembly import Assembly
 from kvstore.key import KvHandle, require
 from kvstore.records import ChunkHeader, ObjectHeader, Record, Seal
-from kvstore.wire import parse
+from kvstore.wire import decode
 from tandem.errors import DataLoss, InvalidRequest
 
 
@@ -21,15 +21,15 @@ class ReadCheck:
         self._tenant = tenant
         self._assembly: Assembly | None = None
 
-    def accept(self, data: bytes) -> tuple[ChunkHeader, memoryview] | None:
-        """The chunk in this frame, if it holds one."""
+    def accept(self, message: bytes) -> tuple[ChunkHeader, memoryview] | None:
+        """The chunk in this message, if it holds one."""
         try:
-            return self._accept(*parse(data))
+            return self._accept(*decode(message))
         except InvalidRequest as error:
             raise DataLoss from error
 
     def finish(self) -> None:
-        """No more frames come."""
+        """No more messages come."""
         if not self.is_complete:
             raise DataLoss
 

@@ -1,4 +1,4 @@
-"""tandem.kv.v1.KvService: a shell around `KvStore`. It parses frames and holds streams to their deadlines.
+"""tandem.kv.v1.KvService: a shell around `KvStore`. It decodes messages and holds streams to their deadlines.
 
 A put whose stream ends without a seal, however it ends, is freed at once; a get that is cut ends its
 lease. Errors leave as `TandemError`: `tandem.rpc.ErrorInterceptor` puts them on the wire. A chunk
@@ -17,12 +17,12 @@ from kvstore.key import KvHandle
 from kvstore.objects import ObjectState
 from kvstore.records import ChunkHeader, ObjectHeader, Record, Seal
 from kvstore.store import MAX_LEASE_FACTOR, KvStore
-from kvstore.wire import expect, parse
+from kvstore.wire import decode, expect
 from tandem.errors import DeadlineExceeded, InvalidRequest
 from tandem.pb.kv.v1 import kv_pb2 as pb
-from tandem.pb.kv.v1 import kv_pb2_grpc
 
 Context = grpc.aio.ServicerContext[Any, Any]
+SERVICE = "tandem.kv.v1.KvService"
 RESERVED = (("kv-reserved", "1"),)  # initial metadata of a put: the bytes are there, send them
 
 _STATES = {
@@ -33,28 +33,26 @@ _STATES = {
 }
 
 
-class KvServicer(kv_pb2_grpc.KvServiceServicer):
+class KvServicer:
     """Serves one store. Needs a `Sweeper` beside it (kvstore/sweeper.py)."""
 
     def __init__(self, store: KvStore) -> None:
         self._store = store
 
-    async def PutKv(
-        self, request_iterator: AsyncIterator[pb.PutKvRequest], context: Context
-    ) -> pb.PutKvResponse:
+    async def PutKv(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.PutKvResponse:
         header, _, _ = await self._next(request_iterator)
         ticket = self._store.reserve(expect(ObjectHeader, header))
         try:
             await context.send_initial_metadata(RESERVED)
             while True:
-                record, payload, data = await self._next(request_iterator)
+                record, payload, message = await self._next(request_iterator)
                 if isinstance(record, Seal):
                     return pb.PutKvResponse(handle=self._store.seal(ticket, record).to_pb())
-                self._store.append(ticket, expect(ChunkHeader, record), payload, data)
+                self._store.append(ticket, expect(ChunkHeader, record), payload, message)
         finally:
             self._store.abort(ticket)
 
-    async def GetKv(self, request: pb.GetKvRequest, context: Context) -> AsyncIterator[pb.GetKvResponse]:
+    async def GetKv(self, request: pb.GetKvRequest, context: Context) -> AsyncIterator[bytes]:
         lease = self._store.lease(KvHandle.from_pb(request.handle), request.holder, request.lease_ms / 1000)
         is_complete = False
         cut = self._cut_when_idle()
@@ -66,8 +64,8 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
 
         # A generator that is cut while its message is sent hears nothing; this does.
         cast(Any, context).add_done_callback(close)
-        for data in self._store.read(lease):
-            yield pb.GetKvResponse(frame=data)
+        for message in self._store.read(lease):
+            yield message
             cut.cancel()
             cut = self._cut_when_idle()
         is_complete = True
@@ -86,16 +84,15 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
         was_held = self._store.release(KvHandle.from_pb(request.handle), request.holder)
         return pb.ReleaseKvResponse(was_held=was_held)
 
-    async def _next(self, requests: AsyncIterator[pb.PutKvRequest]) -> tuple[Record, memoryview, bytes]:
+    async def _next(self, requests: AsyncIterator[bytes]) -> tuple[Record, memoryview, bytes]:
         try:
             async with asyncio.timeout(self._store.config.put_deadline_s):
-                request = await anext(requests)
+                message = await anext(requests)
         except TimeoutError:
             raise DeadlineExceeded("transfer") from None
         except StopAsyncIteration:
             raise InvalidRequest("BAD_MESSAGE", "malformed request message") from None
-        data = request.frame
-        return (*parse(data), data)
+        return (*decode(message), message)
 
     def _cut_when_idle(self) -> asyncio.TimerHandle:
         """A reader that stalls loses its lease first, and learns that when it goes on. If it neither
@@ -104,3 +101,24 @@ class KvServicer(kv_pb2_grpc.KvServiceServicer):
         assert task is not None
         idle_s = MAX_LEASE_FACTOR * self._store.config.lease_s
         return asyncio.get_running_loop().call_later(idle_s, task.cancel)
+
+
+def add_to_server(servicer: KvServicer, server: grpc.aio.Server) -> None:
+    """Register the service; the generated function would put protobuf's copies back on the streams."""
+    unary = grpc.unary_unary_rpc_method_handler
+    handlers: dict[str, Any] = {
+        "PutKv": grpc.stream_unary_rpc_method_handler(
+            servicer.PutKv, request_deserializer=bytes, response_serializer=pb.PutKvResponse.SerializeToString
+        ),
+        "GetKv": grpc.unary_stream_rpc_method_handler(
+            servicer.GetKv, request_deserializer=pb.GetKvRequest.FromString
+        ),
+        "StatKv": unary(servicer.StatKv, pb.StatKvRequest.FromString, pb.StatKvResponse.SerializeToString),
+        "RenewLease": unary(
+            servicer.RenewLease, pb.RenewLeaseRequest.FromString, pb.RenewLeaseResponse.SerializeToString
+        ),
+        "ReleaseKv": unary(
+            servicer.ReleaseKv, pb.ReleaseKvRequest.FromString, pb.ReleaseKvResponse.SerializeToString
+        ),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))

@@ -3,7 +3,7 @@
 The life of an object here:
 1. `reserve` charges all its bytes at once, or refuses; from then on it has a put deadline, counted
    from its last chunk.
-2. `append` checks each chunk (kvstore/assembly.py) and keeps its frame.
+2. `append` checks each chunk (kvstore/assembly.py) and keeps its message.
 3. `seal` makes it immutable and readable. Without a reader it lives for one lease time.
 4. `lease` and `read` serve it to a holder, `renew` keeps the lease. When the last lease is ended the
    object waits for another reader; when the last lease runs out it goes.
@@ -26,7 +26,7 @@ from kvstore.history import History
 from kvstore.key import Buffer, KvHandle, ObjectKey, require
 from kvstore.objects import KvObject, Lease, ObjectStat, ObjectState, PutTicket, StoreCounters
 from kvstore.records import ChunkHeader, ObjectHeader, Seal
-from kvstore.wire import frame
+from kvstore.wire import encode
 from tandem.config import KvStoreConfig
 from tandem.errors import DataLoss, FailedPrecondition, InvalidRequest, NotFound, Overloaded
 from tandem.ledger import PoolAudit
@@ -66,8 +66,8 @@ class KvStore:
         self.counters.reserved += 1
         return PutTicket(obj, Assembly(header))
 
-    def append(self, ticket: PutTicket, chunk: ChunkHeader, payload: Buffer, data: bytes) -> None:
-        """Check a chunk and keep `data`, the frame it came in."""
+    def append(self, ticket: PutTicket, chunk: ChunkHeader, payload: Buffer, message: bytes) -> None:
+        """Check a chunk and keep the message it came in."""
         self.sweep()
         obj = self._writable(ticket)
         try:
@@ -76,7 +76,7 @@ class KvStore:
             self.counters.refused_corrupt += 1
             raise
         if not ticket.is_repeat:
-            self._books.keep(obj, chunk.digest, data)
+            self._books.keep(obj, chunk.digest, message)
         elif obj.digests[chunk.index : chunk.index + 1] != [chunk.digest]:
             raise self._stale("the object exists with other content")
 
@@ -117,14 +117,14 @@ class KvStore:
         return lease
 
     def read(self, lease: Lease) -> Iterator[bytes]:
-        """The object's frames: header, chunks, seal. Fails as soon as the lease is over."""
+        """The object's messages: header, chunks, seal. Fails as soon as the lease is over."""
         obj = self._leased(lease)
         assert obj.seal is not None, obj.state
-        yield frame(obj.header)
+        yield encode(obj.header)
         for index in range(obj.seal.num_chunks):
             self._leased(lease)
             yield self._backend.get(obj.key, index)
-        yield frame(obj.seal)
+        yield encode(obj.seal)
 
     def renew(self, handle: KvHandle, holder: str, lease_s: float = 0.0) -> None:
         """Let a lease run for `lease_s` from now; STALE_HANDLE if it is over."""

@@ -1,8 +1,10 @@
-"""Frames: magic | u32 header length, little endian | msgpack header | raw bytes.
+"""Messages on the wire: 0x0a | varint frame length | frame, which is how protobuf spells `bytes frame = 1`.
 
-The payload is never copied while parsing. The header is one flat map of scalars in the one encoding
-that `frame` itself writes, so nesting, duplicate keys, extension types, over-long numbers and
-trailing bytes are all refused by the same few lines. Knows nothing of what may follow what.
+A frame is magic | u32 header length, little endian | msgpack header | raw bytes. Writing costs one
+copy of the payload and reading none; protobuf would add two on each side of every hop. The header is
+one flat map of scalars in the one encoding that `encode` itself writes, so nesting, duplicate keys,
+extension types, over-long numbers and trailing bytes are all refused by the same few lines. Knows
+nothing of what may follow what.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ R = TypeVar("R", ObjectHeader, ChunkHeader, Seal)
 MAGIC = b"TKV\x01"
 VERSION = 1
 MAX_HEADER_BYTES = 1024
+TAG = b"\x0a"  # field 1, length-delimited
 PREFIX = struct.Struct("<4sI")
 
 _KINDS: dict[str, type[Record]] = {"header": ObjectHeader, "chunk": ChunkHeader, "seal": Seal}
@@ -45,22 +48,37 @@ def expect(kind: type[R], record: Record) -> R:
     return record
 
 
-def frame(record: Record, payload: Buffer = b"") -> bytes:
-    """One frame in one copy."""
+def encode(record: Record, payload: Buffer = b"") -> bytes:
+    """A PutKvRequest or GetKvResponse, in one copy."""
     header = _pack(record)
-    return b"".join((PREFIX.pack(MAGIC, len(header)), header, payload))
+    length = PREFIX.size + len(header) + memoryview(payload).nbytes
+    return b"".join((TAG, _varint(length), PREFIX.pack(MAGIC, len(header)), header, payload))
 
 
-def parse(data: bytes) -> tuple[Record, memoryview]:
-    """The record and a view of the payload behind it, or BAD_MESSAGE."""
-    require(len(data) >= PREFIX.size)
-    magic, length = PREFIX.unpack_from(data)
-    require(magic == MAGIC and 0 < length <= MAX_HEADER_BYTES and PREFIX.size + length <= len(data))
-    view = memoryview(data)
-    header, payload = view[PREFIX.size : PREFIX.size + length], view[PREFIX.size + length :]
+def decode(message: bytes) -> tuple[Record, memoryview]:
+    """The record in a message and a view of the payload behind it, or BAD_MESSAGE."""
+    frame = _frame(message)
+    require(len(frame) >= PREFIX.size)
+    magic, length = PREFIX.unpack_from(frame)
+    require(magic == MAGIC and 0 < length <= MAX_HEADER_BYTES and PREFIX.size + length <= len(frame))
+    header, payload = frame[PREFIX.size : PREFIX.size + length], frame[PREFIX.size + length :]
     record = _unpack(header)
     require(len(payload) == (record.length if isinstance(record, ChunkHeader) else 0))
     return record, payload
+
+
+def _varint(value: int) -> bytes:
+    low, rest = value & 0x7F, value >> 7
+    return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])
+
+
+def _frame(message: bytes) -> memoryview:
+    """What is behind the tag and the length, which must be exactly that long."""
+    require(message[:1] == TAG)
+    num_prefix = next((end for end in range(2, 7) if message[end - 1 : end] < b"\x80"), 0)
+    frame = memoryview(message)[num_prefix:]
+    require(num_prefix > 0 and message[1:num_prefix] == _varint(len(frame)))
+    return frame
 
 
 def _pack(record: Record) -> bytes:

@@ -20,18 +20,18 @@ from kvstore.digest import ObjectDigest
 from kvstore.key import Buffer, KvHandle
 from kvstore.link import connected, store_errors
 from kvstore.records import ChunkHeader, ChunkRange, ObjectHeader, Record, Seal
-from kvstore.wire import frame
+from kvstore.wire import encode
 from tandem.pb.kv.v1 import kv_pb2 as pb
 
 T = TypeVar("T")
+PUT_KV = "/tandem.kv.v1.KvService/PutKv"
 
 
 class KvWriter:
     """One put. `idle_s` bounds each wait for the store."""
 
-    def __init__(self, channel: grpc.aio.Channel, stub: Any, header: ObjectHeader, idle_s: float) -> None:
+    def __init__(self, channel: grpc.aio.Channel, header: ObjectHeader, idle_s: float) -> None:
         self._channel = channel
-        self._stub = stub
         self._header = header
         self._idle_s = idle_s
         self._digest = ObjectDigest(header)
@@ -41,7 +41,8 @@ class KvWriter:
     async def __aenter__(self) -> Self:
         """Returns when the store has reserved the bytes; raises its refusal otherwise."""
         await connected(self._channel)
-        self._call = self._stub.PutKv()
+        put: Any = self._channel.stream_unary(PUT_KV, response_deserializer=pb.PutKvResponse.FromString)
+        self._call = put()
         try:
             await self._send(self._header)
             metadata = await self._within(self._call.initial_metadata())
@@ -85,7 +86,7 @@ class KvWriter:
 
     async def _send(self, record: Record, payload: Buffer = b"") -> None:
         try:
-            await self._within(self._call.write(pb.PutKvRequest(frame=frame(record, payload))))
+            await self._within(self._call.write(encode(record, payload)))
         except asyncio.InvalidStateError:
             await self._within(self._call)  # the store has ended the call; this raises its reason
             raise

@@ -1,4 +1,4 @@
-"""Frames in this process's memory. A frame is kept as it came; nothing is copied."""
+"""Messages in this process's memory. A message is kept as it came; nothing is copied."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from kvstore.key import ObjectKey
 
 
 class MemoryBackend:
-    """A list of frames per key."""
+    """A list of messages per key."""
 
     def __init__(self) -> None:
-        self._frames: dict[ObjectKey, list[bytes]] = {}
+        self._messages: dict[ObjectKey, list[bytes]] = {}
 
-    def put(self, key: ObjectKey, index: int, frame: bytes) -> None:
-        frames = self._frames.setdefault(key, [])
-        assert index == len(frames), (index, len(frames))
-        frames.append(frame)
+    def put(self, key: ObjectKey, index: int, message: bytes) -> None:
+        messages = self._messages.setdefault(key, [])
+        assert index == len(messages), (index, len(messages))
+        messages.append(message)
 
     def get(self, key: ObjectKey, index: int) -> bytes:
-        return self._frames[key][index]
+        return self._messages[key][index]
 
     def delete(self, key: ObjectKey) -> None:
-        self._frames.pop(key, None)
+        self._messages.pop(key, None)
 
     def close(self) -> None:
-        self._frames.clear()
+        self._messages.clear()
 
 
 def open_backend(url: str) -> MemoryBackend:

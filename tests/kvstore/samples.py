@@ -9,7 +9,7 @@ from kvstore.digest import ObjectDigest
 from kvstore.key import KvHandle
 from kvstore.records import ChunkHeader, ChunkRange, ObjectHeader, Seal
 from kvstore.store import KvStore
-from kvstore.wire import frame
+from kvstore.wire import encode
 
 BLOCK_SIZE = 4
 CELL_BYTES = 2 * BLOCK_SIZE * 4 * 2  # keys and values, float32, kv_heads · head_dim = 2
@@ -61,7 +61,7 @@ class Sample:
 
     @property
     def frames(self) -> list[bytes]:
-        return [frame(self.header), *(frame(*chunk) for chunk in self.chunks), frame(self.seal)]
+        return [encode(self.header), *(encode(*chunk) for chunk in self.chunks), encode(self.seal)]
 
 
 def make_chunk(header: ObjectHeader, index: int, where: ChunkRange, payload: bytes) -> ChunkHeader:
@@ -90,5 +90,5 @@ def make_sample(header: ObjectHeader | None = None, seed: int = 0, **cut) -> Sam
 def put(store: KvStore, sample: Sample) -> KvHandle:
     ticket = store.reserve(sample.header)
     for chunk, payload in sample.chunks:
-        store.append(ticket, chunk, payload, frame(chunk, payload))
+        store.append(ticket, chunk, payload, encode(chunk, payload))
     return store.seal(ticket, sample.seal)

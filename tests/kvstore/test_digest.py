@@ -10,7 +10,7 @@ from kvstore.assembly import Assembly
 from kvstore.key import object_id_of
 from kvstore.reader import ReadCheck
 from kvstore.records import ChunkRange
-from kvstore.wire import frame, parse
+from kvstore.wire import decode, encode
 from tandem.errors import DataLoss, InvalidRequest
 from tests.kvstore.samples import make_chunk, make_header, make_sample
 
@@ -143,4 +143,4 @@ def test_names_keep_tenants_and_requests_apart():
 
 def test_a_frame_survives_a_copy():
     chunk, payload = SAMPLE.chunks[0]
-    assert parse(frame(chunk, memoryview(payload)))[0] == chunk
+    assert decode(encode(chunk, memoryview(payload)))[0] == chunk

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from kvstore.backends.memory import MemoryBackend
-from kvstore.books import Books
+from kvstore.books import SEALED, WRITER, Books
 from kvstore.key import KvHandle, ObjectKey
 from kvstore.objects import Lease, ObjectState, PutTicket
 from kvstore.store import KvStore
-from kvstore.wire import frame
+from kvstore.wire import encode
 from tandem.config import KvStoreConfig
 from tandem.errors import FailedPrecondition, InvalidRequest, NotFound, Overloaded, TandemError
 from tests.clock import ManualClock
@@ -171,7 +171,7 @@ class StoreMachine(RuleBasedStateMachine):
         may = self.live(model) and index == len(ticket.assembly.digests)
         if ticket.is_repeat:
             may = may and not model.is_given_up and sample == model.sample
-        self.check(may, self.store.append, ticket, *chunk, frame(*chunk))
+        self.check(may, self.store.append, ticket, *chunk, encode(*chunk))
         if may and not ticket.is_repeat:
             model.num_chunks += 1
             model.deadline_s = self.clock() + PUT_S
@@ -187,7 +187,7 @@ class StoreMachine(RuleBasedStateMachine):
     def write_the_rest(self, ticket: PutTicket, sample: Sample, model: Model) -> None:
         for chunk in sample.chunks[len(ticket.assembly.digests) :]:
             try:
-                self.store.append(ticket, *chunk, frame(*chunk))
+                self.store.append(ticket, *chunk, encode(*chunk))
             except TandemError:
                 break
             if not ticket.is_repeat:
@@ -314,7 +314,7 @@ class StoreMachine(RuleBasedStateMachine):
         for key, model in self.objects.items():
             stat = self.store.stat(model.sample.header.handle(self.store.store_epoch))
             assert (stat.state, stat.num_leases) == (model.state, len(model.leases)), key
-        kept_frames = self.store._backend._frames
+        kept_frames = self.store._backend._messages
         assert {key: len(frames) for key, frames in kept_frames.items()} == {
             key: model.num_chunks for key, model in self.objects.items() if model.num_chunks
         }
@@ -326,11 +326,11 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.sweep()
             assert self.store.audit().is_empty
             self.store.check_integrity()
-            assert not self.store._backend._frames
+            assert not self.store._backend._messages
 
 
 SETTINGS = settings(
-    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
@@ -348,14 +348,15 @@ def keep_after_expiry(self, now_s):
     return 0
 
 
-def free_under_readers(self, obj):
-    self.free(obj, ObjectState.RELEASED)
+def lease_without_a_deadline(self, obj, holder, lease_s):
+    pass
 
 
-def renew_nothing(self, obj, holder, lease_s):
-    self._expiry.set(
-        (obj.key, holder), self._expiry._deadlines.get((obj.key, holder), self._clock() + lease_s)
-    )
+def seal_without_a_new_deadline(self, obj, seal):
+    obj.to(ObjectState.SEALED)
+    obj.seal = seal
+    self._hold(obj, SEALED)
+    self._drop_hold(obj, WRITER)
 
 
 @pytest.mark.parametrize(
@@ -363,8 +364,8 @@ def renew_nothing(self, obj, holder, lease_s):
     [
         ("free", leak_on_free),
         ("sweep", keep_after_expiry),
-        ("renew", renew_nothing),
-        ("give_up", free_under_readers),
+        ("renew", lease_without_a_deadline),
+        ("seal", seal_without_a_new_deadline),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )

@@ -17,10 +17,10 @@ from kvstore.client import KvClient
 from kvstore.key import KvHandle
 from kvstore.objects import ObjectState
 from kvstore.records import ObjectHeader
-from kvstore.server import KvServicer
+from kvstore.server import KvServicer, add_to_server
 from kvstore.store import KvStore
 from kvstore.sweeper import Sweeper
-from kvstore.wire import frame
+from kvstore.wire import encode
 from tandem import rpc
 from tandem.config import KvStoreConfig
 from tandem.errors import (
@@ -61,7 +61,7 @@ async def serving(total_bytes=64 * MIB, config=None, port=0):
     config = config or KvStoreConfig()
     store = KvStore(MemoryBackend(), total_bytes, config)
     server = rpc.server(public=False)
-    kv_pb2_grpc.add_KvServiceServicer_to_server(KvServicer(store), server)
+    add_to_server(KvServicer(store), server)
     port = rpc.bind(server, "127.0.0.1", port)
     await server.start()
     try:
@@ -287,7 +287,7 @@ async def call_put(service: Service, frames: list[bytes]) -> grpc.aio.AioRpcErro
     async with rpc.channel(f"127.0.0.1:{service.port}") as channel:
         stub = kv_pb2_grpc.KvServiceStub(channel)
         try:
-            await stub.PutKv(pb.PutKvRequest(frame=data) for data in frames)
+            await stub.PutKv(pb.PutKvRequest.FromString(data) for data in frames)
         except grpc.aio.AioRpcError as error:
             return rpc.to_tandem_error(error)
     return None
@@ -297,7 +297,7 @@ async def test_bad_streams_are_refused_and_freed():
     sample = make_sample()
     header, first, second, seal = sample.frames
     chunk, payload = sample.chunks[0]
-    flipped = frame(chunk, bytes([payload[0] ^ 1]) + payload[1:])
+    flipped = encode(chunk, bytes([payload[0] ^ 1]) + payload[1:])
     streams = {
         "nothing": ([], "BAD_MESSAGE"),
         "no header": ([first, second, seal], "BAD_MESSAGE"),
@@ -305,7 +305,7 @@ async def test_bad_streams_are_refused_and_freed():
         "no seal": ([header, first, second], "BAD_MESSAGE"),
         "early seal": ([header, first, seal], "BAD_MESSAGE"),
         "swapped": ([header, second, first, seal], "BAD_MESSAGE"),
-        "garbage": ([header, b"garbage"], "BAD_MESSAGE"),
+        "garbage": ([header, b"\x0a\x07garbage"], "BAD_MESSAGE"),
         "corrupt": ([header, flipped, second, seal], "KV_CORRUPT"),
     }
     async with serving() as service:

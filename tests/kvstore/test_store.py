@@ -12,7 +12,7 @@ from kvstore.backends.memory import MemoryBackend
 from kvstore.objects import ObjectState
 from kvstore.records import Seal
 from kvstore.store import KvStore
-from kvstore.wire import frame
+from kvstore.wire import encode
 from tandem.config import KvStoreConfig
 from tandem.errors import ConfigError, DataLoss, FailedPrecondition, InvalidRequest, NotFound, Overloaded
 from tests.clock import ManualClock
@@ -37,7 +37,7 @@ def store(clock):
     store.sweep()
     store.check_integrity()
     assert store.audit().is_empty
-    assert not store._backend._frames
+    assert not store._backend._messages
 
 
 def numbered(number: int, **changes):
@@ -60,13 +60,13 @@ def test_put_deadline_counts_from_the_last_chunk(store, clock):
     ticket = store.reserve(SAMPLE.header)
     assert store.bytes_in(ObjectState.RESERVED) == SIZE
     clock.advance(9)
-    store.append(ticket, *SAMPLE.chunks[0], frame(*SAMPLE.chunks[0]))
+    store.append(ticket, *SAMPLE.chunks[0], encode(*SAMPLE.chunks[0]))
     clock.advance(9)
     assert store.sweep() == 0
     clock.advance(2)
     assert store.sweep() == 1
     with pytest.raises(FailedPrecondition, match="STALE_HANDLE"):
-        store.append(ticket, *SAMPLE.chunks[1], frame(*SAMPLE.chunks[1]))
+        store.append(ticket, *SAMPLE.chunks[1], encode(*SAMPLE.chunks[1]))
     assert store.audit().is_empty
 
 
@@ -90,10 +90,10 @@ def test_seal_needs_everything(store):
     ticket = store.reserve(SAMPLE.header)
     with pytest.raises(InvalidRequest):
         store.seal(ticket, SAMPLE.seal)
-    store.append(ticket, *SAMPLE.chunks[0], frame(*SAMPLE.chunks[0]))
+    store.append(ticket, *SAMPLE.chunks[0], encode(*SAMPLE.chunks[0]))
     with pytest.raises(InvalidRequest):
         store.seal(ticket, SAMPLE.seal)
-    store.append(ticket, *SAMPLE.chunks[1], frame(*SAMPLE.chunks[1]))
+    store.append(ticket, *SAMPLE.chunks[1], encode(*SAMPLE.chunks[1]))
     with pytest.raises(InvalidRequest):
         store.seal(ticket, replace(SAMPLE.seal, num_chunks=3))
     with pytest.raises(DataLoss):
@@ -108,7 +108,7 @@ def test_a_corrupt_chunk_is_refused_and_may_be_sent_again(store):
     chunk, payload = SAMPLE.chunks[0]
     with pytest.raises(DataLoss):
         store.append(ticket, chunk, bytes(len(payload)), b"")
-    store.append(ticket, chunk, payload, frame(chunk, payload))
+    store.append(ticket, chunk, payload, encode(chunk, payload))
     assert store.counters.refused_corrupt == 1
 
 
@@ -146,7 +146,7 @@ def test_an_aborted_writer_does_not_touch_its_successor(store):
     with pytest.raises(FailedPrecondition):
         store.append(earlier, *SAMPLE.chunks[0], b"")
     assert not store.abort(earlier)
-    store.append(later, *SAMPLE.chunks[0], frame(*SAMPLE.chunks[0]))
+    store.append(later, *SAMPLE.chunks[0], encode(*SAMPLE.chunks[0]))
 
 
 def test_later_attempt_fences_the_earlier(store):

@@ -10,40 +10,77 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore import wire
-from kvstore.records import ChunkHeader, ObjectHeader, Seal
-from kvstore.wire import MAGIC, MAX_HEADER_BYTES, PREFIX, frame, parse
+from kvstore.records import ChunkHeader, ChunkRange, ObjectHeader, Seal
+from kvstore.wire import MAGIC, MAX_HEADER_BYTES, PREFIX, decode, encode
 from tandem.errors import InvalidRequest
-from tests.kvstore.samples import make_header, make_sample
+from tandem.pb.kv.v1 import kv_pb2 as pb
+from tests.kvstore.samples import make_chunk, make_header, make_sample
 
 SAMPLE = make_sample()
 FRAMES = SAMPLE.frames
+WHOLE = ChunkRange(block_start=0, num_blocks=1, layer_start=0, num_layers=1)
 
 
 def refused(data: bytes) -> bool:
     try:
-        parse(data)
+        decode(data)
     except InvalidRequest as error:
         return (error.reason, error.message) == ("BAD_MESSAGE", "malformed request message")
     return False
 
 
+def message(frame: bytes) -> bytes:
+    return pb.PutKvRequest(frame=frame).SerializeToString()
+
+
+def frame_of(data: bytes) -> bytes:
+    return pb.GetKvResponse.FromString(data).frame
+
+
 def raw(header: bytes, payload: bytes = b"") -> bytes:
-    return PREFIX.pack(MAGIC, len(header)) + header + payload
+    return message(PREFIX.pack(MAGIC, len(header)) + header + payload)
 
 
 def fields_of(data: bytes) -> dict:
+    data = frame_of(data)
     _, length = PREFIX.unpack_from(data)
     return msgpack.unpackb(data[PREFIX.size : PREFIX.size + length])
 
 
 @pytest.mark.parametrize("data", FRAMES, ids=lambda data: fields_of(data)["kind"])
 def test_round_trip(data):
-    record, payload = parse(data)
-    assert frame(record, payload) == data
+    record, payload = decode(data)
+    assert encode(record, payload) == data
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 127, 128, 16_383, 16_384, 1 << 20, 4 << 20])
+def test_a_message_is_what_protobuf_makes_of_its_frame(length):
+    header = make_header(num_blocks=1, num_layers=1)
+    record = SAMPLE.seal if length == 0 else make_chunk(header, 0, WHOLE, bytes(length))
+    data = encode(record, bytes(length))
+    assert message(frame_of(data)) == data
+    assert decode(data) == (record, bytes(length))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x0a",
+        b"\x0a\x80",
+        b"\x0a" + b"\xff" * 12,
+        b"\x0a\x00",
+        b"\x12\x00",
+        b"\x0a\x81\x00x",
+        FRAMES[0] * 2,
+    ],
+)
+def test_other_protobuf_is_refused(data):
+    assert refused(data)
 
 
 def test_payload_is_a_view():
-    record, payload = parse(FRAMES[1])
+    record, payload = decode(FRAMES[1])
     assert isinstance(record, ChunkHeader)
     assert payload.obj is FRAMES[1]
     assert payload == SAMPLE.chunks[0][1]
@@ -58,7 +95,7 @@ def test_payload_is_a_view():
 )
 def test_any_header_round_trips(object_id, epoch, tenant, num_blocks, num_layers):
     header = make_header(object_id, epoch=epoch, tenant=tenant, num_blocks=num_blocks, num_layers=num_layers)
-    assert parse(frame(header))[0] == header
+    assert decode(encode(header))[0] == header
 
 
 @pytest.mark.parametrize("data", FRAMES)
@@ -73,24 +110,26 @@ def test_trailing_bytes_are_refused(data):
 
 @pytest.mark.parametrize("data", FRAMES)
 def test_every_bit_flip_is_refused_or_another_record(data):
-    record, payload = parse(data)
+    record, payload = decode(data)
     for position in range(8 * (len(data) - len(payload))):
         flipped = bytearray(data)
         flipped[position // 8] ^= 1 << position % 8
         if not refused(bytes(flipped)):
-            assert parse(bytes(flipped))[0] != record
+            assert decode(bytes(flipped))[0] != record
 
 
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused(data):
     assert refused(data)
+    assert refused(message(data))
     assert refused(raw(data))
 
 
 @given(st.sampled_from(FRAMES), st.integers(0, (1 << 32) - 1))
 def test_lying_header_length_is_refused(data, length):
-    _, true_length = PREFIX.unpack_from(data)
-    assert length == true_length or refused(data[:4] + struct.pack("<I", length) + data[8:])
+    frame = frame_of(data)
+    _, true_length = PREFIX.unpack_from(frame)
+    assert length == true_length or refused(message(frame[:4] + struct.pack("<I", length) + frame[8:]))
 
 
 VALUES = st.one_of(
@@ -111,10 +150,10 @@ def test_any_value_in_any_field_is_refused_or_well_formed(data, choose, value):
     fields = fields_of(data)
     name = choose.draw(st.sampled_from(sorted(fields)))
     fields[name] = value
-    _, payload = parse(data)
+    _, payload = decode(data)
     changed = raw(msgpack.packb(fields), bytes(payload))
     if not refused(changed):
-        assert frame(*parse(changed)) == changed
+        assert encode(*decode(changed)) == changed
 
 
 HOSTILE = {
@@ -154,7 +193,7 @@ def test_too_deep_and_too_long_for_the_parser_is_refused_before_it():
 @pytest.mark.parametrize("data", FRAMES)
 def test_shape_of_the_map_is_fixed(data):
     fields = fields_of(data)
-    payload = bytes(parse(data)[1])
+    payload = bytes(decode(data)[1])
     packed = msgpack.packb(fields)
     variants = [
         msgpack.packb(fields | {"extra": 1}),  # unknown field
