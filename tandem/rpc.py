@@ -7,6 +7,7 @@ in the log. A client gets the same `TandemError` back from `to_tandem_error`.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
@@ -181,6 +182,9 @@ def _unary(behavior: Any, streaming: bool) -> Any:
 
 
 def _streaming(behavior: Any, streaming: bool) -> Any:
+    if not inspect.isasyncgenfunction(behavior):  # it writes through the context (grpc's own health service)
+        return _unary(behavior, streaming)
+
     async def call(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
         try:
             async for response in behavior(_admit(request, streaming), context):
