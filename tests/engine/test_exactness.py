@@ -110,8 +110,8 @@ def test_poisoned_pool_changes_no_bit(runner, alone):
         (tokens[3:4], 3, table(2)),
     )
     assert torch.equal(second, logits[[35, 36, 99, 3]])
-    assert runner.cache.check_finite(table(1), 100)
-    assert not runner.cache.check_finite(table(1), 101)
+    assert runner.cache.check_finite(table(1), 112)  # the rest of the last block was cleared
+    assert not runner.cache.check_finite(table(1), 113)
 
 
 def test_moved_blocks_change_no_bit(runner, alone):

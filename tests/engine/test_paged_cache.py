@@ -44,9 +44,11 @@ def test_read_blocks_is_the_wire_layout(cache):
     assert blocks.shape == (2, 3, 2, 4, 2, 8)
     assert blocks.is_contiguous()
     assert len(to_bytes(blocks)) == 2 * cache.block_bytes == 2 * GEOMETRY.block_bytes(4, str(cache.dtype)[6:])
-    keys, values = cache.tokens(1, torch.tensor([20, 23, 8]))
-    assert torch.equal(blocks[0, 1, 0, [0, 3]], keys[:2])
-    assert torch.equal(blocks[1, 1, 1, 0], values[2])
+    keys, values = cache.gather(1, cache.head_block_index(torch.tensor([[5, cache.zero_block, 2]])), 2)
+    wanted = blocks[:, 1].permute(1, 3, 0, 2, 4)  # [2, kv_heads, num_blocks, block_size, head_dim]
+    assert torch.equal(keys.view(2, 3, 4, 8)[:, [0, 2]], wanted[0])
+    assert torch.equal(values.view(2, 3, 4, 8)[:, [0, 2]], wanted[1])
+    assert not keys.view(2, 3, 4, 8)[:, 1].any()
 
 
 @pytest.mark.parametrize("wrap", [bytes, bytearray, memoryview, lambda b: memoryview(b"x" + b)[1:]])
