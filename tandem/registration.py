@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from tandem.errors import Unavailable
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
 from tandem.rpc import to_tandem_error
@@ -17,6 +19,7 @@ from tandem.rpc import to_tandem_error
 log = logging.getLogger(__name__)
 
 RETRY_S = 0.2
+LOG_EVERY = 10  # attempts: a router that restarts is no news, one that stays away is
 TIMEOUT_S = 2.0
 
 
@@ -58,14 +61,17 @@ class RouterLink:
                 await asyncio.sleep(period_s)
 
     async def _register(self) -> float:
-        while True:
+        for attempt in itertools.count(1):
             try:
                 request = pb.RegisterWorkerRequest(info=self._info)
                 response = await self._stub.RegisterWorker(request, timeout=TIMEOUT_S)
                 return float(response.heartbeat_ms) / 1e3
             except grpc.aio.AioRpcError as error:
-                log.warning("cannot register with the router yet: %s", to_tandem_error(error).reason)
+                if attempt % LOG_EVERY == 0:
+                    reason = to_tandem_error(error, Unavailable("NO_ROUTER", "no answer")).reason
+                    log.warning("cannot register with the router (attempt %d): %s", attempt, reason)
                 await asyncio.sleep(RETRY_S)
+        raise AssertionError("counting has no end")
 
     async def _heartbeat(self) -> bool:
         """Whether the router still knows this worker."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from tandem.engine import attention
 from tandem.errors import ConfigError
@@ -22,6 +23,7 @@ LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 def load_model(path: Path, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
     """The model in evaluation mode, wired to the paged attention. Raises `ConfigError`."""
     check_files(path)
+    transformers_logging.disable_progress_bar()  # a worker's standard error is a log
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         check_config(config)
