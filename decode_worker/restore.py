@@ -52,7 +52,6 @@ class KvRestorer:
     async def give_up_stored(self, sequence: DecodeSequence) -> None:
         """The stored copy is no longer needed. What a lost store misses, the lease frees."""
         try:
-            await self._client.release(sequence.handle, _holder(sequence))
             await self._client.release(sequence.handle)
         except TandemError as error:
             log.warning("could not release stored KV: %s", error.reason)

@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import grpc
 
 from kvstore.backend import backend_from_url
-from kvstore.server import KvServicer
+from kvstore.server import KvServicer, add_to_server
 from kvstore.store import KvStore
 from kvstore.sweeper import Sweeper
 from tandem.config import ClusterConfig
 from tandem.ledger import PoolAudit
-from tandem.pb.kv.v1 import kv_pb2_grpc
 
 
 class EmbeddedStore:
@@ -30,7 +29,7 @@ class EmbeddedStore:
         await self._sweeper.__aexit__(None, None, None)
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        kv_pb2_grpc.add_KvServiceServicer_to_server(KvServicer(self._store), server)
+        add_to_server(KvServicer(self._store), server)
 
     def audits(self) -> Sequence[PoolAudit]:
         return [self._store.audit()]
