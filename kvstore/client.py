@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from kvstore.reader import ReadCheck
 from kvstore.records import ChunkHeader, ObjectHeader
 from kvstore.writer import KvWriter
 from tandem.config import KvStoreConfig
-from tandem.errors import DataLoss
+from tandem.errors import DataLoss, FailedPrecondition, NotFound
 from tandem.pb.kv.v1 import kv_pb2 as pb
 from tandem.pb.kv.v1 import kv_pb2_grpc
 
@@ -45,8 +46,9 @@ class KvClient:
     ) -> AsyncGenerator[tuple[ChunkHeader, memoryview]]:
         """Verified chunks in the order they were written, under a lease that this renews as it reads.
 
-        Use nothing of the object before the iteration has ended without an error. The lease outlives
-        it: release it, or the object. Whoever stops early closes the iterator, which ends the lease.
+        Use nothing of the object before the iteration has ended without an error. The lease ends with
+        it; the object waits for another reader until it is released. Whoever stops early closes the
+        iterator.
         """
         lease_s = lease_s or self._config.lease_s
         await connected(self._channel)
@@ -60,7 +62,10 @@ class KvClient:
                 if chunk is not None:
                     yield chunk
                 if time.monotonic() >= renew_at_s:
-                    await self.renew(handle, holder, lease_s)
+                    with suppress(
+                        FailedPrecondition, NotFound
+                    ):  # over: the stream itself says whether too early
+                        await self.renew(handle, holder, lease_s)
                     renew_at_s = time.monotonic() + lease_s / 3
             self._verified(check.finish)
         finally:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import grpc
 
@@ -12,6 +13,7 @@ from tandem.errors import DeadlineExceeded, TandemError, Unavailable
 from tandem.rpc import to_tandem_error
 
 CONNECT_S = 1.0
+REPLACEMENT = "Internal error from Core"  # grpc.aio, when a write fails
 
 # What gRPC itself answers when the peer is gone, depending on where in the call that was noticed.
 _LOST = frozenset(
@@ -52,6 +54,30 @@ def store_errors() -> Iterator[None]:
         raise _meaning(error) from error
     except TimeoutError:
         raise DeadlineExceeded("transfer") from None
+
+
+class Ending:
+    """How a call with a stream of writes ended. When a write fails just as the peer's status arrives,
+    grpc.aio puts an error of its own in its place, in either order; this keeps the peer's."""
+
+    def __init__(self, call: Any) -> None:
+        self.error: grpc.aio.AioRpcError | None = None
+        call.add_done_callback(self._note)
+
+    def _note(self, call: Any) -> None:
+        """Called inside grpc for every status it sets, when that can be had without waiting."""
+        code, details = _now(call.code()), _now(call.details())
+        if code not in (grpc.StatusCode.OK, grpc.StatusCode.CANCELLED) and details != REPLACEMENT:
+            trailing = _now(call.trailing_metadata())
+            self.error = grpc.aio.AioRpcError(code, grpc.aio.Metadata(), trailing, details)
+
+
+def _now(ready: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        ready.send(None)
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("the status of a call that has ended is known")
 
 
 def _meaning(error: grpc.aio.AioRpcError) -> TandemError:

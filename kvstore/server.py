@@ -1,7 +1,7 @@
 """tandem.kv.v1.KvService: a shell around `KvStore`. It decodes messages and holds streams to their deadlines.
 
-A put whose stream ends without a seal, however it ends, is freed at once; a get that is cut ends its
-lease. Errors leave as `TandemError`: `tandem.rpc.ErrorInterceptor` puts them on the wire. A chunk
+A put whose stream ends without a seal, however it ends, is freed at once; a lease ends with its
+stream. Errors leave as `TandemError`: `tandem.rpc.ErrorInterceptor` puts them on the wire. A chunk
 that arrives corrupt is refused with KV_CORRUPT, which its writer may send again.
 """
 
@@ -54,13 +54,11 @@ class KvServicer:
 
     async def GetKv(self, request: pb.GetKvRequest, context: Context) -> AsyncIterator[bytes]:
         lease = self._store.lease(KvHandle.from_pb(request.handle), request.holder, request.lease_ms / 1000)
-        is_complete = False
         cut = self._cut_when_idle()
 
         def close(_: Any) -> None:
             cut.cancel()
-            if not is_complete:
-                self._store.end(lease)
+            self._store.end(lease)
 
         # A generator that is cut while its message is sent hears nothing; this does.
         cast(Any, context).add_done_callback(close)
@@ -68,7 +66,6 @@ class KvServicer:
             yield message
             cut.cancel()
             cut = self._cut_when_idle()
-        is_complete = True
 
     async def StatKv(self, request: pb.StatKvRequest, context: Context) -> pb.StatKvResponse:
         stat = self._store.stat(KvHandle.from_pb(request.handle))

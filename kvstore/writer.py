@@ -18,7 +18,7 @@ import grpc
 
 from kvstore.digest import ObjectDigest
 from kvstore.key import Buffer, KvHandle
-from kvstore.link import connected, store_errors
+from kvstore.link import Ending, connected, store_errors
 from kvstore.records import ChunkHeader, ChunkRange, ObjectHeader, Record, Seal
 from kvstore.wire import encode
 from tandem.pb.kv.v1 import kv_pb2 as pb
@@ -37,17 +37,19 @@ class KvWriter:
         self._digest = ObjectDigest(header)
         self._digests: list[bytes] = []
         self._call: Any = None
+        self._ending: Ending
 
     async def __aenter__(self) -> Self:
         """Returns when the store has reserved the bytes; raises its refusal otherwise."""
         await connected(self._channel)
         put: Any = self._channel.stream_unary(PUT_KV, response_deserializer=pb.PutKvResponse.FromString)
         self._call = put()
+        self._ending = Ending(self._call)
         try:
             await self._send(self._header)
             metadata = await self._within(self._call.initial_metadata())
             if "kv-reserved" not in dict(metadata):
-                await self._within(self._call)
+                await self._within(self._answer())
         except BaseException:
             self.abort()
             raise
@@ -72,7 +74,7 @@ class KvWriter:
         """Complete the object. From here on it is the store's."""
         seal = Seal(num_chunks=len(self._digests), total_digest=self._digest.total(self._digests))
         await self._send(seal)
-        response = await self._within(self._call)
+        response = await self._within(self._answer())
         return KvHandle.from_pb(response.handle)
 
     def abort(self) -> None:
@@ -85,11 +87,21 @@ class KvWriter:
         self.abort()
 
     async def _send(self, record: Record, payload: Buffer = b"") -> None:
+        await self._within(self._write(encode(record, payload)))
+
+    async def _write(self, message: bytes) -> None:
         try:
-            await self._within(self._call.write(encode(record, payload)))
-        except asyncio.InvalidStateError:
-            await self._within(self._call)  # the store has ended the call; this raises its reason
+            await self._call.write(message)
+        except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+            await self._answer()  # the store has ended the call; this raises its reason
             raise
+
+    async def _answer(self) -> pb.PutKvResponse:
+        try:
+            response: pb.PutKvResponse = await self._call
+        except grpc.aio.AioRpcError as error:
+            raise self._ending.error or error from None
+        return response
 
     async def _within(self, answer: Awaitable[T]) -> T:
         with store_errors():

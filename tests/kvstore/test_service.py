@@ -15,6 +15,7 @@ import pytest
 from kvstore.backends.memory import MemoryBackend
 from kvstore.client import KvClient
 from kvstore.key import KvHandle
+from kvstore.link import Ending
 from kvstore.objects import ObjectState
 from kvstore.records import ObjectHeader
 from kvstore.server import KvServicer, add_to_server
@@ -30,6 +31,7 @@ from tandem.errors import (
     InvalidRequest,
     NotFound,
     Overloaded,
+    TandemError,
     Unavailable,
 )
 from tandem.pb.kv.v1 import kv_pb2 as pb
@@ -110,9 +112,10 @@ async def test_round_trip_of_32_mib():
         chunks = [chunk async for chunk in client.get(handle, "decode-0", tenant="tenant-a")]
         assert [chunk.block_start for chunk, _ in chunks] == list(range(32))
         assert all(payload == PAYLOAD for _, payload in chunks)
+        await until(lambda: service.store.stat(handle).num_leases == 0)
         stat = await client.stat(handle)
-        assert (stat.state, stat.num_bytes, stat.num_leases) == (ObjectState.LEASED, 32 * MIB, 1)
-        assert await client.release(handle, "decode-0")
+        assert (stat.state, stat.num_bytes, stat.num_leases) == (ObjectState.SEALED, 32 * MIB, 0)
+        assert not await client.release(handle, "decode-0")
         assert await client.release(handle)
         assert not await client.release(handle)
         assert service.store.audit().is_empty
@@ -129,8 +132,8 @@ async def test_chunks_and_views_of_any_kind():
             handle = await writer.seal()
         read = [(chunk, bytes(payload)) async for chunk, payload in client.get(handle, "reader")]
         assert read == sample.chunks
-        await client.release(handle, "reader")
         await client.release(handle)
+        await until(lambda: service.store.audit().is_empty)
 
 
 async def test_leaving_without_a_seal_frees():
@@ -283,14 +286,34 @@ async def test_somebody_there_who_does_not_answer_is_down_after_a_second():
                 await put(KvClient(channel), big(1))
 
 
-async def call_put(service: Service, frames: list[bytes]) -> grpc.aio.AioRpcError | None:
+async def call_put(service: Service, messages: list[bytes]) -> TandemError | None:
+    """Write anything, as a broken writer would, and return the store's answer."""
     async with rpc.channel(f"127.0.0.1:{service.port}") as channel:
         stub = kv_pb2_grpc.KvServiceStub(channel)
+        call = stub.PutKv()
+        ending = Ending(call)
         try:
-            await stub.PutKv(pb.PutKvRequest.FromString(data) for data in frames)
+            for message in messages:
+                await call.write(pb.PutKvRequest.FromString(message))
+            await call.done_writing()
+        except (asyncio.InvalidStateError, grpc.aio.AioRpcError):
+            pass
+        try:
+            await call
         except grpc.aio.AioRpcError as error:
-            return rpc.to_tandem_error(error)
+            return rpc.to_tandem_error(ending.error or error)
     return None
+
+
+async def test_a_writer_learns_why_it_was_refused():
+    """However the refusal and a write on its way cross."""
+    header = big(4)
+    async with serving() as service, service.client() as client:
+        for attempt in range(20):
+            later = replace(header, epoch=attempt)
+            async with client.put(later) as writer, client.put(replace(header, epoch=attempt + 1)):
+                with pytest.raises(FailedPrecondition, match="STALE_HANDLE"):
+                    await write_all(writer, later)
 
 
 async def test_bad_streams_are_refused_and_freed():

@@ -75,8 +75,8 @@ class KvServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetKv(self, request, context):
-        """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease outlives the
-        stream, unless the stream is cancelled.
+        """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease ends with the
+        stream, however that ends.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,8 +38,8 @@ class KvServiceStub:
     reserved. Ending the stream without a seal frees them.
     """
     GetKv: _grpc.UnaryStreamMultiCallable[_kv_pb2.GetKvRequest, _kv_pb2.GetKvResponse]
-    """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease outlives the
-    stream, unless the stream is cancelled.
+    """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease ends with the
+    stream, however that ends.
     """
     StatKv: _grpc.UnaryUnaryMultiCallable[_kv_pb2.StatKvRequest, _kv_pb2.StatKvResponse]
     """Says where an object is in its life."""
@@ -58,8 +58,8 @@ class KvServiceAsyncStub(KvServiceStub):
     reserved. Ending the stream without a seal frees them.
     """
     GetKv: _aio.UnaryStreamMultiCallable[_kv_pb2.GetKvRequest, _kv_pb2.GetKvResponse]  # type: ignore[assignment]
-    """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease outlives the
-    stream, unless the stream is cancelled.
+    """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease ends with the
+    stream, however that ends.
     """
     StatKv: _aio.UnaryUnaryMultiCallable[_kv_pb2.StatKvRequest, _kv_pb2.StatKvResponse]  # type: ignore[assignment]
     """Says where an object is in its life."""
@@ -87,8 +87,8 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_pb2.GetKvRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_pb2.GetKvResponse], _abc.AsyncIterator[_kv_pb2.GetKvResponse]]:
-        """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease outlives the
-        stream, unless the stream is cancelled.
+        """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease ends with the
+        stream, however that ends.
         """
 
     @_abc_1.abstractmethod
