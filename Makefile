@@ -52,6 +52,9 @@ test-fast: $(STAMP)
 e2e: $(STAMP)
 	$(BIN)/python -m pytest -m e2e
 
+bench: $(STAMP)
+	$(BIN)/python -m bench.service
+
 demo: $(STAMP)
 	@$(BIN)/tandem demo
 
