@@ -134,19 +134,26 @@ class Handoff:
             elif self._job.handle is not None:
                 self._job.emit(self._job.handle)
         except TandemError as error:
-            self._job.emit(error)
+            self._fail(error)
         except Exception:
             bug = Internal.bug()
             log.exception("hand-off of %s failed (%s)", work.request_id, bug.error_id)
-            self._job.emit(bug)
+            self._fail(bug)
         finally:
             self._context.pool.release(work.request_id, generation=work.epoch, hold=HOLD)
             self._on_end(self._job)
+
+    def _fail(self, error: TandemError) -> None:
+        """Without its KV the prompt is of no use: what is left of it is not computed."""
+        self._job.is_cancelled = True
+        self._job.emit(error)
 
     async def _send(self) -> KvHandle | None:
         """Send blocks as they become complete, then seal. None if the hand-off was given up."""
         num_sent = 0
         num_computed = await self._progress.get()
+        if num_computed is None:
+            return None
         async with self._context.client.put(self._context.header(self._job)) as writer:
             while num_computed is not None:
                 num_ready = self._num_ready(num_computed)

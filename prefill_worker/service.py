@@ -42,6 +42,6 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
                 yield pb.PrefillResponse(first_token=event.to_pb())
                 if event.finish is not None:
                     return
-        except (asyncio.CancelledError, GeneratorExit):
+        except BaseException:  # cancelled, hung up or failed: nothing of the prompt may stay behind
             self._worker.cancel(job)
             raise

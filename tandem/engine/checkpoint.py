@@ -6,6 +6,7 @@ Weights come from safetensors only, and no code from the folder is ever run.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 def load_model(path: Path, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
     """The model in evaluation mode, wired to the paged attention. Raises `ConfigError`."""
     check_files(path)
-    transformers_logging.disable_progress_bar()  # a worker's standard error is a log
+    _quiet()
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         check_config(config)
@@ -41,6 +42,12 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device | str) -> Pr
     module: torch.nn.Module = model
     module.to(device).requires_grad_(False).train(False)
     return model
+
+
+def _quiet() -> None:
+    """No progress bars: a worker's standard error is a log."""
+    disable: Callable[[], None] = transformers_logging.disable_progress_bar
+    disable()
 
 
 def check_files(path: Path) -> None:
