@@ -58,7 +58,14 @@ def server(*, public: bool) -> grpc.aio.Server:
 
 def channel(address: str) -> grpc.aio.Channel:
     """A plaintext channel of its own (not shared with other channels to the same address)."""
-    options = [*_options(INTERNAL_MESSAGE_BYTES), ("grpc.use_local_subchannel_pool", 1)]
+    options = [
+        *_options(INTERNAL_MESSAGE_BYTES),
+        ("grpc.use_local_subchannel_pool", 1),
+        # The default backs off for up to 120 s, in which a peer that is back would still look dead.
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 1000),
+        ("grpc.max_reconnect_backoff_ms", 1000),
+    ]
     return grpc.aio.insecure_channel(address, options=options)
 
 
