@@ -136,9 +136,13 @@ class _Kernel:
     def _causal_bias(
         self, start: int, count: int, group: int, length: int, like: torch.Tensor
     ) -> torch.Tensor:
-        """`[rows of the slice, length]`: 0 where a row may look, else -inf; padding rows look anywhere."""
+        """`[rows of the slice, last keys]`: 0 where a row may look, else -inf; padding rows look anywhere.
+
+        Without a window only the tiles at and after the first row hide anything.
+        """
         position = torch.arange(start, start + count, device=like.device).repeat_interleave(group)[:, None]
-        key = torch.arange(length, device=like.device)
+        first = 0 if self.window is not None else start // KV_TILE * KV_TILE
+        key = torch.arange(first, length, device=like.device)
         hidden = key > position
         if self.window is not None:
             hidden |= key <= position - self.window
@@ -150,12 +154,13 @@ class _Kernel:
         q: torch.Tensor,  # [matrices, rows, dim], scaled; rows is a multiple of ROW_MULTIPLE
         k: torch.Tensor,  # [matrices, length, dim]; length is a multiple of KV_TILE
         v: torch.Tensor,  # [matrices, length, dim]
-        bias: torch.Tensor,  # broadcasts to [matrices, rows, length]
+        bias: torch.Tensor,  # broadcasts to [matrices, rows, n], for the last n keys
     ) -> torch.Tensor:
         scores = torch.bmm(q, k.transpose(1, 2))
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
-        probs = (scores + bias).softmax(-1, dtype=torch.float32).to(q.dtype)
+        scores[..., -bias.shape[-1] :] += bias
+        probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         matrices, rows, length = probs.shape
         tiles = length // KV_TILE
         probs = probs.view(matrices, rows, tiles, KV_TILE).transpose(1, 2)

@@ -16,8 +16,10 @@ Prefill uses the same kernels: tiles cost it nothing measurable, and a chunk bou
 from __future__ import annotations
 
 import bisect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ import torch.nn.functional as F
 TILE = 64  # rows; the reference every other row count is compared with
 PROBED_ROWS = (1, 2, 3, 4, 5, 6, 8, 12, 16, 20, 24, 32, 40, 48, TILE)
 
+Probes = dict[tuple[str, int, int, bool], tuple[int, ...]]  # (kernel, in, out, bias) → stable rows
 Kernel = Callable[[torch.Tensor], torch.Tensor]  # [rows, in_features] → [rows, out_features]
 
 
@@ -85,14 +88,14 @@ def fits_fp16(weight: torch.Tensor) -> bool:
 def fp16_kernel(linear: torch.nn.Linear) -> Kernel:
     """fbgemm's linear with packed half-precision weights."""
     packed = torch.ops.quantized.linear_prepack_fp16(linear.weight.detach(), _bias(linear))
-    op = torch.ops.quantized.linear_dynamic_fp16
+    op = _direct(torch.ops.quantized.linear_dynamic_fp16)
     return lambda x: op(x, packed)
 
 
 def fp32_kernel(linear: torch.nn.Linear) -> Kernel:
     """oneDNN's linear with the weight reordered once for small row counts."""
     packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 8)
-    bias, op = _bias(linear), torch.ops.mkldnn._linear_pointwise
+    bias, op = _bias(linear), _direct(torch.ops.mkldnn._linear_pointwise.default)
     return lambda x: op(x, packed, bias, "none", [], "")
 
 
@@ -101,19 +104,34 @@ def plain_kernel(linear: torch.nn.Linear) -> Kernel:
     return lambda x: F.linear(x, weight, bias)
 
 
+def _direct(op: Any) -> Callable[..., torch.Tensor]:
+    """The operator without torch's Python dispatch, which costs as much as a small product does."""
+    return getattr(op, "_op", op)  # type: ignore[no-any-return]
+
+
 def _bias(linear: torch.nn.Linear) -> torch.Tensor | None:
     return None if linear.bias is None else linear.bias.detach()
 
 
 def stable_rows(kernel: Kernel, in_features: int) -> tuple[int, ...]:
-    """The probed row counts that give each row the bits it has in a tile; empty if a tile's own rows move."""
+    """The probed row counts that give each row the bits it has in a tile; empty if a tile's own rows move.
+
+    They hold for one thread and for all, because workers change the number of threads as they run.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(TILE, in_features, generator=generator)
-    reference = kernel(x)
     order = torch.randperm(TILE, generator=generator)
-    if not torch.equal(kernel(x[order]), reference[order]):
-        return ()
-    return tuple(rows for rows in PROBED_ROWS if torch.equal(kernel(x[-rows:]), reference[-rows:]))
+    before = torch.get_num_threads()
+    reference, stable = kernel(x), list(PROBED_ROWS)
+    try:
+        for threads in sorted({1, before, len(os.sched_getaffinity(0))}):
+            torch.set_num_threads(threads)
+            if not torch.equal(kernel(x[order]), reference[order]):
+                return ()
+            stable = [rows for rows in stable if torch.equal(kernel(x[-rows:]), reference[-rows:])]
+    finally:
+        torch.set_num_threads(before)
+    return tuple(stable) if TILE in stable else ()
 
 
 KERNELS: dict[str, Callable[[torch.nn.Linear], Kernel]] = {
@@ -123,15 +141,21 @@ KERNELS: dict[str, Callable[[torch.nn.Linear], Kernel]] = {
 }
 
 
-def choose(linear: torch.nn.Linear, wanted: str) -> TiledLinear | None:
-    """The first kernel, in order of preference, that is stable here. None: keep the layer as it is."""
+def choose(linear: torch.nn.Linear, wanted: str, probes: Probes | None = None) -> TiledLinear | None:
+    """The first kernel, in order of preference, that is stable here. None: keep the layer as it is.
+
+    `probes` remembers what was found for a shape, so that equal layers are probed once.
+    """
+    probes = {} if probes is None else probes
     if linear.weight.device.type != "cpu" or linear.weight.dtype != torch.float32:
         return None
     order, reason = _preference(linear, wanted)
     for name in order:
         try:
             kernel = KERNELS[name](linear)
-            rows = stable_rows(kernel, linear.in_features)
+            key = (name, linear.in_features, linear.out_features, linear.bias is not None)
+            rows = probes[key] if key in probes else stable_rows(kernel, linear.in_features)
+            probes[key] = rows
         except (RuntimeError, AttributeError) as error:  # this build of torch lacks the operator
             reason = f"{name} is not available here ({type(error).__name__})"
             continue
@@ -154,9 +178,10 @@ def _preference(linear: torch.nn.Linear, wanted: str) -> tuple[tuple[str, ...], 
 def swap_linears(model: torch.nn.Module, wanted: str = "auto") -> dict[str, LinearChoice]:
     """Replace every `nn.Linear` by its best kernel; returns what was chosen, by module name."""
     report: dict[str, LinearChoice] = {}
+    probes: Probes = {}
     linears = [(name, m) for name, m in model.named_modules() if type(m) is torch.nn.Linear]
     for name, linear in linears:
-        chosen = choose(linear, wanted)
+        chosen = choose(linear, wanted, probes)
         if chosen is None:
             where = f"{linear.weight.dtype} on {linear.weight.device.type}".removeprefix("torch.")
             report[name] = LinearChoice("torch", f"{where}: rows may depend on the batch")
