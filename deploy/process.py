@@ -63,30 +63,23 @@ def _say(**facts: object) -> None:
     print(json.dumps(facts), flush=True)
 
 
-class _Lines:
-    """Standard input as lines, and an event for its end."""
+class _StandardInput:
+    """Its first line as a future, its end as an event. Read by a daemon thread, as it blocks."""
 
     def __init__(self, leave: asyncio.Event) -> None:
         self._leave = leave
-        self._first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._loop = asyncio.get_running_loop()
+        self.first_line: asyncio.Future[str] = self._loop.create_future()
+        threading.Thread(target=self._read, daemon=True).start()
 
-    @property
-    def has_first(self) -> bool:
-        return self._first.done()
-
-    async def first(self) -> str:
-        return await self._first
-
-    def read(self) -> None:
-        """Blocks; run it in a daemon thread."""
+    def _read(self) -> None:
         for line in sys.stdin:
             self._loop.call_soon_threadsafe(self._take, line.strip())
         self._loop.call_soon_threadsafe(self._leave.set)
 
     def _take(self, line: str) -> None:
-        if not self._first.done():
-            self._first.set_result(line)
+        if not self.first_line.done():
+            self.first_line.set_result(line)
 
 
 async def _main(role: str, config: ClusterConfig, worker_id: str) -> None:
@@ -94,15 +87,14 @@ async def _main(role: str, config: ClusterConfig, worker_id: str) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, leave.set)
     loop.add_signal_handler(signal.SIGINT, lambda: None)  # Ctrl-C reaches the whole group; the parent decides
-    lines = _Lines(leave)
-    threading.Thread(target=lines.read, daemon=True).start()
+    standard_input = _StandardInput(leave)
     if role == "router":
         await run_router(config, leave)
         return
-    work = asyncio.create_task(run_worker(role, config, leave, worker_id, lines.first()))
+    work = asyncio.create_task(run_worker(role, config, leave, worker_id, standard_input.first_line))
     left = asyncio.create_task(leave.wait())
     await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-    if not lines.has_first:  # told to leave before the router's address was known
+    if not standard_input.first_line.done():  # told to leave before the router's address was known
         work.cancel()
     await asyncio.wait({work})
     left.cancel()

@@ -82,11 +82,11 @@ def _show(records: list[dict[str, Any]]) -> None:
         out.print(record["text"], markup=False)
     out.rule(style="dim")
     table = Table(title="where the time went, ms", title_justify="left", box=None, pad_edge=False)
-    table.add_column("prompt")
+    table.add_column("prompt", no_wrap=True)
     for name, _, _ in (*STAGES, ("total", "", "")):
         table.add_column(name, justify="right")
     for prompt, record in zip(PROMPTS, records, strict=True):
         timings = record["timings"]
         cells = [f"{timings[field]:.0f}" for _, field, _ in STAGES]
-        table.add_row(prompt.splitlines()[0][:24], *cells, f"{timings['total_ms']:.0f}")
+        table.add_row(prompt.splitlines()[0][:20], *cells, f"{timings['total_ms']:.0f}")
     out.print(table)
