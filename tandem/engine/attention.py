@@ -11,8 +11,9 @@ rows. What is bitwise stable, and what this module does:
     softmax   over keys padded with -inf to a multiple of 64, so padding adds exact zeros at the end
     values    one product per 64 keys, always [rows, 64] · [64, head_dim], then summed over the tiles
 
-A decode row uses its query heads of one KV head as the query rows. A prompt goes in slices of
-`QUERY_SLICE` rows, each against the keys it can see. Knows nothing of sequences' requests or owners.
+Query rows are the query heads of one KV head, times the rows of the sequence: one for decode, k + 1 for
+verification. A prompt goes in slices of `QUERY_SLICE` rows, each against the keys it can see.
+Knows nothing of requests or block owners.
 """
 
 from __future__ import annotations
@@ -78,18 +79,20 @@ class _Kernel:
     def decode(
         self, out: torch.Tensor, q: torch.Tensor, decode: DecodeRows, cache: PagedCache, layer: int
     ) -> None:
-        """Each row against its own gathered context."""
-        rows = decode.rows if decode.rows is not None else slice(0, decode.context_lens.shape[0])
-        q = q[rows] * self.scaling  # [rows, heads, head_dim]
-        num_rows, heads, dim = q.shape
+        """The few rows of each sequence against its gathered context."""
+        sequences, most_rows = decode.context_lens.shape
+        heads, dim = q.shape[1:]
         group = heads // self.kv_heads
-        matrices = num_rows * self.kv_heads
+        matrices, rows = sequences * self.kv_heads, most_rows * group
+        q = q[: sequences * most_rows] if decode.rows is None else q[decode.rows]
+        q = (q * self.scaling).view(sequences, most_rows, self.kv_heads, group, dim).transpose(1, 2)
         attended = self._attend(
-            _pad_rows(q.reshape(matrices, group, dim)),
+            _pad_rows(q.reshape(matrices, rows, dim)),
             *cache.gather(layer, decode.gather_index, matrices),
-            decode.bias(self.window, self.kv_heads, q.dtype),
+            _pad_bias(decode.bias(self.window, self.kv_heads, group, q.dtype)),
         )
-        out[rows] = attended[:, :group].reshape(num_rows, heads, dim)
+        result = attended[:, :rows].view(sequences, self.kv_heads, most_rows, group, dim).transpose(1, 2)
+        _scatter(out, result.reshape(sequences, most_rows, heads, dim), decode.rows, decode.real)
 
     def fresh(
         self, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: FreshGroup
@@ -97,10 +100,7 @@ class _Kernel:
         """Padded prompts against themselves. What padding rows compute is dropped."""
         keys, values = (self._by_head(x[group.rows]) for x in (k, v))
         result = self._slices(q[group.rows], keys, values, start=0)
-        if group.real is None:
-            out[group.rows.flatten()] = result.flatten(0, 1)
-        else:
-            out[group.rows[group.real]] = result[group.real]
+        _scatter(out, result, group.rows, group.real)
 
     def chunk(
         self, out: torch.Tensor, q: torch.Tensor, chunk: ChunkRows, cache: PagedCache, layer: int
@@ -147,7 +147,7 @@ class _Kernel:
         if self.window is not None:
             hidden |= key <= position - self.window
         bias = like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-        return F.pad(bias, (0, 0, 0, -bias.shape[0] % ROW_MULTIPLE))
+        return _pad_bias(bias)
 
     def _attend(
         self,
@@ -173,6 +173,24 @@ class _Kernel:
 def _pad_rows(q: torch.Tensor) -> torch.Tensor:
     """Query rows `[matrices, rows, dim]` padded with zeros to a multiple of `ROW_MULTIPLE`."""
     return F.pad(q, (0, 0, 0, -q.shape[1] % ROW_MULTIPLE))
+
+
+def _pad_bias(bias: torch.Tensor) -> torch.Tensor:
+    """The additive mask for padded query rows, which may look anywhere; one row serves all."""
+    rows = bias.shape[-2]
+    return bias if rows == 1 else F.pad(bias, (0, 0, 0, -rows % ROW_MULTIPLE))
+
+
+def _scatter(
+    out: torch.Tensor, result: torch.Tensor, rows: torch.Tensor | None, real: torch.Tensor | None
+) -> None:
+    """Put `result` [a, b, heads, dim] where its rows belong in `out`; padding is dropped."""
+    if rows is None:
+        out[: result.shape[0] * result.shape[1]] = result.flatten(0, 1)
+    elif real is None:
+        out[rows.flatten()] = result.flatten(0, 1)
+    else:
+        out[rows[real]] = result[real]
 
 
 def _no_mask(*args: Any, **kwargs: Any) -> None:

@@ -6,7 +6,7 @@ index that attention needs is built here once, not per layer. Knows token ids an
 
 A sequence is one of three kinds, by what it needs from attention:
 
-    decode   every row is computed as a query of its own   rows == num_logits, or few rows on top of a cache
+    decode   one row, or few on top of a cache: sequences are batched, rows of one share its context
     fresh    a prompt (chunk) with nothing in the cache     start == 0: needs no gather from the cache
     chunk    many rows on top of `start` cached tokens
 """
@@ -46,24 +46,28 @@ class SequenceRows:
 
 @dataclass(slots=True)
 class DecodeRows:
-    """Rows that attend as one query each. `None` in `rows` means all rows of the batch."""
+    """Sequences whose rows are few: each gathers its context once, and its rows share it."""
 
-    rows: torch.Tensor | None  # [num_rows] int64: where they are in the packed batch
-    context_lens: torch.Tensor  # [num_rows] int64: tokens each row sees, itself included
-    gather_index: torch.Tensor  # [num_rows · kv_heads · blocks] for `PagedCache.gather`
-    padded_len: int  # tokens gathered per row
+    rows: torch.Tensor | None  # [sequences, most_rows] int64 in the packed batch; None: all rows, in order
+    real: torch.Tensor | None  # [sequences, most_rows] bool; padding repeats the first row; None: no padding
+    context_lens: torch.Tensor  # [sequences, most_rows] int64: tokens each row sees, itself included
+    gather_index: torch.Tensor  # [sequences · kv_heads · blocks] for `PagedCache.gather`
+    padded_len: int  # tokens gathered per sequence
     _biases: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
-    def bias(self, window: int | None, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
-        """`[num_rows · kv_heads, 1, padded_len]`: 0 where a row may look, -inf elsewhere."""
+    def bias(self, window: int | None, kv_heads: int, group: int, dtype: torch.dtype) -> torch.Tensor:
+        """`[sequences · kv_heads, most_rows · group or 1, padded_len]`: 0 to look, -inf to hide."""
         if window not in self._biases:
-            position = torch.arange(self.padded_len, device=self.context_lens.device)
-            hidden = position >= self.context_lens[:, None]
+            contexts = self.context_lens[:, :, None]
+            position = torch.arange(self.padded_len, device=contexts.device)
+            hidden = position >= contexts
             if window is not None:
-                hidden |= position < self.context_lens[:, None] - window
+                hidden |= position < contexts - window
             bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-            bias = bias.masked_fill_(hidden, float("-inf")).repeat_interleave(kv_heads, 0)
-            self._biases[window] = bias[:, None]
+            bias.masked_fill_(hidden, float("-inf"))
+            if bias.shape[1] > 1:
+                bias = bias.repeat_interleave(group, 1)
+            self._biases[window] = bias.repeat_interleave(kv_heads, 0)
         return self._biases[window]
 
 
@@ -164,6 +168,11 @@ class _Layout:
         block: Ints = self.block_tables[sequence, position // self.block_size]
         return block * self.block_size + position % self.block_size
 
+    def padded_rows(self, sequence: Ints, length: int) -> tuple[Ints, npt.NDArray[np.bool_]]:
+        """Packed rows `[n, length]` of these sequences, the first repeated as padding, and which are real."""
+        real = np.arange(length) < self.lens[sequence][:, None]
+        return self.cu_seqlens[sequence][:, None] + np.where(real, np.arange(length), 0), real
+
     def whole_tiles(self, sequence: Ints, contexts: Ints, zero_block: int) -> Ints:
         """`[n, blocks]`: the blocks of each context, then the zero block up to whole tiles of the longest."""
         padded_len = -(-int(contexts.max()) // KV_TILE) * KV_TILE
@@ -191,15 +200,17 @@ def _new_blocks(layout: _Layout, device: torch.device) -> torch.Tensor | None:
 
 
 def _decode_rows(sequences: Sequence[SequenceRows], layout: _Layout, cache: PagedCache) -> DecodeRows | None:
-    is_decode = np.array([s.is_decode for s in sequences])
-    if not is_decode.any():
+    chosen = np.array([i for i, s in enumerate(sequences) if s.is_decode], np.int64)
+    if not chosen.size:
         return None
-    rows = np.flatnonzero(is_decode[layout.sequence_of_row])
-    contexts = layout.positions[rows] + 1
-    blocks = layout.whole_tiles(layout.sequence_of_row[rows], contexts, cache.zero_block)
+    lens = layout.lens[chosen]
+    rows, real = layout.padded_rows(chosen, int(lens.max()))
+    in_order = len(chosen) == len(sequences) and real.all()
+    blocks = layout.whole_tiles(chosen, layout.starts[chosen] + lens, cache.zero_block)
     return DecodeRows(
-        rows=None if is_decode.all() else _to(rows, cache.device),
-        context_lens=_to(contexts, cache.device),
+        rows=None if in_order else _to(rows, cache.device),
+        real=None if real.all() else _to(real, cache.device),
+        context_lens=_to(layout.positions[rows] + 1, cache.device),
         gather_index=cache.head_block_index(_to(blocks, cache.device)),
         padded_len=blocks.shape[1] * cache.block_size,
     )
@@ -216,10 +227,7 @@ def _fresh_groups(
         longest = int(layout.lens[fresh[0]])
         members = [i for i in fresh if layout.lens[i] >= (1 - MAX_PADDING) * longest]
         fresh = fresh[len(members) :]
-        lens = layout.lens[members]
-        real = np.arange(longest) < lens[:, None]
-        first = layout.cu_seqlens[members][:, None]
-        rows = first + np.where(real, np.arange(longest), 0)
+        rows, real = layout.padded_rows(np.array(members), longest)
         padding = int(real.size - real.sum())
         padded_rows += padding
         groups.append(FreshGroup(_to(rows, device), _to(real, device) if padding else None, longest))
