@@ -20,6 +20,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _SpeculationPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SpeculationPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SpeculationPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPECULATION_POLICY_UNSPECIFIED: _SpeculationPolicy.ValueType  # 0
+    """The server's default, which is EXACT."""
+    SPECULATION_POLICY_EXACT: _SpeculationPolicy.ValueType  # 1
+    """The same seed gives the same text with speculation on or off."""
+    SPECULATION_POLICY_AUTO: _SpeculationPolicy.ValueType  # 2
+    """Speculative sampling: the same distribution, more accepted tokens, other draws."""
+    SPECULATION_POLICY_OFF: _SpeculationPolicy.ValueType  # 3
+    """No speculation."""
+
+class SpeculationPolicy(_SpeculationPolicy, metaclass=_SpeculationPolicyEnumTypeWrapper):
+    """How draft tokens are accepted. Greedy requests give the same tokens under each policy."""
+
+SPECULATION_POLICY_UNSPECIFIED: SpeculationPolicy.ValueType  # 0
+"""The server's default, which is EXACT."""
+SPECULATION_POLICY_EXACT: SpeculationPolicy.ValueType  # 1
+"""The same seed gives the same text with speculation on or off."""
+SPECULATION_POLICY_AUTO: SpeculationPolicy.ValueType  # 2
+"""Speculative sampling: the same distribution, more accepted tokens, other draws."""
+SPECULATION_POLICY_OFF: SpeculationPolicy.ValueType  # 3
+"""No speculation."""
+Global___SpeculationPolicy: _TypeAlias = SpeculationPolicy  # noqa: Y015
+
 class _FinishReason:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -57,6 +85,7 @@ class GenerationInput(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name for this request, [A-Za-z0-9._-]{1,128}; the server makes one up when empty."""
     model: _builtins.str
@@ -77,6 +106,10 @@ class GenerationInput(_message.Message):
     def timeout(self) -> _duration_pb2.Duration:
         """Give up after this long; the server's default applies when absent. The gRPC deadline counts too."""
 
+    @_builtins.property
+    def speculation(self) -> Global___SpeculationOptions:
+        """How to speculate, where the server has a draft."""
+
     def __init__(
         self,
         *,
@@ -87,16 +120,54 @@ class GenerationInput(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         priority: _builtins.int = ...,
         timeout: _duration_pb2.Duration | None = ...,
+        speculation: Global___SpeculationOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "sampling", b"sampling", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "sampling", b"sampling", "speculation", b"speculation", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "model", b"model", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "model", b"model", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___GenerationInput: _TypeAlias = GenerationInput  # noqa: Y015
+
+@_typing.final
+class SpeculationOptions(_message.Message):
+    """Controls of speculative decoding for one request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    NUM_ASSISTANT_TOKENS_FIELD_NUMBER: _builtins.int
+    ASSISTANT_CONFIDENCE_THRESHOLD_FIELD_NUMBER: _builtins.int
+    policy: Global___SpeculationPolicy.ValueType
+    """How draft tokens are accepted."""
+    num_assistant_tokens: _builtins.int
+    """Draft tokens per step, in [1, 15]; the server's choice when absent."""
+    assistant_confidence_threshold: _builtins.float
+    """Stop drafting at a token the draft gives less than this probability; the server's choice when absent."""
+    def __init__(
+        self,
+        *,
+        policy: Global___SpeculationPolicy.ValueType = ...,
+        num_assistant_tokens: _builtins.int | None = ...,
+        assistant_confidence_threshold: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_assistant_confidence_threshold", b"_assistant_confidence_threshold", "_num_assistant_tokens", b"_num_assistant_tokens", "assistant_confidence_threshold", b"assistant_confidence_threshold", "num_assistant_tokens", b"num_assistant_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_assistant_confidence_threshold", b"_assistant_confidence_threshold", "_num_assistant_tokens", b"_num_assistant_tokens", "assistant_confidence_threshold", b"assistant_confidence_threshold", "num_assistant_tokens", b"num_assistant_tokens", "policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__assistant_confidence_threshold: _TypeAlias = _typing.Literal["assistant_confidence_threshold"]  # noqa: Y015
+    _WhichOneofArgType__assistant_confidence_threshold: _TypeAlias = _typing.Literal["_assistant_confidence_threshold", b"_assistant_confidence_threshold"]  # noqa: Y015
+    _WhichOneofReturnType__num_assistant_tokens: _TypeAlias = _typing.Literal["num_assistant_tokens"]  # noqa: Y015
+    _WhichOneofArgType__num_assistant_tokens: _TypeAlias = _typing.Literal["_num_assistant_tokens", b"_num_assistant_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__assistant_confidence_threshold) -> _WhichOneofReturnType__assistant_confidence_threshold | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_assistant_tokens) -> _WhichOneofReturnType__num_assistant_tokens | None: ...
+
+Global___SpeculationOptions: _TypeAlias = SpeculationOptions  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
