@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from router.admission import Admission, Plan
@@ -21,10 +21,15 @@ from tandem.errors import AlreadyExists, NotFound, TandemError, Unavailable
 from tandem.geometry import ModelGeometry
 from tandem.ledger import PoolAudit
 from tandem.pb.kv.v1 import kv_pb2
-from tandem.request import Request, child_id
+from tandem.request import Request, child_id, public_id
 from tandem.sampling import MAX_N
 
 WORKER_WAIT_S = 10.0  # how long requests wait for a missing kind of worker to come (back)
+
+
+def draining() -> Unavailable:
+    """The service is about to end."""
+    return Unavailable("DRAINING", "server is shutting down")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +68,7 @@ class Dispatcher:
         self._flights: dict[str, Flight] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._missing_since_s: float | None = None
+        self._draining = False
         self._epochs = itertools.count(time.time_ns())  # grows across restarts too: it fences old writers
         self.links = links
         self.replans = ReplanBudget()
@@ -79,23 +85,26 @@ class Dispatcher:
         """What the request takes of each pool."""
         return needs_of(request, self._geometry, self._config.cache.block_size, self._config.model.dtype)
 
-    def start(self, request: Request) -> Flight:
-        """Begin a request.
+    def start(self, requests: Sequence[Request]) -> list[Flight]:
+        """Begin all completions of one request, or none.
 
-        Raises `NEVER_FITS`, `ID_IN_USE`, or `Unavailable` if a kind of worker has been missing for long.
-        A full queue is reported by the flight.
+        Raises `DRAINING`, `ID_IN_USE`, `NEVER_FITS`, or `Unavailable` if a kind of worker has been missing
+        for long. A full queue is reported by the flights.
         """
-        if request.request_id in self._flights:
+        if self._draining:
+            raise draining()
+        if self._flights_of(public_id(requests[0].request_id)):
             raise AlreadyExists("ID_IN_USE", "request_id is already running")
-        self._admission.check_fits_ever(self.needs(request))
+        for request in requests:
+            self._admission.check_fits_ever(self.needs(request))
         self._check_workers()
-        flight = self._flights[request.request_id] = Flight(self, request)
-        return flight
+        flights = {request.request_id: Flight(self, request) for request in requests}
+        self._flights.update(flights)
+        return list(flights.values())
 
     def cancel(self, request_id: str, reason: TandemError) -> None:
         """End a running request with all its completions. Raises `NO_SUCH_REQUEST`."""
-        names = (request_id, *(child_id(request_id, index) for index in range(MAX_N)))
-        flights = [self._flights[name] for name in names if name in self._flights]
+        flights = self._flights_of(request_id)
         if not flights:
             raise NotFound("NO_SUCH_REQUEST", "not found")
         for flight in flights:
@@ -104,10 +113,12 @@ class Dispatcher:
     async def admit(self, request: Request, epoch: int, exclude: Collection[str]) -> Plan:
         """Wait in the queue until the request has all its credits. Raises `QUEUE_FULL`.
 
-        A request that had a plan before returns to its old place, and a full queue takes it back.
+        A request that had a plan before returns to its old place, and a full queue takes it back. Its
+        prompt has grown by what was delivered: `NEVER_FITS` if no prefill worker holds that.
         """
         since_s = request.lifecycle.received_s if len(request.lifecycle.stamps) > 1 else None
         needs = self.needs(request)
+        self._admission.check_fits_ever(needs)
         ticket = Ticket(
             request.request_id, request.priority, request.deadline_s, epoch, needs, self._avoidable(exclude)
         )
@@ -133,7 +144,9 @@ class Dispatcher:
         except Unavailable as error:
             while entry := self._queue.constrained_get(lambda entry: True):
                 if not entry.request.plan.done():
-                    entry.request.plan.set_exception(error)
+                    entry.request.plan.set_exception(
+                        Unavailable(error.reason, error.message, retry_after_ms=error.retry_after_ms)
+                    )
         self.pump()
 
     def release(self, plan: Plan) -> None:
@@ -162,18 +175,23 @@ class Dispatcher:
         """The router's credits; what no live request owns is an orphan."""
         return self._admission.audit(self._flights)
 
-    async def drain(self, timeout_s: float, reason: TandemError) -> None:
-        """Let running requests finish for a while, then end the rest with `reason`."""
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, let running ones finish for a while, then end the rest."""
+        self._draining = True
         flights = list(self._flights.values())
-        if not flights:
-            return
-        await asyncio.wait([asyncio.ensure_future(flight.landed()) for flight in flights], timeout=timeout_s)
-        for flight in flights:
-            flight.cancel(reason)
-        for flight in flights:
-            await flight.landed()
+        if flights:
+            landings = [asyncio.ensure_future(flight.landed()) for flight in flights]
+            await asyncio.wait(landings, timeout=timeout_s)
+            for flight in flights:
+                flight.cancel(draining())
+            await asyncio.wait(landings)
         if self._background:
             await asyncio.wait(self._background)
+
+    def _flights_of(self, request_id: str) -> list[Flight]:
+        """The running completions of the request that its caller knows by this name."""
+        names = (request_id, *(child_id(request_id, index) for index in range(MAX_N)))
+        return [self._flights[name] for name in names if name in self._flights]
 
     def _try_admit(self, entry: Entry[Ticket]) -> bool:
         ticket = entry.request

@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from router.admission import Plan
-from router.links import no_decode
+from router.links import no_decode, no_prefill
 from tandem.errors import (
     Cancelled,
     DataLoss,
     DeadlineExceeded,
     FailedPrecondition,
     Internal,
+    InvalidRequest,
     NotFound,
     Overloaded,
     StreamBroken,
@@ -37,7 +39,7 @@ from tandem.output import OutputDelta
 from tandem.pb.kv.v1 import kv_pb2
 from tandem.pb.worker.v1 import worker_pb2
 from tandem.request import STATUS_OF_REASON, Mark, Request, RequestStatus, Timings, Usage
-from tandem.work import Work
+from tandem.work import HOP_MARGIN_S, Work
 
 if TYPE_CHECKING:
     from router.dispatch import Dispatcher
@@ -50,7 +52,9 @@ STAGES = {
     RequestStatus.TRANSFER: "transfer",
     RequestStatus.DECODE: "decode",
 }
-WORTH_ANOTHER_PLAN = (Unavailable, Overloaded, FailedPrecondition, NotFound, DataLoss)
+# A worker's deadline that passed before ours is a transfer that stood still.
+WORTH_ANOTHER_PLAN = (Unavailable, Overloaded, FailedPrecondition, NotFound, DataLoss, DeadlineExceeded)
+MIN_TIME_LEFT_S = 2 * HOP_MARGIN_S  # less is the deadline itself, as a worker sees it
 MAX_BACKLOG = 4096  # deltas a client may leave unread before it is given up
 
 
@@ -88,7 +92,7 @@ class Flight:
         self._task = asyncio.get_running_loop().create_task(self._run())
         self._task.add_done_callback(self._end)
 
-    async def events(self) -> AsyncIterator[FlightEvent]:
+    async def events(self) -> AsyncGenerator[FlightEvent]:
         """Admitted (again after a re-plan), deltas, Completed; or the one error that ended it.
 
         Deltas that have piled up are merged. Leaving the loop early cancels the request.
@@ -139,9 +143,7 @@ class Flight:
             usage = Usage(prompt=self.request.num_prompt_tokens, completion=self._delivered)
             self._events.put_nowait(Completed(last, usage, lifecycle.timings()))
         except TimeoutError:
-            self._fail(
-                DeadlineExceeded(STAGES[lifecycle.status], self._delivered), RequestStatus.FINISHED_DEADLINE
-            )
+            self._fail(DeadlineExceeded(STAGES[lifecycle.status]), RequestStatus.FINISHED_DEADLINE)
         except asyncio.CancelledError:
             self._fail(self._reason or Cancelled(), RequestStatus.FINISHED_CANCELLED)
         except TandemError as error:
@@ -152,9 +154,20 @@ class Flight:
             self._fail(bug, RequestStatus.FINISHED_ERROR)
 
     def _fail(self, error: TandemError, status: RequestStatus) -> None:
+        seen = self._as_client_sees(error)
         self.request.lifecycle.mark(Mark.FINISHED)
         self.request.lifecycle.to(status)
-        self._events.put_nowait(error)
+        self._events.put_nowait(seen)
+
+    def _as_client_sees(self, error: TandemError) -> TandemError:
+        """The router knows the stage and the count; and what may be sent again as it was, had no output."""
+        if isinstance(error, DeadlineExceeded):
+            return DeadlineExceeded(STAGES[self.request.lifecycle.status], self._delivered)
+        if self._delivered and isinstance(error, (Unavailable, InvalidRequest, FailedPrecondition, NotFound)):
+            return StreamBroken(self._delivered)
+        if isinstance(error, NotFound) or error.reason == "STALE_HANDLE":
+            return Unavailable("STORE_DOWN", "KV store is unavailable", retry_after_ms=1000)
+        return error
 
     async def _fly(self) -> OutputDelta:
         """Attempts until one succeeds; returns the last delta."""
@@ -186,19 +199,18 @@ class Flight:
         """The first token, delivered, and where the KV is; no handle if that token was the last."""
         work = Work.of(self.request, self._epoch, plan.prefill.fingerprint)
         first: OutputDelta | None = None
-        async for event in self._dispatcher.links.prefill(plan.prefill).prefill(work):
-            if isinstance(event, kv_pb2.KvHandle):
-                assert first is not None
-                self.request.lifecycle.mark(Mark.KV_SEALED)
-                self._dispatcher.release_prefill(plan)
-                return first, event
-            first = event
-            self.request.lifecycle.mark(Mark.FIRST_TOKEN)
-            self._deliver(first)
+        async with aclosing(self._dispatcher.links.prefill(plan.prefill).prefill(work)) as events:
+            async for event in events:
+                if isinstance(event, kv_pb2.KvHandle):
+                    assert first is not None
+                    self.request.lifecycle.mark(Mark.KV_SEALED)
+                    self._dispatcher.release_prefill(plan)
+                    return first, event
+                first = event
+                self.request.lifecycle.mark(Mark.FIRST_TOKEN)
+                self._deliver(first)
         if first is None or first.finish is None:
-            raise Unavailable(
-                "NO_PREFILL", "no prefill worker is available; retry in 1000 ms", retry_after_ms=1000
-            )
+            raise no_prefill()
         return first, None
 
     async def _decode(self, plan: Plan, handle: kv_pb2.KvHandle) -> OutputDelta:
@@ -238,14 +250,10 @@ class Flight:
     def _replan_or_raise(self, plan: Plan, error: TandemError) -> None:
         """Send the request back to the queue, or end it: one more plan per stage, within the budget."""
         stage = STAGES[self.request.lifecycle.status]
-        if (
-            error.reason == "CLIENT_TOO_SLOW"
-            or stage in self._replanned
-            or not self._dispatcher.replans.take()
-        ):
-            raise (
-                StreamBroken(self._delivered) if self._delivered and isinstance(error, Unavailable) else error
-            )
+        is_too_late = self.request.deadline_s - time.monotonic() < MIN_TIME_LEFT_S
+        is_final = is_too_late or error.reason == "CLIENT_TOO_SLOW"
+        if is_final or stage in self._replanned or not self._dispatcher.replans.take():
+            raise error
         log.info("planning %s again: %s in %s", self.request.request_id, error.reason, stage)
         self._replanned.add(stage)
         self._exclude.add(plan.prefill.worker_id if stage == "prefill" else plan.decode.worker_id)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
@@ -46,8 +47,12 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
         flights = await self._start(request.input, context)
         try:
-            async for index, event, position in _interleave(flights):
-                yield _event_to_pb(index, event, position, flights[index])
+            positions = [0] * len(flights)
+            async with aclosing(_interleave(flights)) as happenings:
+                async for index, event in happenings:
+                    yield _event_to_pb(index, event, positions[index], flights[index])
+                    if isinstance(event, OutputDelta):
+                        positions[index] += len(event.token_ids)
         finally:
             for flight in flights:
                 flight.cancel(Cancelled())
@@ -66,15 +71,14 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _start(self, message: pb.GenerationInput, context: Context) -> list[Flight]:
         """One flight per completion, or none of them."""
-        requests = await self._intake.requests(message, context.time_remaining())
-        flights: list[Flight] = []
-        try:
-            for request in requests:
-                flights.append(self._dispatcher.start(request))  # noqa: PERF401 (those begun must be undone)
-        except BaseException:
+        flights = self._dispatcher.start(await self._intake.requests(message, context.time_remaining()))
+
+        def leave(_: Any) -> None:
             for flight in flights:
                 flight.cancel(Cancelled())
-            raise
+
+        # A generator that is cut while its message is sent hears nothing; this does.
+        cast(Any, context).add_done_callback(leave)
         return flights
 
 
@@ -97,28 +101,26 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         return model_pb2.GetModelResponse(model=self._model)
 
 
-async def _interleave(flights: list[Flight]) -> AsyncIterator[tuple[int, FlightEvent, int]]:
-    """(index, event, output position before it) of all flights, as they happen; the first error ends all."""
-    if len(flights) == 1:
-        async for event, position in _with_positions(flights[0]):
-            yield 0, event, position
-        return
-    merged: asyncio.Queue[tuple[int, FlightEvent, int] | BaseException | None] = asyncio.Queue()
+async def _interleave(flights: list[Flight]) -> AsyncGenerator[tuple[int, FlightEvent]]:
+    """(index, event) of all flights, as they happen; the first error ends all."""
+    # The flights know how much a slow client leaves unread; so nothing piles up here.
+    merged: asyncio.Queue[tuple[int, FlightEvent] | Exception | None] = asyncio.Queue(1)
 
     async def forward(index: int) -> None:
         try:
-            async for event, position in _with_positions(flights[index]):
-                merged.put_nowait((index, event, position))
-            merged.put_nowait(None)
-        except BaseException as error:
-            merged.put_nowait(error)
+            async with aclosing(flights[index].events()) as events:
+                async for event in events:
+                    await merged.put((index, event))
+            await merged.put(None)
+        except Exception as error:
+            await merged.put(error)
 
     tasks = [asyncio.ensure_future(forward(index)) for index in range(len(flights))]
     try:
         num_left = len(flights)
         while num_left:
             item = await merged.get()
-            if isinstance(item, BaseException):
+            if isinstance(item, Exception):
                 raise item
             if item is None:
                 num_left -= 1
@@ -127,14 +129,7 @@ async def _interleave(flights: list[Flight]) -> AsyncIterator[tuple[int, FlightE
     finally:
         for task in tasks:
             task.cancel()
-
-
-async def _with_positions(flight: Flight) -> AsyncIterator[tuple[FlightEvent, int]]:
-    position = 0
-    async for event in flight.events():
-        yield event, position
-        if isinstance(event, OutputDelta):
-            position += len(event.token_ids)
+        await asyncio.wait(tasks)
 
 
 async def _collect(index: int, flight: Flight) -> pb.Completion:

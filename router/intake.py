@@ -11,6 +11,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+from google.protobuf import duration_pb2
+
 from router.needs import check_context
 from tandem.config import ClusterConfig
 from tandem.errors import DeadlineExceeded, InvalidRequest, NotFound
@@ -24,6 +26,15 @@ MAX_PROMPT_BYTES = 256 << 10
 THREAD_ABOVE_BYTES = 4 << 10  # longer texts are tokenized off the event loop
 MIN_TIME_S = 0.001
 SEED_BITS = 63
+
+
+def _seconds(duration: duration_pb2.Duration) -> float:
+    """A protobuf duration as a number, or `BAD_PARAM` if its fields are outside their ranges."""
+    try:
+        duration.ToJsonString()  # the one public function that checks them
+    except ValueError:
+        raise bad_param("`timeout` must be a duration of at most 10000 years") from None
+    return float(duration.seconds + duration.nanos / 1e9)
 
 
 class Intake:
@@ -76,7 +87,7 @@ class Intake:
         """The earliest of the caller's gRPC deadline, its timeout, and the server's default."""
         given_s = self._config.router.default_timeout_s
         if message.HasField("timeout"):
-            given_s = min(given_s, message.timeout.ToTimedelta().total_seconds())
+            given_s = min(given_s, _seconds(message.timeout))
         if time_left_s is not None:
             given_s = min(given_s, time_left_s)
         if given_s < MIN_TIME_S:
@@ -105,6 +116,8 @@ class Intake:
         room = self._geometry.max_context - num_prompt_tokens
         max_tokens = sampling.max_tokens or max(room, 1)
         check_context(num_prompt_tokens, max_tokens, self._geometry.max_context)
+        if sampling.min_tokens > max_tokens:
+            raise bad_param("`min_tokens` must be between 0 and max_tokens")
         return max_tokens
 
     @staticmethod

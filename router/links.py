@@ -35,11 +35,18 @@ def no_decode() -> TandemError:
     return Unavailable("NO_DECODE", "no decode worker is available; retry in 1000 ms", retry_after_ms=1000)
 
 
-class PrefillLink:
-    """Calls one prefill worker."""
+def _is_cancelled() -> bool:
+    """Whether it is this task that was cancelled; gRPC reports a closed channel in the same way."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
 
-    def __init__(self, info: WorkerInfo) -> None:
+
+class PrefillLink:
+    """Calls one prefill worker. `on_broken` hears that its connection is lost."""
+
+    def __init__(self, info: WorkerInfo, on_broken: Callable[[], None]) -> None:
         self._channel = channel(info.address)
+        self._on_broken = on_broken
         self._stub: Any = worker_pb2_grpc.PrefillServiceStub(self._channel)
 
     async def prefill(self, work: Work) -> AsyncGenerator[OutputDelta | kv_pb2.KvHandle]:
@@ -57,7 +64,15 @@ class PrefillLink:
                 else:
                     yield response.kv_sealed.handle
         except grpc.aio.AioRpcError as error:
-            raise to_tandem_error(error, no_prefill()) from error
+            lost = no_prefill()
+            meant = to_tandem_error(error, lost)
+            if meant is lost and error.code() is grpc.StatusCode.UNAVAILABLE:
+                self._on_broken()
+            raise meant from error
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            raise no_prefill() from None  # the link was closed: the worker is lost
         finally:
             call.cancel()
 
@@ -117,6 +132,8 @@ class DecodeLink:
                     self._deliver(event)
         except grpc.aio.AioRpcError as error:
             log.warning("lost a decode worker: %s", error.code().name)
+        except Exception:
+            log.exception("cannot read a decode worker's news")
         finally:
             for news in self._news.values():
                 news.put_nowait(no_decode())
@@ -187,7 +204,7 @@ class WorkerLinks:
     def _open(self, info: WorkerInfo) -> None:
         key = (info.worker_id, info.incarnation)
         if info.role is WorkerRole.PREFILL:
-            self._links[key] = PrefillLink(info)
+            self._links[key] = PrefillLink(info, lambda: self._broken(info))
         else:
             self._links[key] = DecodeLink(info, self._router_id, lambda: self._broken(info))
 

@@ -24,7 +24,6 @@ from router.registry import Registry, WorkerInfo, WorkerRole
 from router.registry_service import RegistryServicer
 from tandem.audit import AuditServicer
 from tandem.config import ClusterConfig
-from tandem.errors import Unavailable
 from tandem.fingerprint import model_fingerprint
 from tandem.geometry import ModelGeometry
 from tandem.ledger import PoolAudit
@@ -100,9 +99,9 @@ class Router:
     async def stop(self, drain_s: float | None = None) -> None:
         """Not serving first, then let running requests finish, then end the rest. Workers may still leave."""
         await self._health.enter_graceful_shutdown()
-        reason = Unavailable("DRAINING", "server is shutting down")
-        await self.dispatcher.drain(self._config.router.drain_s if drain_s is None else drain_s, reason)
+        await self.dispatcher.drain(self._config.router.drain_s if drain_s is None else drain_s)
         await self._public.stop(grace=1.0)
+        await self._links.close()
 
     async def close(self) -> None:
         """Hang up on everybody. Call after `stop`, when the workers have gone."""
