@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
+from tandem.errors import InvalidRequest
 from tandem.output import OutputStream
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.request import Request
@@ -13,6 +14,7 @@ from tandem.sampling import SamplingParams
 from tandem.tokenizer import Tokenizer
 
 HOP_MARGIN_S = 0.05  # each hop gets a little less time than the one before
+MAX_TIMEOUT_MS = (1 << 32) - 1  # 49 days, what the field on the wire holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +65,17 @@ class Work:
             tokenizer, self.sampling, self.max_tokens, eos_token_ids, self.token_ids, self.num_prompt_tokens
         )
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise BAD_PARAM if a token id named anywhere does not exist: it would fail a whole batch."""
+        if not all(0 <= token_id < vocab_size for token_id in self.token_ids):
+            raise InvalidRequest("BAD_PARAM", f"a token id is outside [0, {vocab_size})")
+        self.sampling.check_vocabulary(vocab_size)
+
     def time_left_s(self) -> float:
         return self.deadline_s - time.monotonic()
 
     def to_pb(self) -> pb.Work:
-        timeout_ms = max(1, int(1e3 * (self.time_left_s() - HOP_MARGIN_S)))
+        timeout_ms = int(min(max(1e3 * (self.time_left_s() - HOP_MARGIN_S), 1), MAX_TIMEOUT_MS))
         return pb.Work(
             request_id=self.request_id,
             epoch=self.epoch,
@@ -80,7 +88,8 @@ class Work:
 
     @classmethod
     def from_pb(cls, message: pb.Work) -> Work:
-        return cls(
+        """Raises `InvalidRequest` for an order that no router of ours sends."""
+        work = cls(
             request_id=message.request_id,
             epoch=message.epoch,
             token_ids=tuple(message.token_ids),
@@ -89,3 +98,15 @@ class Work:
             deadline_s=time.monotonic() + message.timeout_ms / 1e3,
             fingerprint=message.fingerprint,
         )
+        if not work._is_complete:
+            raise InvalidRequest("BAD_MESSAGE", "malformed request message")
+        return work
+
+    @property
+    def _is_complete(self) -> bool:
+        """There is a prompt, everything is resolved, and something is left to generate."""
+        num_delivered = len(self.token_ids) - self.num_prompt_tokens
+        max_tokens, seed = self.sampling.max_tokens, self.sampling.seed
+        if max_tokens is None or seed is None:
+            return False
+        return self.num_prompt_tokens > 0 and 0 <= num_delivered < max_tokens
