@@ -134,6 +134,10 @@ class Unavailable(TandemError):
     code = Code.UNAVAILABLE
     may_retry = True
 
+    @classmethod
+    def draining(cls) -> Unavailable:
+        return cls("DRAINING", "server is shutting down")
+
 
 class StreamBroken(TandemError):
     """Some tokens were delivered and are valid; the rest cannot be produced."""
@@ -217,6 +221,15 @@ _SPECIAL: dict[str, type[TandemError]] = {
     **{f"DEADLINE_{stage.upper()}": DeadlineExceeded for stage in DeadlineExceeded.WHERE},
 }
 REASONS: dict[str, Code] = {reason: kind.code for reason, kind in {**_BY_REASON, **_SPECIAL}.items()}
+
+
+def failure_of(error: Exception) -> TandemError:
+    """What a computation that raised means to its requests: there was no memory for it, or a bug."""
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return Overloaded(
+            "NO_MEMORY_FIT_NOW", "no worker has room now; retry in 1000 ms", retry_after_ms=1000
+        )
+    return Internal.bug()
 
 
 def error_from_reason(
