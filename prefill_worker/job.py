@@ -26,6 +26,7 @@ class PrefillJob:
     arrived_s: float = field(default_factory=time.monotonic)
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose KV is in the cache
+    num_overtaken: int = 0  # batches of younger prompts that started while there was no memory for this one
     handle: KvHandle | None = None  # once the store has sealed the KV
     is_handed_off: bool = False  # a hand-off holds the blocks too
     is_cancelled: bool = False
