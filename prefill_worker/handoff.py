@@ -119,6 +119,7 @@ class Handoff:
 
     def give_up(self) -> None:
         """Nobody needs this KV: the store forgets it."""
+        self._job.is_cancelled = True
         self._progress.put_nowait(None)
 
     async def wait(self) -> None:
@@ -145,8 +146,9 @@ class Handoff:
 
     def _fail(self, error: TandemError) -> None:
         """Without its KV the prompt is of no use: what is left of it is not computed."""
+        if not self._job.is_cancelled:
+            self._job.emit(error)
         self._job.is_cancelled = True
-        self._job.emit(error)
 
     async def _send(self) -> KvHandle | None:
         """Send blocks as they become complete, then seal. None if the hand-off was given up."""
@@ -157,7 +159,10 @@ class Handoff:
         async with self._context.client.put(self._context.header(self._job)) as writer:
             while num_computed is not None:
                 num_ready = self._num_ready(num_computed)
-                await self._send_blocks(writer, num_sent, num_ready)
+                for part in self._context.parts(num_sent, num_ready):
+                    if self._job.is_cancelled:
+                        return None
+                    await self._send_part(writer, part)
                 num_sent = num_ready
                 if num_sent == len(self._blocks):
                     return await writer.seal()
@@ -170,19 +175,12 @@ class Handoff:
             return len(self._blocks)
         return num_computed // self._context.cache.block_size
 
-    async def _send_blocks(self, writer: KvWriter, start: int, end: int) -> None:
+    async def _send_part(self, writer: KvWriter, part: ChunkRange) -> None:
         cache = self._context.cache
-        for part in self._context.parts(start, end):
-            last = part.block_start + part.num_blocks
-            num_tokens = (
-                min(self._job.num_tokens, last * cache.block_size) - part.block_start * cache.block_size
-            )
-            payload = await to_thread_to_end(
-                export_kv,
-                cache,
-                self._blocks[part.block_start : last],
-                num_tokens,
-                part.layer_start,
-                part.num_layers,
-            )
-            await writer.write(part, payload)
+        last = part.block_start + part.num_blocks
+        num_tokens = min(self._job.num_tokens, last * cache.block_size) - part.block_start * cache.block_size
+        blocks = self._blocks[part.block_start : last]
+        payload = await to_thread_to_end(
+            export_kv, cache, blocks, num_tokens, part.layer_start, part.num_layers
+        )
+        await writer.write(part, payload)

@@ -74,6 +74,6 @@ class PrefillRunner:
 
     def _count(self, batch: ForwardBatch, chunks: Sequence[Chunk]) -> None:
         self.stats.num_batches += 1
-        self.stats.num_prompts += sum(chunk.is_last for chunk in chunks)
+        self.stats.num_prompts += sum(chunk.job.num_left == 0 for chunk in chunks)
         self.stats.num_tokens += sum(chunk.num_tokens for chunk in chunks)
         self.stats.num_padded_rows += batch.padded_rows

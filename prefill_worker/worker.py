@@ -29,7 +29,16 @@ from tandem.engine.block_pool import BlockPool
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import BadLogits, SampledToken
 from tandem.engine.work_state import logprobs_of
-from tandem.errors import DeadlineExceeded, Internal, Overloaded
+from tandem.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    Internal,
+    InvalidRequest,
+    TandemError,
+    Unavailable,
+    failure_of,
+)
+from tandem.geometry import num_blocks
 from tandem.ledger import PoolAudit
 from tandem.tokenizer import Tokenizer
 from tandem.work import Work
@@ -54,6 +63,7 @@ class PrefillWorker:
         self._tokenizer = tokenizer
         self._handoff_context = handoff
         self._runner = PrefillRunner(model)
+        self.stats = self._runner.stats
         self._buckets = LengthBuckets(config)
         self._long: deque[PrefillJob] = deque()  # prompts with chunks left
         self._inbox: deque[PrefillJob] = deque()
@@ -67,10 +77,6 @@ class PrefillWorker:
         self._thread.start()
 
     @property
-    def stats(self) -> object:
-        return self._runner.stats
-
-    @property
     def num_waiting(self) -> int:
         return len(self._buckets) + len(self._inbox)
 
@@ -82,9 +88,18 @@ class PrefillWorker:
         return self._pool.audit()
 
     def submit(self, work: Work, emit: Callable[[Event], None]) -> PrefillJob:
-        """Take a prompt. `emit` gets the first token, then the handle, or an error; on the event loop."""
+        """Take a prompt. `emit` gets the first token, then the handle, or an error; on the event loop.
+
+        Raises at once what no waiting can mend: NEVER_FITS, BAD_PARAM, DRAINING.
+        """
+        work.check_vocabulary(self._model.vocab_size)
+        needed, most = num_blocks(len(work.token_ids), self._pool.block_size), self._pool.num_blocks
+        if needed > most:
+            raise InvalidRequest("NEVER_FITS", f"prompt needs {needed} KV blocks; the worker has {most}")
         job = PrefillJob(work, lambda event: self._post(emit, event))
         with self._wake:
+            if self._stopping:
+                raise Unavailable.draining()
             self._inbox.append(job)
             self._wake.notify()
         return job
@@ -101,7 +116,7 @@ class PrefillWorker:
             self._wake.notify()
 
     async def stop(self) -> None:
-        """Finish the current chunk, drop the rest, wait for hand-offs on their way."""
+        """Finish the current chunk, send the rest away, wait for hand-offs on their way."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -124,8 +139,11 @@ class PrefillWorker:
                 self._step()
             except Exception:  # the top of the loop: one bad step must not end the worker
                 log.exception("prefill step failed")
-        for job in [*self._long, *self._buckets.drop(lambda job: True), *self._inbox]:
-            self._end(job)
+        left = [*self._long, *self._buckets.drop(lambda job: True), *self._inbox]
+        self._long.clear()
+        self._inbox.clear()
+        for job in left:
+            self._refuse(job, Unavailable.draining())
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to compute; False when the worker stops."""
@@ -133,9 +151,10 @@ class PrefillWorker:
             while not self._stopping:
                 while self._inbox:
                     self._buckets.add(self._inbox.popleft())
-                self._drop_departed()
+                self._buckets.drop(self._is_departed)  # they hold nothing yet
                 due_s, now_s = self._buckets.due_s(time.monotonic()), time.monotonic()
-                if self._long or (due_s is not None and due_s <= now_s and self._has_room()):
+                is_due = due_s is not None and due_s <= now_s
+                if self._long or (is_due and self._buckets.can_start_any(self._fits)):
                     return True
                 self._wake.wait(self._nap_s(due_s, now_s))
         return False
@@ -147,17 +166,9 @@ class PrefillWorker:
             return due_s - now_s
         return self._buckets.next_deadline_s() - now_s  # no memory: until a release or a deadline
 
-    def _has_room(self) -> bool:
-        return any(self._pool.can_allocate(job.num_tokens) for job in self._buckets)
-
-    def _drop_departed(self) -> None:
-        for job in self._buckets.drop(self._is_departed):
-            self._end(job)
-
     def _is_departed(self, job: PrefillJob) -> bool:
-        if not job.is_cancelled and job.work.time_left_s() <= 0:
-            job.emit(DeadlineExceeded("prefill"))
-            job.is_cancelled = True
+        if job.work.time_left_s() <= 0:
+            self._refuse(job, DeadlineExceeded("prefill"))
         return job.is_cancelled
 
     def _step(self) -> None:
@@ -167,7 +178,7 @@ class PrefillWorker:
         try:
             tokens = self._runner.run(chunks)
         except Exception as error:
-            self._fail(chunks, error)
+            self._fail([chunk.job for chunk in chunks], error)
             return
         for chunk, token in zip(chunks, tokens, strict=True):
             self._finish_chunk(chunk.job, token)
@@ -178,7 +189,7 @@ class PrefillWorker:
         if self._long and (self._long_is_next or not len(self._buckets)):
             self._long_is_next = False
             return [self._chunk(self._long[0])]
-        self._long_is_next = True
+        self._long_is_next = bool(self._long)  # its own first chunk was a long prompt's turn too
         batch = self._buckets.next_batch(self._allocate)
         for job in batch:
             self._runner.stats.queue_s += time.monotonic() - job.arrived_s
@@ -189,8 +200,14 @@ class PrefillWorker:
     def _chunk(self, job: PrefillJob) -> Chunk:
         return Chunk(job, min(job.num_left, self._config.token_budget))
 
+    def _fits(self, job: PrefillJob) -> bool:
+        return self._pool.can_allocate(job.num_tokens)
+
     def _allocate(self, job: PrefillJob) -> bool:
         work = job.work
+        if self._pool.block_table(work.request_id, work.epoch) is not None:
+            self._refuse(job, AlreadyExists("ID_IN_USE", "request_id is already running"))
+            return False
         blocks = self._pool.allocate(work.request_id, job.num_tokens, generation=work.epoch)
         job.blocks = blocks or []
         return blocks is not None
@@ -200,8 +217,12 @@ class PrefillWorker:
             self._long.remove(job)
         if self._end_if_departed(job):
             return
-        if job.num_left == 0 and self._emit_first_token(job, token):
-            self._end(job)
+        try:
+            if job.num_left == 0 and self._emit_first_token(job, token):
+                self._end(job)
+                return
+        except Exception as error:
+            self._fail([job], error)
             return
         self._advance_handoff(job)
         if job.num_left == 0:
@@ -211,29 +232,31 @@ class PrefillWorker:
         """Emit the first token; True if it is also the last, or could not be computed."""
         assert token is not None
         if isinstance(token, BadLogits):
-            job.emit(Internal.numerics())
+            self._refuse(job, Internal.numerics())
             return True
-        output = job.work.output_stream(self._tokenizer, self._model.eos_token_ids)
-        delta = output.append(token.token_id, logprobs_of(token))
+        stream = job.work.output_stream(self._tokenizer, self._model.eos_token_ids)
+        delta = stream.append(token.token_id, logprobs_of(token))
         job.emit(delta)
         return delta.finish is not None
 
-    def _fail(self, chunks: list[Chunk], error: Exception) -> None:
-        """A forward failed: its prompts end, the worker goes on."""
-        is_memory = isinstance(error, MemoryError) or "out of memory" in str(error).lower()
-        failure = Overloaded("NO_MEMORY_FIT_NOW", "no worker has room now") if is_memory else Internal.bug()
-        log.error("prefill of %d prompts failed (%s)", len(chunks), failure.error_id, exc_info=error)
-        for chunk in chunks:
-            chunk.job.emit(failure)
-            self._end(chunk.job)
-            if chunk.job in self._long:
-                self._long.remove(chunk.job)
+    def _fail(self, jobs: list[PrefillJob], error: Exception) -> None:
+        """A computation raised: its prompts end, the worker goes on."""
+        failure = failure_of(error)
+        log.error("prefill of %d prompts failed (%s)", len(jobs), failure.error_id, exc_info=error)
+        for job in jobs:
+            self._refuse(job, failure)
+            if job in self._long:
+                self._long.remove(job)
+
+    def _refuse(self, job: PrefillJob, error: TandemError) -> None:
+        if not job.is_cancelled:
+            job.emit(error)
+        self._end(job)
 
     def _end_if_departed(self, job: PrefillJob) -> bool:
-        departed = self._is_departed(job)
-        if departed:
+        if self._is_departed(job):
             self._end(job)
-        return departed
+        return job.is_cancelled
 
     def _end(self, job: PrefillJob) -> None:
         """The prompt leaves: its hand-off gives up, its blocks are free once nobody reads them."""
