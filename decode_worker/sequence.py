@@ -45,12 +45,14 @@ class DecodeSequence:
     arrived_ns: int = field(default_factory=time.monotonic_ns)
     num_computed: int = field(init=False)
     next_token: int = field(init=False)
+    token_ids: list[int] = field(init=False)  # prompt and output; the last one is `next_token`
     is_cancelled: bool = False
     is_finished: bool = False
 
     def __post_init__(self) -> None:
         self.num_computed = len(self.work.token_ids) - 1
         self.next_token = self.work.token_ids[-1]
+        self.token_ids = list(self.work.token_ids)
 
     def rows(self) -> SequenceRows:
         """The next forward's rows: the one token whose KV is not in the cache yet."""
@@ -59,7 +61,7 @@ class DecodeSequence:
         )
 
     def advance(self, token_id: int) -> None:
-        """The forward is done and this token came out of it."""
+        """The KV of `next_token` is in the cache, and this token comes after it."""
         self.num_computed += 1
         self.next_token = token_id
-        self.sampling.append(token_id)
+        self.token_ids.append(token_id)

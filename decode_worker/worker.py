@@ -5,7 +5,7 @@ The life of a request here:
     router gives credits back when it cancels, and that may be a step before the blocks are free.
  2. A task fetches the KV from the store into those blocks, off the step loop.
  3. The sequence joins the running batch; `Started` is emitted.
- 4. Each step: one packed forward, sample, find stops, emit, and let finished sequences leave.
+ 4. Each step: one packed forward (decoder.py), find stops, emit, and let finished sequences leave.
  5. Blocks go back to the pool in the step that ends the sequence.
 A sequence that is cancelled or late leaves at the next step; one whose KV is still arriving keeps its
 blocks until the last byte is written.
@@ -18,7 +18,9 @@ import logging
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 
+from decode_worker.decoder import Advance, Decoder, PlainDecoder
 from decode_worker.restore import KvRestorer
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.sequence import DecodeSequence, Emit, Event
@@ -26,10 +28,10 @@ from kvstore.key import KvHandle
 from tandem.config import DecodeConfig
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.model_runner import ModelRunner
-from tandem.engine.sampler import BadLogits, SampledToken, Sampler
 from tandem.engine.work_state import logprobs_of, sampling_state
 from tandem.errors import Cancelled, DeadlineExceeded, Internal, Overloaded, TandemError
 from tandem.ledger import PoolAudit
+from tandem.output import OutputDelta
 from tandem.tokenizer import Tokenizer
 from tandem.work import Work
 
@@ -51,12 +53,13 @@ class DecodeWorker:
         pool: BlockPool,
         tokenizer: Tokenizer,
         restorer: KvRestorer,
+        decoder: Decoder | None = None,
     ) -> None:
         self._model = model
         self._pool = pool
         self._tokenizer = tokenizer
         self._restorer = restorer
-        self._sampler = Sampler()
+        self._decoder = decoder or PlainDecoder(model)
         self._scheduler = DecodeScheduler(config.max_batch)
         self._inbox: deque[DecodeSequence] = deque()  # KV in place, not yet in the scheduler
         self._restoring: dict[DecodeSequence, asyncio.Task[None]] = {}  # event loop only
@@ -191,40 +194,44 @@ class DecodeWorker:
                 self._wake.wait()
 
     def _step(self) -> None:
-        """Advance every running sequence by one token."""
+        """Advance every running sequence by at least one token."""
         self._drop_departed()
         batch = self._scheduler.schedule()
         if not batch:
             return
         try:
-            tokens = self._forward(batch)
+            advances = self._decoder.step(batch)
         except Exception as error:
             self._fail(batch, error)
             return
         events = [
-            (sequence, self._accept(sequence, token)) for sequence, token in zip(batch, tokens, strict=True)
+            (sequence, self._accept(sequence, advance))
+            for sequence, advance in zip(batch, advances, strict=True)
         ]
+        self._decoder.settle(batch)
         for sequence in self._scheduler.leave(lambda sequence: sequence.is_finished):
-            self._free(sequence)
+            self._leave(sequence)
         self._emit(events)
 
-    def _forward(self, batch: list[DecodeSequence]) -> list[SampledToken | BadLogits]:
-        rows = self._model.batch([sequence.rows() for sequence in batch])
-        return self._sampler.sample(self._model.forward(rows), [sequence.sampling for sequence in batch])
-
-    def _accept(self, sequence: DecodeSequence, token: SampledToken | BadLogits) -> Event:
-        """Account for one token of one sequence; the event says whether it was the last."""
-        if isinstance(token, BadLogits):
+    def _accept(self, sequence: DecodeSequence, advance: Advance) -> Event:
+        """Account for what a step brought, token by token: the first stop ends the sequence there."""
+        if advance.is_bad:
             sequence.is_finished = True
             return Internal.numerics()
-        sequence.advance(token.token_id)
-        delta = sequence.output.append(token.token_id, logprobs_of(token))
-        sequence.is_finished = delta.finish is not None
-        return delta
+        news: OutputDelta | None = None
+        for token in advance.tokens:
+            sequence.advance(token.token_id)
+            delta = sequence.output.append(token.token_id, logprobs_of(token))
+            news = delta if news is None else news.followed_by(delta)
+            if delta.finish is not None:
+                sequence.is_finished = True
+                break
+        assert news is not None
+        return replace(news, drafted=advance.num_drafted, accepted=advance.num_accepted)
 
     def _drop_departed(self) -> None:
         for sequence in self._scheduler.leave(lambda sequence: sequence.is_cancelled):
-            self._free(sequence)
+            self._leave(sequence)
         for sequence in self._scheduler.leave(lambda sequence: sequence.work.time_left_s() <= 0):
             self._end(sequence, DeadlineExceeded("decode", sequence.output.num_tokens))
 
@@ -236,8 +243,13 @@ class DecodeWorker:
             self._end(sequence, bug)
 
     def _end(self, sequence: DecodeSequence, error: TandemError) -> None:
-        self._free(sequence)
+        self._leave(sequence)
         self._emit([(sequence, error)])
+
+    def _leave(self, sequence: DecodeSequence) -> None:
+        """A sequence that has run is over."""
+        self._decoder.leave(sequence)
+        self._free(sequence)
 
     def _free(self, sequence: DecodeSequence) -> None:
         if sequence.blocks:

@@ -48,6 +48,20 @@ class OutputDelta:
     logprobs: tuple[TokenLogprobs, ...] = ()
     finish: FinishReason | None = None
     matched_stop: str | int | None = None
+    drafted: int = 0  # draft tokens proposed on the way to these tokens
+    accepted: int = 0  # draft tokens among those proposed that the target accepted
+
+    def followed_by(self, other: OutputDelta) -> OutputDelta:
+        """Both as one."""
+        return OutputDelta(
+            self.token_ids + other.token_ids,
+            self.text + other.text,
+            self.logprobs + other.logprobs,
+            other.finish,
+            other.matched_stop,
+            self.drafted + other.drafted,
+            self.accepted + other.accepted,
+        )
 
     def to_pb(self) -> worker_pb2.OutputDelta:
         message = worker_pb2.OutputDelta(
@@ -55,6 +69,8 @@ class OutputDelta:
             text=self.text,
             logprobs=[entry.to_pb() for entry in self.logprobs],
             finish_reason=FINISH_TO_PB[self.finish],
+            drafted=self.drafted,
+            accepted=self.accepted,
         )
         set_matched_stop(message, self.matched_stop)
         return message
@@ -68,6 +84,8 @@ class OutputDelta:
             logprobs=tuple(TokenLogprobs.from_pb(entry) for entry in message.logprobs),
             finish=FINISH_FROM_PB[message.finish_reason],
             matched_stop=getattr(message, which) if which else None,
+            drafted=message.drafted,
+            accepted=message.accepted,
         )
 
 

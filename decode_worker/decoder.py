@@ -1,0 +1,63 @@
+"""How a batch advances by one step. `PlainDecoder` is one token each; `SpeculativeDecoder` may be several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from decode_worker.sequence import DecodeSequence
+from tandem.engine.model_runner import ModelRunner
+from tandem.engine.sampler import BadLogits, SampledToken, Sampler
+
+
+@dataclass(slots=True)
+class Advance:
+    """What one step brought one sequence, before stops cut it. At least one token, unless logits were bad."""
+
+    tokens: list[SampledToken] = field(default_factory=list)
+    is_bad: bool = False  # the model gave no usable distribution
+    num_drafted: int = 0
+    num_accepted: int = 0
+
+
+class Decoder(Protocol):
+    """Owned by the step thread."""
+
+    def step(self, sequences: Sequence[DecodeSequence]) -> list[Advance]:
+        """One forward of the target; afterwards the sampling states know the new tokens."""
+        ...
+
+    def settle(self, sequences: Sequence[DecodeSequence]) -> None:
+        """The sequences hold their new tokens now."""
+        ...
+
+    def leave(self, sequence: DecodeSequence) -> None:
+        """The sequence has ended."""
+        ...
+
+
+class PlainDecoder:
+    """One token per sequence and step."""
+
+    def __init__(self, model: ModelRunner) -> None:
+        self._model = model
+        self._sampler = Sampler()
+
+    def step(self, sequences: Sequence[DecodeSequence]) -> list[Advance]:
+        logits = self._model.forward(self._model.batch([sequence.rows() for sequence in sequences]))
+        sampled = self._sampler.sample(logits, [sequence.sampling for sequence in sequences])
+        return [self._advance(*pair) for pair in zip(sequences, sampled, strict=True)]
+
+    def settle(self, sequences: Sequence[DecodeSequence]) -> None:
+        """Nothing to do: what was computed stands."""
+
+    def leave(self, sequence: DecodeSequence) -> None:
+        """Nothing is kept per sequence."""
+
+    @staticmethod
+    def _advance(sequence: DecodeSequence, token: SampledToken | BadLogits) -> Advance:
+        if isinstance(token, BadLogits):
+            return Advance(is_bad=True)
+        sequence.sampling.append(token.token_id)
+        return Advance([token])
