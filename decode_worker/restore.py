@@ -12,10 +12,12 @@ from contextlib import aclosing
 
 from decode_worker.sequence import DecodeSequence, Started
 from kvstore.client import KvClient
+from kvstore.key import KvHandle, object_id_of
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.paged_cache import PagedCache
-from tandem.errors import TandemError
+from tandem.errors import FailedPrecondition, TandemError
 from tandem.threads import to_thread_to_end
+from tandem.work import Work
 
 log = logging.getLogger(__name__)
 HOLD = "restore"
@@ -32,9 +34,11 @@ class KvRestorer:
     async def restore(self, sequence: DecodeSequence) -> Started:
         """Place the KV of all tokens but the last.
 
-        Raises `TandemError`: STALE_HANDLE, NO_SUCH_HANDLE, STORE_DOWN, or KV_CORRUPT from the client.
+        Raises `TandemError`: STALE_HANDLE, NO_SUCH_HANDLE, STORE_DOWN, or KV_CORRUPT from the client;
+        FINGERPRINT_MISMATCH or STALE_HANDLE if the handle is not of this request's KV.
         """
         work = sequence.work
+        _check(sequence.handle, work)
         self._pool.hold(work.request_id, HOLD, generation=work.epoch)
         try:
             started_ns = time.monotonic_ns()
@@ -55,6 +59,15 @@ class KvRestorer:
             await self._client.release(sequence.handle)
         except TandemError as error:
             log.warning("could not release stored KV: %s", error.reason)
+
+
+def _check(handle: KvHandle, work: Work) -> None:
+    """KV of other tokens or of another build would become wrong text."""
+    if handle.fingerprint != work.fingerprint:
+        raise FailedPrecondition("FINGERPRINT_MISMATCH", "prefill and decode builds differ")
+    needed = len(work.token_ids) - 1
+    if handle.num_tokens != needed or handle.object_id != object_id_of("", work.request_id):
+        raise FailedPrecondition("STALE_HANDLE", f"handle is not of the {needed} tokens to continue from")
 
 
 def _holder(sequence: DecodeSequence) -> str:

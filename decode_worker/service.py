@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,11 +12,13 @@ import grpc
 from decode_worker.sequence import DecodeSequence, Event, Started
 from decode_worker.worker import DecodeWorker
 from kvstore.key import KvHandle
-from tandem.errors import FailedPrecondition, TandemError
+from tandem.errors import FailedPrecondition, Internal, TandemError
 from tandem.output import OutputDelta
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
 from tandem.work import Work
+
+log = logging.getLogger(__name__)
 
 
 class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
@@ -66,6 +69,9 @@ class Session:
 
     def _start(self, order: pb.StartDecode) -> None:
         key = (order.work.request_id, order.work.epoch)
+        if key in self._sequences:
+            log.warning("ignored a second order to decode %s, attempt %d", *key)
+            return
         try:
             if order.work.fingerprint != self._fingerprint:
                 raise FailedPrecondition("FINGERPRINT_MISMATCH", "prefill and decode builds differ")
@@ -73,6 +79,10 @@ class Session:
             self._sequences[key] = self._worker.start(work, KvHandle.from_pb(order.handle), self._emit)
         except TandemError as error:
             self.outbox.put_nowait(pb.DecodeResponse(events=[_failed(key, error)]))
+        except Exception:  # one order must not end the others of this router
+            bug = Internal.bug()
+            log.exception("could not start %s (%s)", key[0], bug.error_id)
+            self.outbox.put_nowait(pb.DecodeResponse(events=[_failed(key, bug)]))
 
     def _cancel(self, key: tuple[str, int]) -> None:
         if sequence := self._sequences.pop(key, None):

@@ -16,11 +16,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from collections import deque
 from dataclasses import replace
 
 from decode_worker.decoder import Advance, Decoder, PlainDecoder
+from decode_worker.reservation import Reservations
 from decode_worker.restore import KvRestorer
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.sequence import DecodeSequence, Emit, Event
@@ -29,15 +29,13 @@ from tandem.config import DecodeConfig
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.work_state import logprobs_of, sampling_state
-from tandem.errors import Cancelled, DeadlineExceeded, Internal, Overloaded, TandemError
+from tandem.errors import DeadlineExceeded, Internal, TandemError, Unavailable, failure_of
 from tandem.ledger import PoolAudit
 from tandem.output import OutputDelta
 from tandem.tokenizer import Tokenizer
 from tandem.work import Work
 
 log = logging.getLogger(__name__)
-
-PATIENCE_S = 1.0
 
 
 class DecodeWorker:
@@ -59,14 +57,15 @@ class DecodeWorker:
         self._pool = pool
         self._tokenizer = tokenizer
         self._restorer = restorer
+        self._reservations = Reservations(pool)
         self._decoder = decoder or PlainDecoder(model)
         self._scheduler = DecodeScheduler(config.max_batch)
         self._inbox: deque[DecodeSequence] = deque()  # KV in place, not yet in the scheduler
         self._restoring: dict[DecodeSequence, asyncio.Task[None]] = {}  # event loop only
         self._wake = threading.Condition()
         self._stopping = False
+        self._draining = False  # event loop only: no more starts
         self._releases: set[asyncio.Task[None]] = set()  # event loop only
-        self._memory = asyncio.Event()  # replaced each time it is set
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self._thread.start()
@@ -87,7 +86,14 @@ class DecodeWorker:
         return self._pool.audit()
 
     def start(self, work: Work, handle: KvHandle, emit: Emit) -> DecodeSequence:
-        """Take a request. Call on the event loop. What goes wrong is emitted, never raised."""
+        """Take a request. Call on the event loop. What goes wrong later is emitted.
+
+        Raises at once what no waiting can mend: NEVER_FITS, BAD_PARAM, DRAINING.
+        """
+        if self._draining:
+            raise Unavailable.draining()
+        work.check_vocabulary(self._model.vocab_size)
+        self._reservations.check_fits(work)
         sequence = DecodeSequence(
             work,
             handle,
@@ -95,7 +101,8 @@ class DecodeWorker:
             output=work.output_stream(self._tokenizer, self._model.eos_token_ids),
             sampling=sampling_state(work, self._model),
         )
-        self._restoring[sequence] = self._loop.create_task(self._restore(sequence))
+        task = self._restoring[sequence] = self._loop.create_task(self._restore(sequence))
+        task.add_done_callback(lambda task: self._restored(sequence, task))
         return sequence
 
     def cancel(self, sequence: DecodeSequence) -> None:
@@ -107,6 +114,7 @@ class DecodeWorker:
 
     async def stop(self) -> None:
         """End every sequence, then the step thread."""
+        self._draining = True
         for task in list(self._restoring.values()):
             task.cancel()
         while tasks := [*self._restoring.values(), *self._releases]:
@@ -120,10 +128,14 @@ class DecodeWorker:
 
     async def _restore(self, sequence: DecodeSequence) -> None:
         try:
-            await self._reserve(sequence)
-            started = await self._restorer.restore(sequence)
+            async with asyncio.timeout_at(sequence.work.deadline_s):
+                sequence.blocks = await self._reservations.take(sequence.work)
+                started = await self._restorer.restore(sequence)
         except asyncio.CancelledError:
             self._free(sequence)
+            raise
+        except TimeoutError:
+            self._refuse(sequence, DeadlineExceeded("transfer", sequence.output.num_tokens))
         except TandemError as error:
             self._refuse(sequence, error)
         except Exception:
@@ -138,30 +150,12 @@ class DecodeWorker:
             release = self._loop.create_task(self._restorer.give_up_stored(sequence))
             self._releases.add(release)
             release.add_done_callback(self._releases.discard)
-        finally:
-            del self._restoring[sequence]
 
-    async def _reserve(self, sequence: DecodeSequence) -> None:
-        """All blocks the sequence may ever need, before anything is fetched."""
-        work = sequence.work
-        patience_s = min(work.deadline_s, time.monotonic() + PATIENCE_S)
-        while True:
-            blocks = self._pool.allocate(work.request_id, work.max_total_tokens, generation=work.epoch)
-            if blocks is not None:
-                sequence.blocks = blocks
-                return
-            try:
-                async with asyncio.timeout_at(patience_s):
-                    await self._memory.wait()
-            except TimeoutError:
-                raise Overloaded(
-                    "NO_MEMORY_FIT_NOW", "no worker has room now; retry in 1000 ms", retry_after_ms=1000
-                ) from None
-
-    def _note_memory(self) -> None:
-        """Blocks were freed: wake those that wait for some."""
-        self._memory.set()
-        self._memory = asyncio.Event()
+    def _restored(self, sequence: DecodeSequence, task: asyncio.Task[None]) -> None:
+        """The task is over; one that was cancelled before its first step did nothing at all."""
+        del self._restoring[sequence]
+        if task.cancelled() and not sequence.is_cancelled:
+            sequence.emit([(sequence, Unavailable.draining())])
 
     def _refuse(self, sequence: DecodeSequence, error: TandemError) -> None:
         self._free(sequence)
@@ -180,7 +174,7 @@ class DecodeWorker:
             except Exception:  # the top of the loop: one bad step must not end the worker
                 log.exception("decode step failed")
         for sequence in self._scheduler.leave(lambda sequence: True):
-            self._end(sequence, Cancelled("ADMIN_ABORT"))
+            self._end(sequence, Unavailable.draining())
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -205,13 +199,20 @@ class DecodeWorker:
             self._fail(batch, error)
             return
         events = [
-            (sequence, self._accept(sequence, advance))
+            (sequence, self._try_accept(sequence, advance))
             for sequence, advance in zip(batch, advances, strict=True)
         ]
         self._decoder.settle(batch)
         for sequence in self._scheduler.leave(lambda sequence: sequence.is_finished):
             self._leave(sequence)
         self._emit(events)
+
+    def _try_accept(self, sequence: DecodeSequence, advance: Advance) -> Event:
+        try:
+            return self._accept(sequence, advance)
+        except Exception as error:  # its text cannot be made: no reason to fail the others
+            sequence.is_finished = True
+            return self._failure([sequence], error)
 
     def _accept(self, sequence: DecodeSequence, advance: Advance) -> Event:
         """Account for what a step brought, token by token: the first stop ends the sequence there."""
@@ -237,10 +238,16 @@ class DecodeWorker:
 
     def _fail(self, batch: list[DecodeSequence], error: Exception) -> None:
         """A forward failed: its sequences end, the worker goes on."""
-        bug = Internal.bug()
-        log.error("decode of %d sequences failed (%s)", len(batch), bug.error_id, exc_info=error)
+        failure = self._failure(batch, error)
         for sequence in self._scheduler.leave(lambda sequence: sequence in batch):
-            self._end(sequence, bug)
+            self._leave(sequence)
+        self._emit([(sequence, failure) for sequence in batch])
+
+    @staticmethod
+    def _failure(batch: list[DecodeSequence], error: Exception) -> TandemError:
+        failure = failure_of(error)
+        log.error("decode of %d sequences failed (%s)", len(batch), failure.error_id, exc_info=error)
+        return failure
 
     def _end(self, sequence: DecodeSequence, error: TandemError) -> None:
         self._leave(sequence)
@@ -255,7 +262,7 @@ class DecodeWorker:
         if sequence.blocks:
             self._pool.release(sequence.work.request_id, generation=sequence.work.epoch)
             sequence.blocks = []
-            self._loop.call_soon_threadsafe(self._note_memory)
+            self._loop.call_soon_threadsafe(self._reservations.note_freed)
 
     def _emit(self, events: list[tuple[DecodeSequence, Event]]) -> None:
         """One message per router and step."""
