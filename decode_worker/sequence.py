@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 from kvstore.key import KvHandle
 from tandem.engine.batch import SequenceRows
+from tandem.engine.rng import Stream
 from tandem.engine.sampling_state import SamplingState
 from tandem.errors import TandemError
 from tandem.output import OutputDelta, OutputStream
+from tandem.speculation import SpeculationPolicy
 from tandem.work import Work
 
 
@@ -53,6 +55,17 @@ class DecodeSequence:
         self.num_computed = len(self.work.token_ids) - 1
         self.next_token = self.work.token_ids[-1]
         self.token_ids = list(self.work.token_ids)
+
+    @property
+    def draft_stream(self) -> Stream | None:
+        """Which numbers a draft token is drawn with; None for greedy requests.
+
+        Under the `exact` policy draft and target share the number of a position, so that they agree
+        often; speculative sampling needs one of its own.
+        """
+        if self.sampling.params.is_greedy:
+            return None
+        return Stream.DRAFT if self.work.speculation.policy is SpeculationPolicy.AUTO else Stream.TOKEN
 
     def rows(self) -> SequenceRows:
         """The next forward's rows: the one token whose KV is not in the cache yet."""

@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 
 import grpc
 
+from decode_worker.drafting import make_decoder, usable_draft
 from decode_worker.restore import KvRestorer
 from decode_worker.service import DecodeServicer
 from decode_worker.worker import DecodeWorker
@@ -34,8 +35,9 @@ class DecodeServer:
     async def start(cls, config: ClusterConfig, worker_id: str, router: Awaitable[str]) -> DecodeServer:
         """Load the model, serve, register. The router, which hosts the store too, may become known while
         the model loads."""
+        draft_path = usable_draft(config)
         engine = await asyncio.to_thread(
-            load_engine, config, worker_id, config.cache.decode_bytes, config.decode.threads
+            load_engine, config, worker_id, config.cache.decode_bytes, config.decode.threads, draft_path
         )
         fingerprint = model_fingerprint(config)
         router_address = await router
@@ -47,6 +49,7 @@ class DecodeServer:
             engine.pool,
             Tokenizer.from_dir(config.model.path),
             KvRestorer(client, engine.model.cache, engine.pool),
+            make_decoder(config.speculation, engine),
         )
         host = WorkerHost(router_address)
         servicer = DecodeServicer(worker, fingerprint)

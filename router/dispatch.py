@@ -58,6 +58,8 @@ class Dispatcher:
     ) -> None:
         self._config = config
         self._geometry = geometry
+        draft = config.speculation.draft_path
+        self._draft = ModelGeometry.from_path(draft) if draft else None
         self._admission = admission
         self._store = store
         self._queue: RequestQueue[Ticket] = RequestQueue(
@@ -83,7 +85,8 @@ class Dispatcher:
 
     def needs(self, request: Request) -> Needs:
         """What the request takes of each pool."""
-        return needs_of(request, self._geometry, self._config.cache.block_size, self._config.model.dtype)
+        cache, model = self._config.cache, self._config.model
+        return needs_of(request, self._geometry, cache.block_size, model.dtype, draft=self._draft)
 
     def start(self, requests: Sequence[Request]) -> list[Flight]:
         """Begin all completions of one request, or none.

@@ -85,6 +85,7 @@ class Flight:
         self.request = request
         self._epoch = 0
         self._delivered = request.num_output_tokens
+        self._drafted = self._accepted = 0
         self._replanned: set[str] = set()
         self._exclude: set[str] = set()
         self._reason: TandemError | None = None  # why it was cancelled
@@ -106,7 +107,7 @@ class Flight:
                 while isinstance(event, OutputDelta) and held is None and not self._events.empty():
                     following = self._events.get_nowait()
                     if isinstance(following, OutputDelta):
-                        event = _merge(event, following)
+                        event = event.followed_by(following)
                     else:
                         held = following
                 is_over = isinstance(event, (Completed, TandemError))
@@ -140,7 +141,12 @@ class Flight:
             lifecycle.mark(Mark.FINISHED)
             assert last.finish is not None
             lifecycle.to(STATUS_OF_REASON[last.finish])
-            usage = Usage(prompt=self.request.num_prompt_tokens, completion=self._delivered)
+            usage = Usage(
+                prompt=self.request.num_prompt_tokens,
+                completion=self._delivered,
+                drafted=self._drafted,
+                accepted=self._accepted,
+            )
             self._events.put_nowait(Completed(last, usage, lifecycle.timings()))
         except TimeoutError:
             self._fail(DeadlineExceeded(STAGES[lifecycle.status]), RequestStatus.FINISHED_DEADLINE)
@@ -244,6 +250,8 @@ class Flight:
         if self._events.qsize() > MAX_BACKLOG:
             raise Overloaded("CLIENT_TOO_SLOW", "client too slow: too many tokens were left unread")
         self._delivered += len(delta.token_ids)
+        self._drafted += delta.drafted
+        self._accepted += delta.accepted
         self.request = replace(self.request, token_ids=self.request.token_ids + delta.token_ids)
         self._events.put_nowait(delta)
 
@@ -264,13 +272,3 @@ def _status_of(error: TandemError) -> RequestStatus:
     if isinstance(error, DeadlineExceeded):
         return RequestStatus.FINISHED_DEADLINE
     return RequestStatus.FINISHED_REFUSED if isinstance(error, Overloaded) else RequestStatus.FINISHED_ERROR
-
-
-def _merge(first: OutputDelta, second: OutputDelta) -> OutputDelta:
-    return OutputDelta(
-        first.token_ids + second.token_ids,
-        first.text + second.text,
-        first.logprobs + second.logprobs,
-        second.finish,
-        second.matched_stop,
-    )

@@ -20,6 +20,7 @@ from tandem.geometry import ModelGeometry
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.request import Request, check_request_id, child_id
 from tandem.sampling import SamplingParams, bad_param
+from tandem.speculation import SpeculationParams
 from tandem.tokenizer import Tokenizer
 
 MAX_PROMPT_BYTES = 256 << 10
@@ -64,6 +65,7 @@ class Intake:
             seed=secrets.randbits(SEED_BITS) if sampling.seed is None else sampling.seed,
             deadline_s=deadline_s,
             priority=message.priority,
+            speculation=SpeculationParams.from_pb(message.speculation),
         )
         return self._children(request)
 

@@ -5,6 +5,7 @@ ClusterConfig
 ├── cache     CacheConfig      block size and memory budgets
 ├── prefill   PrefillConfig    batching of prompts
 ├── decode    DecodeConfig     batching of outputs
+    ├── speculation SpeculationConfig  what drafts, and how far ahead
 ├── kvstore   KvStoreConfig    leases and limits of the store
 └── router    RouterConfig     queue, deadlines, heartbeats
 """
@@ -103,6 +104,32 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationConfig:
+    """What drafts for the decode worker, and how far ahead. Without a draft nothing is speculated."""
+
+    draft: str = "none"  # none | ngram | model
+    draft_path: Path | None = None  # the draft model's checkpoint
+    num_assistant_tokens: int = 3  # draft tokens per step where a request does not say
+    max_assistant_tokens: int = 8  # most a request may ask for
+    assistant_confidence_threshold: float = 0.0  # stop drafting below this probability
+    required: bool = True  # False: go on without a draft that cannot be used, and say so
+
+    def __post_init__(self) -> None:
+        _check(
+            self.draft in ("none", "ngram", "model"), f"unknown draft {self.draft}; known: model, ngram, none"
+        )
+        _check(
+            (self.draft == "model") == (self.draft_path is not None),
+            "a draft model needs a checkpoint, and only a draft model has one",
+        )
+        _check_positive(self, "num_assistant_tokens", "max_assistant_tokens")
+        _check(self.max_assistant_tokens <= 15, "at most 15 assistant tokens are checked in one step")
+        _check(
+            0 <= self.assistant_confidence_threshold <= 1, "assistant_confidence_threshold must be in [0, 1]"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KvStoreConfig:
     """Life times in the store. All are durations on the store's own clock."""
 
@@ -145,6 +172,7 @@ class ClusterConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     kvstore: KvStoreConfig = field(default_factory=KvStoreConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
 

@@ -22,8 +22,16 @@ def model_fingerprint(config: ClusterConfig) -> bytes:
     Weights count by their size, their header and 64 evenly spread samples of 4 KiB, so that a
     checkpoint of many gigabytes is named in milliseconds.
     """
-    path = config.model.path
     digest = hashlib.sha256(f"v1|{config.model.dtype}|{config.cache.block_size}|{KV_LAYOUT}".encode())
+    digest.update(checkpoint_digest(config.model.path))
+    if config.speculation.draft_path is not None:
+        digest.update(checkpoint_digest(config.speculation.draft_path))
+    return digest.digest()
+
+
+def checkpoint_digest(path: Path) -> bytes:
+    """SHA-256 of what a checkpoint folder computes with. Raises `ConfigError` if it has no weights."""
+    digest = hashlib.sha256()
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         raise ConfigError(f"no .safetensors weights in {path}; Tandem loads no other format")
@@ -33,6 +41,14 @@ def model_fingerprint(config: ClusterConfig) -> bytes:
     for file in weights:
         digest.update(_weights_digest(file))
     return digest.digest()
+
+
+def tokenizer_digest(path: Path) -> bytes:
+    """SHA-256 of a checkpoint's tokenizer. Raises `ConfigError` if it has none."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        raise ConfigError(f"no tokenizer.json in {path}")
+    return hashlib.sha256(file.read_bytes()).digest()
 
 
 def _weights_digest(file: Path) -> bytes:

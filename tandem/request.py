@@ -18,6 +18,7 @@ from enum import Enum, IntEnum
 
 from tandem.errors import InvalidRequest
 from tandem.sampling import SamplingParams
+from tandem.speculation import SpeculationParams
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -172,6 +173,7 @@ class Request:
     deadline_s: float
     priority: int = 0  # higher goes first
     tenant: str = ""
+    speculation: SpeculationParams = field(default_factory=SpeculationParams)
     lifecycle: Lifecycle = field(default_factory=Lifecycle, compare=False)
 
     def __post_init__(self) -> None:

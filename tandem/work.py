@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from tandem.errors import InvalidRequest
 from tandem.output import OutputStream
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.request import Request
 from tandem.sampling import SamplingParams
+from tandem.speculation import SpeculationParams
 from tandem.tokenizer import Tokenizer
 
 HOP_MARGIN_S = 0.05  # each hop gets a little less time than the one before
@@ -28,6 +29,7 @@ class Work:
     sampling: SamplingParams  # max_tokens and seed are set
     deadline_s: float
     fingerprint: bytes
+    speculation: SpeculationParams = field(default_factory=SpeculationParams)
 
     @classmethod
     def of(cls, request: Request, epoch: int, fingerprint: bytes) -> Work:
@@ -39,6 +41,7 @@ class Work:
             sampling=replace(request.sampling, max_tokens=request.max_tokens, seed=request.seed, n=1),
             deadline_s=request.deadline_s,
             fingerprint=fingerprint,
+            speculation=request.speculation,
         )
 
     @property
@@ -84,6 +87,7 @@ class Work:
             sampling=self.sampling.to_pb(),
             timeout_ms=timeout_ms,
             fingerprint=self.fingerprint,
+            speculation=self.speculation.to_pb(),
         )
 
     @classmethod
@@ -97,6 +101,7 @@ class Work:
             sampling=SamplingParams.from_pb(message.sampling),
             deadline_s=time.monotonic() + message.timeout_ms / 1e3,
             fingerprint=message.fingerprint,
+            speculation=SpeculationParams.from_pb(message.speculation),
         )
         if not work._is_complete:
             raise InvalidRequest("BAD_MESSAGE", "malformed request message")

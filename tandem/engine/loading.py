@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -20,28 +21,40 @@ class Engine:
     model: ModelRunner
     pool: BlockPool
     num_blocks: int
-    block_bytes: int
+    block_bytes: int  # of the target's KV
+    draft: ModelRunner | None = None  # its cache has the same block ids as the target's
 
 
-def load_engine(config: ClusterConfig, pool_name: str, budget_bytes: int, threads: int) -> Engine:
-    """Load the configured checkpoint with as many KV blocks as the budget holds.
+def load_engine(
+    config: ClusterConfig, pool_name: str, budget_bytes: int, threads: int, draft: Path | None = None
+) -> Engine:
+    """Load the configured checkpoint, and a draft, with as many KV blocks as the budget holds.
 
-    Raises `ConfigError` if the checkpoint is unusable or the budget is smaller than one block.
+    Raises `ConfigError` if a checkpoint is unusable or the budget is smaller than one block.
     """
     torch.set_num_threads(threads)
-    geometry = ModelGeometry.from_path(config.model.path)
-    block_bytes = geometry.block_bytes(config.cache.block_size, config.model.dtype)
-    num_blocks = budget_bytes // block_bytes
+    block_bytes = _block_bytes(config, config.model.path)
+    num_blocks = budget_bytes // (block_bytes + (_block_bytes(config, draft) if draft else 0))
     if num_blocks < 1:
         raise ConfigError(
             f"{budget_bytes} bytes of KV cache hold no block of {block_bytes} bytes; give the worker more"
         )
+    model = _load(config, config.model.path, num_blocks)
+    pool = BlockPool(pool_name, num_blocks, config.cache.block_size)
+    return Engine(model, pool, num_blocks, block_bytes, _load(config, draft, num_blocks) if draft else None)
+
+
+def _block_bytes(config: ClusterConfig, path: Path) -> int:
+    return ModelGeometry.from_path(path).block_bytes(config.cache.block_size, config.model.dtype)
+
+
+def _load(config: ClusterConfig, path: Path, num_blocks: int) -> ModelRunner:
     model = ModelRunner.load(
-        config.model.path,
+        path,
         dtype=config.model.dtype,
         linear=config.model.linear,
         num_blocks=num_blocks,
         block_size=config.cache.block_size,
     )
     model.warm_up()
-    return Engine(model, BlockPool(pool_name, num_blocks, config.cache.block_size), num_blocks, block_bytes)
+    return model

@@ -55,7 +55,7 @@ class Sampler:
             token_ids[drawn] = draw(scores[drawn], [states[i] for i in drawn], stream)
         is_good = (logits.sum(-1).isfinite() & (scores.amax(-1) > _NEVER)).tolist()
         return [
-            _result(token_id, logits[i], state) if good else BadLogits()
+            sampled_token(token_id, logits[i], state) if good else BadLogits()
             for i, (token_id, good, state) in enumerate(zip(token_ids.tolist(), is_good, states, strict=True))
         ]
 
@@ -139,7 +139,8 @@ def _keep_top_p(scores: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     return scores.masked_fill(torch.zeros_like(drop).scatter_(-1, order, drop), _NEVER)
 
 
-def _result(token_id: int, raw: torch.Tensor, state: SamplingState) -> SampledToken:
+def sampled_token(token_id: int, raw: torch.Tensor, state: SamplingState) -> SampledToken:
+    """A chosen token with the logprobs the request asked for, from its row of raw logits `[vocab]`."""
     num_top = state.params.logprobs
     if num_top is None:
         return SampledToken(token_id)

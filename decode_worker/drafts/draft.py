@@ -1,0 +1,34 @@
+"""What a draft is to the decode worker: something that guesses the next tokens of some sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from decode_worker.acceptance import Probs
+from decode_worker.sequence import DecodeSequence
+
+
+@dataclass(slots=True)
+class Proposal:
+    """Draft tokens for one sequence. `probs` are what they were drawn from; None where that is a point."""
+
+    token_ids: list[int] = field(default_factory=list)
+    probs: list[Probs] = field(default_factory=list)  # [vocab] each; empty unless drawn for `accept`
+
+
+class Draft(Protocol):
+    """Guesses are free to be wrong: verification alone decides. Called by the step thread only."""
+
+    def propose(self, sequences: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
+        """At most `counts[i]` tokens after everything sequence i has, the token not yet computed included."""
+        ...
+
+    def settle(self, sequence: DecodeSequence) -> None:
+        """The step is over and `sequence` holds its new tokens: forget guesses that were rejected."""
+        ...
+
+    def leave(self, sequence: DecodeSequence) -> None:
+        """The sequence has ended."""
+        ...
