@@ -10,9 +10,10 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import grpc
+from grpc_status import rpc_status
 
 from deploy.local import LocalCluster
 from tandem.config import CacheConfig, ClusterConfig, KvStoreConfig, ModelConfig, RouterConfig
@@ -20,6 +21,7 @@ from tandem.errors import TandemError
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.v1 import generation_pb2_grpc
 from tandem.rpc import to_tandem_error
+from tandem.sampling import MAX_N
 from tests.checkpoints import tiny_llama
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -152,7 +154,7 @@ def open_stream(cluster: LocalCluster, message: pb.GenerationInput) -> Any:
 
 async def stream(cluster: LocalCluster, message: pb.GenerationInput) -> list[Result]:
     """All completions of a request, by index. Raises `AioRpcError`."""
-    results = [Result() for _ in range(message.sampling.n or 1)]
+    results = [Result() for _ in range(min(message.sampling.n or 1, MAX_N))]
     async for event in open_stream(cluster, message):
         results[getattr(event, event.WhichOneof("event")).index].take(event)
     return results
@@ -192,6 +194,7 @@ class Failure:
     error: TandemError
     text: str
     trailing: dict[str, Any]
+    details: list[Any]  # of google.rpc.Status
 
     @property
     def reason(self) -> str:
@@ -216,7 +219,8 @@ def failure_of(error: grpc.aio.AioRpcError) -> Failure:
     trailing = dict(error.trailing_metadata() or ())
     assert "grpc-status-details-bin" in trailing, f"not one of ours: {error.code()} {error.details()}"
     assert f"(error_id={meant.error_id})" in (error.details() or ""), error.details()
-    return Failure(error.code().name, meant, error.details() or "", trailing)
+    status = rpc_status.from_call(cast(Any, error))
+    return Failure(error.code().name, meant, error.details() or "", trailing, list(status.details))
 
 
 async def drain(call: Any, result: Result | None = None) -> Result:
