@@ -61,6 +61,12 @@ def batches(data: TokenArchive, rows: int, length: int, seed: int, device: torch
             yield on_device[index[:, None] + columns].long()
 
 
+def chunks(rows: Tensor, size: int) -> Iterator[Tensor]:
+    """The rows in groups of `size`; the last may be smaller."""
+    for first in range(0, len(rows), size):
+        yield rows[first : first + size]
+
+
 def evaluation_rows(data: TokenArchive, length: int, device: torch.device) -> Tensor:
     """The documents in their own order as rows of `length + 1` tokens; the rest is dropped."""
     count = (len(data.tokens) - 1) // length

@@ -86,7 +86,7 @@ def save(folder: Path, model: Llama, tokenizer: Path) -> None:
     save_file(halves(model), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
     (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-    generation = {key: END_OF_TEXT_ID for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    generation = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT_ID)
     for name, contents in (
         ("config.json", config(model.shape)),
         ("tokenizer_config.json", tokenizer_config(model.shape.context)),
@@ -110,4 +110,5 @@ def rounding_error(model: Llama, ids: Tensor) -> float:
     rounded.load_state_dict({name: value.float() for name, value in halves(model).items()})
     exact = Llama(model.shape)
     exact.load_state_dict({name: value.cpu() for name, value in model.state_dict().items()})
-    return (rounded.eval()(ids.cpu()) - exact.eval()(ids.cpu())).abs().max().item()
+    change: Tensor = rounded.eval()(ids.cpu()) - exact.eval()(ids.cpu())
+    return change.abs().max().item()

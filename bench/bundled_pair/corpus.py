@@ -28,7 +28,9 @@ MIN_CHARS, MAX_CHARS = 200, 400_000
 SKIPPED_DIRS = frozenset(
     {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "encodings", "pydoc_data"}
 )
-SKIPPED_PATHS = re.compile(r"(^|/)(config-[^/]*|tests?/data)/|(^|/)_sysconfigdata|(^|/)(bad_?syntax|badsyntax)")
+SKIPPED_PATHS = re.compile(
+    r"(^|/)(config-[^/]*|tests?/data)/|(^|/)_sysconfigdata|(^|/)(bad_?syntax|badsyntax)"
+)
 TEST_PATHS = re.compile(r"(^|/)(tests?|idle_test)/")
 # Newlines and indentation are pieces of their own, so that a prompt may end after either.
 PIECES = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\n+|[^\S\n]+"
@@ -111,6 +113,14 @@ def source_files(root: Path, include_tests: bool) -> Iterator[SourceFile]:
             yield SourceFile(path, text)
 
 
+def split(files: Iterable[SourceFile]) -> tuple[list[SourceFile], list[SourceFile]]:
+    """The files to train on and the files held out."""
+    train, held_out = [], []
+    for file in files:
+        (held_out if is_held_out(file.path) else train).append(file)
+    return train, held_out
+
+
 def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
     """A byte-level BPE of exactly VOCAB_SIZE entries that adds no token of its own."""
     tokenizer = Tokenizer(models.BPE())
@@ -163,8 +173,8 @@ def save_archive(folder: Path, name: str, data: TokenArchive) -> None:
 
 def load_archive(folder: Path, name: str) -> TokenArchive:
     """Reads what `save_archive` wrote."""
-    arrays = [np.load(folder / f"{name}.{part}.npy") for part in ("tokens", "docs", "starts")]
-    return TokenArchive(*arrays, n_bytes=json.loads((folder / f"{name}.json").read_text())["bytes"])
+    tokens, docs, starts = (np.load(folder / f"{name}.{part}.npy") for part in ("tokens", "docs", "starts"))
+    return TokenArchive(tokens, docs, starts, json.loads((folder / f"{name}.json").read_text())["bytes"])
 
 
 def build(folder: Path, include_tests: bool = True) -> None:
@@ -173,9 +183,7 @@ def build(folder: Path, include_tests: bool = True) -> None:
     Modules of the library proper and test modules are held out alike; `heldout` holds the
     former and `heldout_tests` the latter, so that both choices of corpus compare on one text.
     """
-    files = list(source_files(standard_library(), include_tests))
-    train = [file for file in files if not is_held_out(file.path)]
-    held = [file for file in files if is_held_out(file.path)]
+    train, held = split(source_files(standard_library(), include_tests))
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer(file.text for file in train)
     tokenizer.save(str(folder / "tokenizer.json"))

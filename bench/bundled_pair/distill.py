@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.bundled_pair.batches import batches, evaluation_rows
+from bench.bundled_pair.batches import batches, chunks, evaluation_rows
 from bench.bundled_pair.corpus import TokenArchive
 from bench.bundled_pair.generate import continuations, prompts
 from bench.bundled_pair.model import Llama, Shape
@@ -25,7 +25,7 @@ from bench.bundled_pair.runtime import Budget, autocast, compiled
 class DraftPlan:
     """One distillation: its length, its rows and the share of the target's own output in it."""
 
-    steps: int
+    steps: int = 7700
     minutes: float = float("inf")
     rows: int = 16
     length: int = 2048
@@ -68,7 +68,7 @@ def pool_batches(pool: Tensor, rows: int, seed: int) -> Iterator[Tensor]:
     """Endless batches of the pool's rows in fresh orders."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        for index in torch.randperm(len(pool), generator=generator).split(rows):
+        for index in chunks(torch.randperm(len(pool), generator=generator), rows):
             if len(index) == rows:
                 yield pool[index.to(pool.device)].long()
 
@@ -77,7 +77,7 @@ def pool_batches(pool: Tensor, rows: int, seed: int) -> Iterator[Tensor]:
 def teacher_forced_agreement(draft: Llama, target: Llama, data: TokenArchive, device: torch.device) -> float:
     """Share of positions of the archive at which both models' best tokens agree."""
     same, count = 0, 0
-    for row in evaluation_rows(data, target.shape.context, device).split(4):
+    for row in chunks(evaluation_rows(data, target.shape.context, device), 4):
         with autocast(device):
             equal = draft(row[:, :-1]).argmax(-1) == target(row[:, :-1]).argmax(-1)
         same, count = same + int(equal.sum()), count + equal.numel()
@@ -98,7 +98,8 @@ def train_draft(
     draft, budget = Llama(shape).to(device), Budget(plan.steps, plan.minutes)
     pool = sample_pool(target, train, plan, device)
     report(f"draft: pool of {pool.numel()} tokens after {budget.seconds():.0f} s")
-    forward, teacher, optimizer = compiled(draft, device), compiled(target, device), Optimizer(draft, plan.rates)
+    forward, teacher = compiled(draft, device), compiled(target, device)
+    optimizer = Optimizer(draft, plan.rates)
     text = batches(train, plan.rows, plan.length - 1, plan.seed, device)
     own = pool_batches(pool, plan.rows * plan.length // pool.shape[1], plan.seed)
     seen = 0

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from bench.bundled_pair.batches import evaluation_rows
+from bench.bundled_pair.batches import chunks, evaluation_rows
 from bench.bundled_pair.checkpoint import load
 from bench.bundled_pair.corpus import TokenArchive, load_archive
 from bench.bundled_pair.generate import continuations, prompts
@@ -37,7 +37,7 @@ def on_text(target: Llama, draft: Llama, data: TokenArchive) -> dict[str, float]
     sums = dict.fromkeys(("target_nats", "draft_nats", "greedy_agreement", "overlap"), 0.0)
     count = 0
     device = target.cos.device
-    for row in evaluation_rows(data, target.shape.context, device).split(1):
+    for row in chunks(evaluation_rows(data, target.shape.context, device), 1):
         ours, theirs = target(row[:, :-1])[0], draft(row[:, :-1])[0]
         wanted = row[0, 1:]
         sums["target_nats"] += F.cross_entropy(ours, wanted, reduction="sum").item()
@@ -76,7 +76,7 @@ def on_own_output(target: Llama, draft: Llama, data: TokenArchive, temperature: 
     heat = torch.full((PROMPT_ROWS,), temperature, device=device)
     out = continuations(target, start, NEW_TOKENS, heat, torch.Generator(device).manual_seed(7))
     match, overlap = [], []
-    for row in out.split(8):
+    for row in chunks(out, 8):
         ours, theirs = (model(row[:, :-1])[:, PROMPT_TOKENS - 1 :] for model in (target, draft))
         match.append(ours.argmax(-1) == theirs.argmax(-1))
         overlap.append(torch.minimum(ours.softmax(-1), theirs.softmax(-1)).sum(-1))

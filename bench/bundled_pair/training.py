@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 
-from bench.bundled_pair.batches import batches, evaluation_rows
+from bench.bundled_pair.batches import batches, chunks, evaluation_rows
 from bench.bundled_pair.corpus import TokenArchive
 from bench.bundled_pair.model import Llama, Shape
 from bench.bundled_pair.optimizer import Optimizer, Rates
@@ -22,13 +22,13 @@ from bench.bundled_pair.runtime import Budget, autocast, compiled
 class Plan:
     """One run: how long, on what rows, with which regularisation."""
 
-    steps: int
+    steps: int = 5000
     minutes: float = float("inf")
-    rows: int = 32
+    rows: int = 16
     length: int = 2048
     dropout: float = 0.1
     seed: int = 0
-    rates: Rates = field(default_factory=Rates)
+    rates: Rates = field(default_factory=lambda: Rates(decay=0.5, adam=0.01))
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def validation_loss(model: Llama, data: TokenArchive, device: torch.device, leng
     """Mean loss in nats per token over the archive, in rows of the full context."""
     model.eval()
     total, count = 0.0, 0
-    for row in evaluation_rows(data, length, device).split(8 if device.type == "cuda" else 1):
+    for row in chunks(evaluation_rows(data, length, device), 8 if device.type == "cuda" else 1):
         with autocast(device):
             logits = model(row[:, :-1]).float()
         total += F.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten(), reduction="sum").item()
