@@ -9,6 +9,7 @@ import time
 import pytest
 
 from prefill_worker.job import PrefillJob
+from tandem.engine.batch import SequenceRows
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import AlreadyExists, InvalidRequest, TandemError, Unavailable
 from tandem.request import FinishReason
@@ -67,9 +68,7 @@ async def test_a_prompt_gives_its_first_token_and_its_kv(length, config):
         assert rig.store.audit().is_empty
 
 
-def rows_of(prompt):
-    from tandem.engine.batch import SequenceRows
-
+def rows_of(prompt) -> SequenceRows:
     return SequenceRows(prompt, 0, range(-(-len(prompt) // BLOCK_SIZE)))
 
 
@@ -499,7 +498,7 @@ async def test_whatever_is_cancelled_nothing_stays_owned(seed):
         await asyncio.gather(*ends)
         await until(lambda: rig.pool.audit().is_empty)
         await rig.running.freed()
-        assert isinstance(ends and rig.worker.stats.padding_ratio, float)
+        assert 0 <= rig.worker.stats.padding_ratio < 1
 
 
 async def test_the_books_name_the_pool():
