@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import settings
+
+# Two compute threads beside busy neighbours run many times slower than one: they wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Machines that run tests are shared: how long one example takes says nothing.
 settings.register_profile("tandem", deadline=None)

@@ -1,0 +1,223 @@
+"""Whatever a draft does, tokens are those of plain decoding; only the number of steps changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from decode_worker.decoder import Decoder, PlainDecoder
+from decode_worker.drafts.draft import Proposal
+from decode_worker.drafts.model import ModelDraft
+from decode_worker.drafts.ngram import NgramDraft
+from decode_worker.lookahead import ConstantLookahead
+from decode_worker.sequence import DecodeSequence
+from decode_worker.speculative import MAX_FAILURES, SpeculativeDecoder
+from kvstore.key import KvHandle
+from tandem.config import SpeculationConfig
+from tandem.engine.batch import SequenceRows
+from tandem.engine.model_runner import ModelRunner
+from tandem.engine.work_state import sampling_state
+from tandem.sampling import SamplingParams
+from tandem.speculation import SpeculationParams, SpeculationPolicy
+from tandem.tokenizer import Tokenizer
+from tandem.work import Work
+from tests.checkpoints import VOCAB_SIZE, save_llama, tiny_llama
+
+NUM_TOKENS = 16
+NUM_BLOCKS, BLOCK_SIZE = 64, 16
+HANDLE = KvHandle(
+    object_id=bytes(16), epoch=0, store_epoch=0, num_bytes=1, num_tokens=1, fingerprint=bytes(32)
+)
+GREEDY = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+SAMPLED = replace(GREEDY, temperature=0.9, top_k=50, top_p=0.95, min_p=0.01)
+PENALIZED = replace(GREEDY, repetition_penalty=1.3, frequency_penalty=0.2, presence_penalty=0.1, min_tokens=5)
+EVERYTHING = replace(SAMPLED, repetition_penalty=1.2, logit_bias={65: 3.0, 66: -100.0}, logprobs=2)
+
+
+@pytest.fixture(scope="module")
+def target() -> ModelRunner:
+    return ModelRunner.load(tiny_llama(), num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> ModelRunner:
+    """A model of the same vocabulary that knows nothing of the target: most guesses are wrong."""
+    path = save_llama(tmp_path_factory.mktemp("draft") / "other", seed=5)
+    return ModelRunner.load(path, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+
+
+@pytest.fixture(scope="module")
+def twin() -> ModelRunner:
+    """The target itself as a draft: every guess is right."""
+    return ModelRunner.load(tiny_llama(), num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE)
+
+
+def sequences(target: ModelRunner, params: SamplingParams, policy: SpeculationPolicy) -> list[DecodeSequence]:
+    """Five prompts of mixed length, prefilled into the target's cache, each in blocks of its own."""
+    tokenizer = Tokenizer.from_dir(tiny_llama())
+    rng = np.random.default_rng(3)
+    found = []
+    for index, length in enumerate((1, 7, 16, 33, 60)):
+        work = Work(
+            request_id=f"r{index}",
+            epoch=1,
+            token_ids=tuple(rng.integers(0, 256, length + 1).tolist()),
+            num_prompt_tokens=length,
+            sampling=replace(params, seed=index),
+            deadline_s=time.monotonic() + 100,
+            fingerprint=bytes(32),
+            speculation=SpeculationParams(policy=policy),
+        )
+        sequence = DecodeSequence(
+            work,
+            HANDLE,
+            emit=lambda news: None,
+            output=work.output_stream(tokenizer, ()),
+            sampling=sampling_state(work, target),
+            blocks=list(range(index * 8, index * 8 + 8)),
+        )
+        target.forward(target.batch([SequenceRows(work.token_ids[:-1], 0, sequence.blocks, num_logits=1)]))
+        found.append(sequence)
+    return found
+
+
+def run(decoder: Decoder, running: list[DecodeSequence]) -> list[list[int]]:
+    """Decode everybody to the end, as the worker does; sequences leave as they finish."""
+    everybody = list(running)
+    while running:
+        for sequence, advance in zip(running, decoder.step(running), strict=True):
+            assert advance.tokens
+            for token in advance.tokens:
+                sequence.advance(token.token_id)
+                if sequence.output.append(token.token_id).finish:
+                    sequence.is_finished = True
+                    break
+        decoder.settle(running)
+        for sequence in running:
+            if sequence.is_finished:
+                decoder.leave(sequence)
+        running = [sequence for sequence in running if not sequence.is_finished]
+    return [sequence.token_ids[sequence.work.num_prompt_tokens :] for sequence in everybody]
+
+
+def plain(target: ModelRunner, params: SamplingParams) -> list[list[int]]:
+    return run(PlainDecoder(target), sequences(target, params, SpeculationPolicy.OFF))
+
+
+def speculative(target: ModelRunner, draft: object, num_tokens: int = 3) -> SpeculativeDecoder:
+    lookahead = ConstantLookahead(SpeculationConfig(num_assistant_tokens=num_tokens, max_assistant_tokens=8))
+    return SpeculativeDecoder(target, draft, lookahead)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "params", [GREEDY, SAMPLED, PENALIZED, EVERYTHING], ids=["greedy", "sampled", "pen", "all"]
+)
+@pytest.mark.parametrize("num_tokens", [1, 8])
+def test_a_wrong_draft_changes_nothing(target, other, params, num_tokens) -> None:
+    decoder = speculative(target, ModelDraft(other), num_tokens)
+    assert run(decoder, sequences(target, params, SpeculationPolicy.EXACT)) == plain(target, params)
+    assert decoder.stats.num_drafted > 0
+    assert decoder.stats.num_rollbacks > 0
+
+
+@pytest.mark.parametrize(
+    "params", [GREEDY, SAMPLED, PENALIZED, EVERYTHING], ids=["greedy", "sampled", "pen", "all"]
+)
+def test_a_perfect_draft_is_accepted_whole_and_saves_steps(target, twin, params) -> None:
+    decoder = speculative(target, ModelDraft(twin), 4)
+    assert run(decoder, sequences(target, params, SpeculationPolicy.EXACT)) == plain(target, params)
+    assert decoder.stats.num_accepted == decoder.stats.num_drafted > 0
+    assert decoder.stats.num_steps < 5 * NUM_TOKENS / 3
+
+
+def test_prompt_lookup_changes_nothing_and_sometimes_hits(target) -> None:
+    decoder = speculative(target, NgramDraft())
+    assert run(decoder, sequences(target, GREEDY, SpeculationPolicy.EXACT)) == plain(target, GREEDY)
+    assert decoder.stats.num_accepted > 0
+
+
+def test_auto_policy_leaves_greedy_requests_alone(target, other) -> None:
+    decoder = speculative(target, ModelDraft(other))
+    assert run(decoder, sequences(target, GREEDY, SpeculationPolicy.AUTO)) == plain(target, GREEDY)
+
+
+def test_auto_policy_accepts_a_perfect_draft_always(target, twin) -> None:
+    """Target and draft distributions are equal, so min(1, target / draft) is 1."""
+    decoder = speculative(target, ModelDraft(twin))
+    run(decoder, sequences(target, SAMPLED, SpeculationPolicy.AUTO))
+    assert decoder.stats.num_accepted == decoder.stats.num_drafted > 0
+
+
+def test_off_policy_drafts_nothing(target, other) -> None:
+    decoder = speculative(target, ModelDraft(other))
+    assert run(decoder, sequences(target, SAMPLED, SpeculationPolicy.OFF)) == plain(target, SAMPLED)
+    assert decoder.stats.num_drafted == 0
+
+
+def test_a_threshold_of_one_drafts_nothing_below_certainty(target, other) -> None:
+    decoder = speculative(target, ModelDraft(other, threshold=1.0))
+    assert run(decoder, sequences(target, SAMPLED, SpeculationPolicy.EXACT)) == plain(target, SAMPLED)
+    assert decoder.stats.num_drafted == 0
+
+
+class StubbornDraft:
+    """Proposes what it is told to, whatever the sequences are."""
+
+    def __init__(self, propose: Callable[[int], Proposal]) -> None:
+        self._propose = propose
+        self.num_calls = 0
+
+    def propose(self, running: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
+        self.num_calls += 1
+        return [self._propose(count) for count in counts]
+
+    def settle(self, sequence: DecodeSequence) -> None: ...
+
+    def leave(self, sequence: DecodeSequence) -> None: ...
+
+
+@pytest.mark.parametrize("policy", [SpeculationPolicy.EXACT, SpeculationPolicy.AUTO])
+@pytest.mark.parametrize(
+    "propose",
+    [
+        lambda count: Proposal([VOCAB_SIZE] * count),
+        lambda count: Proposal([-1] * count),
+        lambda count: Proposal([65] * (count + 50)),
+        lambda count: Proposal([65] * count, [np.full(VOCAB_SIZE, np.nan)] * count),
+        lambda count: Proposal([65] * count, [np.zeros(VOCAB_SIZE)] * count),
+    ],
+    ids=["beyond-vocab", "negative", "too-many", "nan", "zero"],
+)
+def test_a_draft_that_talks_nonsense_changes_no_greedy_token(target, policy, propose) -> None:
+    decoder = speculative(target, StubbornDraft(propose))
+    assert run(decoder, sequences(target, GREEDY, policy)) == plain(target, GREEDY)
+
+
+def test_a_draft_that_raises_costs_its_guesses_and_is_switched_off(target, caplog) -> None:
+    def fail(count: int) -> Proposal:
+        raise RuntimeError("no memory for drafts")
+
+    draft = StubbornDraft(fail)
+    decoder = speculative(target, draft)
+    assert run(decoder, sequences(target, SAMPLED, SpeculationPolicy.EXACT)) == plain(target, SAMPLED)
+    assert draft.num_calls == decoder.stats.num_failures == MAX_FAILURES
+
+
+def test_a_draft_that_fails_half_way_leaves_no_trace_in_the_history(target, other) -> None:
+    """The sampling history must not keep the guesses of a draft that raised after making some."""
+
+    class Interrupted(ModelDraft):
+        def settle(self, sequence: DecodeSequence) -> None:
+            super().settle(sequence)
+
+        def propose(self, running: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
+            for sequence in running:
+                sequence.sampling.append(65)
+            raise RuntimeError("interrupted")
+
+    decoder = speculative(target, Interrupted(other))
+    assert run(decoder, sequences(target, EVERYTHING, SpeculationPolicy.EXACT)) == plain(target, EVERYTHING)
