@@ -9,9 +9,10 @@ from typing import Self
 from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.decoders import DecodeStream
 
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, InvalidRequest
 
 CONTEXT_TOKENS = 6  # prompt tokens that decide how the first output token is spaced
+INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are not a character, or not yet
 
 
 class Tokenizer:
@@ -39,8 +40,14 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens the checkpoint's own tokenizer adds."""
-        return list(self._tokenizer.encode(text).ids)
+        """Token ids, with the special tokens the checkpoint's own tokenizer adds.
+
+        Raises BAD_PARAM for half a surrogate pair, which JSON can bring and no encoding has bytes for.
+        """
+        try:
+            return list(self._tokenizer.encode(text).ids)
+        except TypeError as error:
+            raise InvalidRequest("BAD_PARAM", "`prompt` must be valid Unicode text") from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens."""
@@ -56,12 +63,20 @@ class TokenStream:
 
     def __init__(self, tokenizer: HfTokenizer, context: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=list(context)[-CONTEXT_TOKENS:], skip_special_tokens=True)
+        ids = list(context)[-CONTEXT_TOKENS:]
+        self._stream = DecodeStream(ids=ids, skip_special_tokens=True)
+        before = str(tokenizer.decode(ids, skip_special_tokens=True))
+        # A context that ends inside a character comes out again with the step that completes it.
+        self._repeated = before if before.endswith(INCOMPLETE) else ""
 
     def step(self, token_id: int) -> str:
         """The text this token completes; empty while a character is incomplete."""
         try:
-            return self._stream.step(self._tokenizer, token_id) or ""
+            text = self._stream.step(self._tokenizer, token_id) or ""
         except Exception:  # "Invalid prefix": bytes that are no UTF-8; start afresh behind them
             self._stream = DecodeStream(skip_special_tokens=True)
-            return self._stream.step(self._tokenizer, token_id) or ""
+            text = self._stream.step(self._tokenizer, token_id) or ""
+        if text and self._repeated:
+            known = self._repeated if text.startswith(self._repeated) else self._repeated[:-1]
+            text, self._repeated = text.removeprefix(known), ""
+        return text
