@@ -24,6 +24,10 @@ EXIT_USAGE = 2
 Model = Annotated[
     str | None, typer.Option(help="Folder or hub id of a checkpoint; the bundled one by default.")
 ]
+Draft = Annotated[
+    str | None,
+    typer.Option(help="Folder or hub id of a draft model, ngram, or none; the bundled model has its own."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Dtype = Annotated[str, typer.Option(help="Precision of activations and KV: float32, bfloat16 or float16.")]
 Server = Annotated[
@@ -35,6 +39,7 @@ LogLevel = Annotated[str, typer.Option(help="Log level of the service's processe
 @app.command()
 def serve(
     model: Model = None,
+    draft: Draft = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 50051,
     prefill: Annotated[int, typer.Option(help="Number of prefill workers.", min=1)] = 1,
@@ -51,17 +56,17 @@ def serve(
     from deploy.commands import serve as command
     from deploy.settings import load_config
 
-    settings = load_config(config, model=model, dtype=dtype, host=host, port=port)
+    settings = load_config(config, model=model, draft=draft, dtype=dtype, host=host, port=port)
     command.run(settings, prefill, decode, try_prompt, log_level)
 
 
 @app.command()
-def demo(model: Model = None, json_output: Json = False) -> None:
+def demo(model: Model = None, draft: Draft = None, json_output: Json = False) -> None:
     """Send eight prompts at once through the whole path, show the completions, and stop."""
     from deploy.commands import demo as command
     from deploy.settings import load_config
 
-    sys.exit(command.run(load_config(None, model=model), json_output))
+    sys.exit(command.run(load_config(None, model=model, draft=draft), json_output))
 
 
 @app.command()
@@ -75,6 +80,7 @@ def generate(
     ] = None,
     server: Server = None,
     model: Model = None,
+    draft: Draft = None,
     dtype: Dtype = "float32",
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     min_tokens: Annotated[int, typer.Option(help="Fewest tokens before the text may end.")] = 0,
@@ -92,6 +98,10 @@ def generate(
         int | None, typer.Option(help="Alternatives to report per token (with --json).")
     ] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Go on past the end-of-text token.")] = False,
+    speculation: Annotated[
+        str, typer.Option(help="How draft tokens are accepted: exact, auto or off.")
+    ] = "exact",
+    num_assistant_tokens: Annotated[int | None, typer.Option(help="Draft tokens per step.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds to give up after.")] = None,
     json_output: Json = False,
 ) -> None:
@@ -99,6 +109,7 @@ def generate(
     from deploy.commands import generate as command
     from deploy.settings import load_config
     from tandem.sampling import SamplingParams
+    from tandem.speculation import parse_speculation
 
     sampling = SamplingParams(
         max_tokens=max_tokens,
@@ -116,9 +127,10 @@ def generate(
         logprobs=logprobs,
         ignore_eos=ignore_eos,
     )
+    asking = command.Asking(sampling, parse_speculation(speculation, num_assistant_tokens), timeout)
     wanted = command.read_prompts(prompts or [], prompt_file)
-    settings = None if server else load_config(None, model=model, dtype=dtype)
-    sys.exit(command.run(wanted, sampling, server, settings, timeout, json_output))
+    settings = None if server else load_config(None, model=model, draft=draft, dtype=dtype)
+    sys.exit(command.run(wanted, asking, server, settings, json_output))
 
 
 @app.command()

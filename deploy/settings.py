@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from deploy.models import resolve_model
-from tandem.config import ClusterConfig
+from tandem.config import BUNDLED_MODELS, ClusterConfig
 from tandem.errors import ConfigError
 
 
@@ -16,6 +16,7 @@ def load_config(
     file: Path | None,
     *,
     model: str | None = None,
+    draft: str | None = None,
     dtype: str = "float32",
     host: str = "127.0.0.1",
     port: int = 0,
@@ -26,10 +27,21 @@ def load_config(
     if model is not None or "path" not in chosen:
         chosen["path"] = str(resolve_model(model))
     chosen.setdefault("dtype", dtype)
+    if "speculation" not in values or draft is not None:
+        values["speculation"] = _speculation(draft, is_bundled=chosen["path"] == str(resolve_model(None)))
     router = values.setdefault("router", {})
     router.setdefault("host", host)
     router.setdefault("port", port)
     return ClusterConfig.from_dict(values)
+
+
+def _speculation(draft: str | None, is_bundled: bool) -> dict[str, Any]:
+    """`none`, `ngram`, or a draft model by folder or hub id; the bundled target has a draft of its own."""
+    if draft in ("none", "ngram"):
+        return {"draft": draft}
+    if draft is None:
+        return {"draft": "model", "draft_path": str(BUNDLED_MODELS / "draft")} if is_bundled else {}
+    return {"draft": "model", "draft_path": str(resolve_model(draft))}
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 from tandem.rpc import channel, to_tandem_error
 from tandem.sampling import SamplingParams
+from tandem.speculation import SpeculationParams
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 RETRY_S = 0.05
@@ -45,13 +46,16 @@ class TandemClient:
         *,
         request_id: str = "",
         priority: int = 0,
+        speculation: SpeculationParams | None = None,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[pb.StreamGenerateResponse]:
         """Events as they happen: Admitted, TokenChunks, one Finished per completion.
 
         Raises the server's `TandemError`. Leaving the iteration early cancels the request.
         """
-        message = generation_input(prompt, sampling, request_id=request_id, priority=priority)
+        message = generation_input(
+            prompt, sampling, request_id=request_id, priority=priority, speculation=speculation
+        )
         call = self._generation.StreamGenerate(pb.StreamGenerateRequest(input=message), timeout=timeout_s)
         try:
             async for event in call:
@@ -68,10 +72,13 @@ class TandemClient:
         *,
         request_id: str = "",
         priority: int = 0,
+        speculation: SpeculationParams | None = None,
         timeout_s: float | None = None,
     ) -> pb.GenerateResponse:
         """All completions at once. Raises the server's `TandemError`."""
-        message = generation_input(prompt, sampling, request_id=request_id, priority=priority)
+        message = generation_input(
+            prompt, sampling, request_id=request_id, priority=priority, speculation=speculation
+        )
         response = await self._call(self._generation.Generate, pb.GenerateRequest(input=message), timeout_s)
         assert isinstance(response, pb.GenerateResponse)
         return response
@@ -126,10 +133,14 @@ def generation_input(
     *,
     request_id: str = "",
     priority: int = 0,
+    speculation: SpeculationParams | None = None,
 ) -> pb.GenerationInput:
     """The wire message of a request; `prompt` is text or token ids."""
     message = pb.GenerationInput(
-        request_id=request_id, sampling=(sampling or SamplingParams()).to_pb(), priority=priority
+        request_id=request_id,
+        sampling=(sampling or SamplingParams()).to_pb(),
+        priority=priority,
+        speculation=speculation.to_pb() if speculation else None,
     )
     if isinstance(prompt, str):
         message.text = prompt

@@ -59,3 +59,12 @@ class SpeculationParams:
             num_assistant_tokens=self.num_assistant_tokens,
             assistant_confidence_threshold=self.assistant_confidence_threshold,
         )
+
+
+def parse_speculation(policy: str, num_assistant_tokens: int | None = None) -> SpeculationParams:
+    """From the words people type. Raises `BAD_PARAM`."""
+    if policy.upper() not in SpeculationPolicy.__members__:
+        raise bad_param("`speculation` must be one of exact, auto, off")
+    return SpeculationParams(
+        policy=SpeculationPolicy[policy.upper()], num_assistant_tokens=num_assistant_tokens
+    )

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,23 @@ from tandem.client import TandemClient
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError, TandemError
 from tandem.sampling import SamplingParams
+from tandem.speculation import SpeculationParams
 
 Prompt = str | list[int]
 MAX_IN_FLIGHT = 256  # from one command; the server's queue is for others too
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How all prompts of one command are completed."""
+
+    sampling: SamplingParams
+    speculation: SpeculationParams
+    timeout_s: float | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As keyword arguments of the client."""
+        return {"sampling": self.sampling, "speculation": self.speculation, "timeout_s": self.timeout_s}
 
 
 def read_prompts(prompts: Sequence[str], file: Path | None) -> list[Prompt]:
@@ -64,32 +79,29 @@ def _parse(line: str, file: Path, number: int) -> Prompt:
 
 def run(
     prompts: list[Prompt],
-    sampling: SamplingParams,
+    asking: Asking,
     server: str | None,
     config: ClusterConfig | None,
-    timeout_s: float | None,
     as_json_lines: bool,
 ) -> int:
     """Complete all prompts; returns the exit code: 1 if any of them failed."""
-    return asyncio.run(_run(prompts, sampling, server, config, timeout_s, as_json_lines))
+    return asyncio.run(_run(prompts, asking, server, config, as_json_lines))
 
 
 async def _run(
     prompts: list[Prompt],
-    sampling: SamplingParams,
+    asking: Asking,
     server: str | None,
     config: ClusterConfig | None,
-    timeout_s: float | None,
     as_json_lines: bool,
 ) -> int:
     err = Console(stderr=True, highlight=False)
     async with _service(server, config, err) as address, TandemClient(address) as client:
-        if len(prompts) == 1 and sampling.n == 1 and not as_json_lines:
-            async with asyncio.timeout(timeout_s):
-                finished = await stream_text(client, prompts[0], sampling, sys.stdout)
-            err.print(f"[dim]{summary(finished)}[/]")
+        if len(prompts) == 1 and asking.sampling.n == 1 and not as_json_lines:
+            finished = await stream_text(client, prompts[0], sys.stdout, **asking.options())
+            err.print(f"[dim]{summary(finished)}[/]", soft_wrap=True)
             return 0
-        return await _many(client, prompts, sampling, timeout_s, as_json_lines)
+        return await _many(client, prompts, asking, as_json_lines)
 
 
 @asynccontextmanager
@@ -110,8 +122,7 @@ async def _service(server: str | None, config: ClusterConfig | None, err: Consol
 async def _many(
     client: TandemClient,
     prompts: list[Prompt],
-    sampling: SamplingParams,
-    timeout_s: float | None,
+    asking: Asking,
     as_json_lines: bool,
 ) -> int:
     """All at once, a bounded number in flight; printed in input order as soon as their turn comes."""
@@ -120,7 +131,7 @@ async def _many(
     async def one(prompt: Prompt) -> list[dict[str, Any]]:
         async with slots:
             try:
-                response = await client.generate(prompt, sampling, timeout_s=timeout_s)
+                response = await client.generate(prompt, **asking.options())
             except TandemError as error:
                 return [{"error": {"reason": error.reason, "message": error.message}}]
         return [

@@ -62,7 +62,9 @@ async def _try(address: str, err: Console) -> None:
     """One prompt through the whole path, so that a newcomer sees it work."""
     err.print("\none prompt through the whole path:\n")
     async with TandemClient(address) as client:
-        finished = await stream_text(client, TRY_PROMPT, SamplingParams(max_tokens=TRY_TOKENS), sys.stdout)
+        finished = await stream_text(
+            client, TRY_PROMPT, sys.stdout, sampling=SamplingParams(max_tokens=TRY_TOKENS)
+        )
     err.print()
     show_timings(finished, err)
 

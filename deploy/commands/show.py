@@ -11,7 +11,6 @@ from rich.table import Table
 from tandem.client import TandemClient
 from tandem.output import FINISH_FROM_PB
 from tandem.pb.v1 import generation_pb2 as pb
-from tandem.sampling import SamplingParams
 
 STAGES = (
     ("queue", "queue_ms", "waited until its memory was there"),
@@ -25,12 +24,12 @@ STAGES = (
 
 
 async def stream_text(
-    client: TandemClient, prompt: str | Sequence[int], sampling: SamplingParams, out: TextIO
+    client: TandemClient, prompt: str | Sequence[int], out: TextIO, **options: Any
 ) -> pb.Finished:
     """Print prompt and completion as it arrives; returns how it ended."""
     if isinstance(prompt, str):
         out.write(prompt)
-    async for event in client.stream(prompt, sampling):
+    async for event in client.stream(prompt, **options):
         if event.WhichOneof("event") == "token_chunk":
             out.write(event.token_chunk.text)
             out.flush()
@@ -61,6 +60,8 @@ def summary(finished: pb.Finished) -> str:
     rest_s = max(timings.total_ms - first_ms, 1e-3) / 1e3
     rate = f", {(usage.completion - 1) / rest_s:.0f} tokens/s after it" if usage.completion > 1 else ""
     reason = FINISH_FROM_PB[finished.reason]
+    if usage.drafted:
+        rate += f", {usage.accepted} of {usage.drafted} draft tokens accepted"
     ended = reason.value if reason else "unknown"
     return f"{usage.completion} tokens ({ended}), first after {first_ms:.0f} ms{rate}"
 
