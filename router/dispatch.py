@@ -65,7 +65,9 @@ class Dispatcher:
         self._queue: RequestQueue[Ticket] = RequestQueue(
             config.router.max_queue,
             config.router.aging_s,
-            can_ever_fit=lambda entry: admission.fits_when_idle(entry.request.needs, entry.request.exclude),
+            can_ever_fit=lambda entry: admission.fits_when_idle(
+                entry.request.needs, self._avoidable(entry.request.exclude)
+            ),
         )
         self._flights: dict[str, Flight] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -122,9 +124,7 @@ class Dispatcher:
         since_s = request.lifecycle.received_s if len(request.lifecycle.stamps) > 1 else None
         needs = self.needs(request)
         self._admission.check_fits_ever(needs)
-        ticket = Ticket(
-            request.request_id, request.priority, request.deadline_s, epoch, needs, self._avoidable(exclude)
-        )
+        ticket = Ticket(request.request_id, request.priority, request.deadline_s, epoch, needs, exclude)
         self._queue.put(ticket, needs.decode_blocks, since_s=since_s)
         self.pump()
         try:
@@ -200,14 +200,17 @@ class Dispatcher:
         ticket = entry.request
         if ticket.plan.done():  # cancelled this very moment: out of the queue, without a plan
             return True
-        plan = self._admission.try_admit(ticket.request_id, ticket.epoch, ticket.needs, ticket.exclude)
+        exclude = self._avoidable(ticket.exclude)
+        plan = self._admission.try_admit(ticket.request_id, ticket.epoch, ticket.needs, exclude)
         if plan is not None:
             ticket.plan.set_result(plan)
             self.replans.note_admitted()
         return plan is not None
 
     def _avoidable(self, exclude: Collection[str]) -> frozenset[str]:
-        """The workers to avoid, as far as there are others of their kind."""
+        """The workers to avoid, as far as there are others of their kind now."""
+        if not exclude:
+            return frozenset()
         avoid = set(exclude)
         for role in WorkerRole:
             present = {candidate.worker_id for candidate in self._admission.candidates(role)}

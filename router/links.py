@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -126,8 +127,10 @@ class DecodeLink:
 
     async def _run(self) -> None:
         stub: Any = worker_pb2_grpc.DecodeServiceStub(self._channel)
+        call = stub.Decode()
+        sending = asyncio.get_running_loop().create_task(self._send(call))
         try:
-            async for response in stub.Decode(self._outgoing()):
+            async for response in call:
                 for event in response.events:
                     self._deliver(event)
         except grpc.aio.AioRpcError as error:
@@ -135,13 +138,16 @@ class DecodeLink:
         except Exception:
             log.exception("cannot read a decode worker's news")
         finally:
+            call.cancel()
+            sending.cancel()
             for news in self._news.values():
                 news.put_nowait(no_decode())
         self._on_broken()
 
-    async def _outgoing(self) -> AsyncIterator[pb.DecodeRequest]:
-        while True:
-            yield await self._orders.get()
+    async def _send(self, call: Any) -> None:
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reading side says why
+            while True:
+                await call.write(await self._orders.get())
 
     def _deliver(self, event: pb.SequenceEvent) -> None:
         news = self._news.get((event.request_id, event.epoch))

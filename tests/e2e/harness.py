@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -279,15 +279,18 @@ def gate(owner: Any, name: str):
 
 
 @contextmanager
-def gated_reads(decode: Any):
-    """Hold a decode worker's transfers behind their first chunk."""
+def gated_reads(decode: Any, *, before: bool = False):
+    """Hold a decode worker's transfers behind their first chunk, or before they begin."""
     client = decode.worker._restorer._client
     held, original = Gate(), client.get
 
     async def get(*args: Any, **kwargs: Any):
-        async for chunk in original(*args, **kwargs):
-            yield chunk
+        if before:
             await held.pass_task()
+        async with aclosing(original(*args, **kwargs)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+                await held.pass_task()
 
     client.get = get
     try:
@@ -298,20 +301,45 @@ def gated_reads(decode: Any):
 
 
 @contextmanager
+def gated_puts(prefill: Any):
+    """Hold a prefill worker's hand-offs before they begin."""
+    client = prefill.worker._handoff_context.client
+    held, original = Gate(), client.put
+
+    class Put:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._writer = original(*args, **kwargs)
+
+        async def __aenter__(self) -> Any:
+            await held.pass_task()
+            return await self._writer.__aenter__()
+
+        async def __aexit__(self, *error: Any) -> None:
+            await self._writer.__aexit__(*error)
+
+    client.put = Put
+    try:
+        yield held
+    finally:
+        held.open()
+        client.put = original
+
+
+@contextmanager
 def slow_steps(decode: Any, step_s: float = 0.02):
     """Make a decode worker take at least so long for each step."""
-    worker = decode.worker
-    original, brake = worker._forward, threading.Event()
+    decoder = decode.worker._decoder
+    original, brake = decoder.step, threading.Event()
 
-    def forward(batch: Any) -> Any:
+    def step(batch: Any) -> Any:
         brake.wait(step_s)
         return original(batch)
 
-    worker._forward = forward
+    decoder.step = step
     try:
         yield
     finally:
-        worker._forward = original
+        decoder.step = original
 
 
 # --- breaking ---
