@@ -9,9 +9,10 @@ from decode_worker.decoder import Decoder, PlainDecoder
 from decode_worker.drafts.draft import Draft
 from decode_worker.drafts.model import ModelDraft
 from decode_worker.drafts.ngram import NgramDraft
-from decode_worker.lookahead import ConstantLookahead
+from decode_worker.lookahead import AutoLookahead, ConstantLookahead, Lookahead
 from decode_worker.speculative import SpeculativeDecoder
 from tandem.config import ClusterConfig, SpeculationConfig
+from tandem.engine.costs import measure_costs
 from tandem.engine.loading import Engine
 from tandem.errors import ConfigError
 from tandem.fingerprint import checkpoint_digest, tokenizer_digest
@@ -48,7 +49,15 @@ def make_decoder(config: SpeculationConfig, engine: Engine) -> Decoder:
         draft = ModelDraft(engine.draft, config.assistant_confidence_threshold)
     else:
         return PlainDecoder(engine.model)
-    return SpeculativeDecoder(engine.model, draft, ConstantLookahead(config))
+    return SpeculativeDecoder(engine.model, draft, _lookahead(config, engine))
+
+
+def _lookahead(config: SpeculationConfig, engine: Engine) -> Lookahead:
+    """Constant if a number is configured; otherwise by costs measured now, before anybody owns a block."""
+    if config.num_assistant_tokens:
+        return ConstantLookahead(config)
+    draft = measure_costs(engine.draft) if engine.draft else None
+    return AutoLookahead(config.max_assistant_tokens, measure_costs(engine.model), draft)
 
 
 def _check_pair(target: Path, draft: Path) -> None:

@@ -39,6 +39,7 @@ class DecodeServer:
         engine = await asyncio.to_thread(
             load_engine, config, worker_id, config.cache.decode_bytes, config.decode.threads, draft_path
         )
+        decoder = await asyncio.to_thread(make_decoder, config.speculation, engine)
         fingerprint = model_fingerprint(config)
         router_address = await router
         store_channel = channel(router_address)
@@ -49,7 +50,7 @@ class DecodeServer:
             engine.pool,
             Tokenizer.from_dir(config.model.path),
             KvRestorer(client, engine.model.cache, engine.pool),
-            make_decoder(config.speculation, engine),
+            decoder,
         )
         host = WorkerHost(router_address)
         servicer = DecodeServicer(worker, fingerprint)

@@ -16,6 +16,7 @@ and after `MAX_FAILURES` in a row drafting is switched off for good.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 from decode_worker import acceptance
 from decode_worker.decoder import Advance
 from decode_worker.drafts.draft import Draft, Proposal
-from decode_worker.lookahead import ConstantLookahead
+from decode_worker.lookahead import Lookahead, StepOutcome
 from decode_worker.sequence import DecodeSequence
 from tandem.engine.batch import SequenceRows
 from tandem.engine.model_runner import ModelRunner
@@ -46,12 +47,14 @@ class SpeculationStats:
     num_accepted: int = 0
     num_rollbacks: int = 0  # steps of a sequence in which a draft token was rejected
     num_failures: int = 0  # drafts that raised
+    draft_s: float = 0.0
+    verify_s: float = 0.0
 
 
 class SpeculativeDecoder:
     """A `Decoder` that may bring several tokens per sequence and step."""
 
-    def __init__(self, model: ModelRunner, draft: Draft, lookahead: ConstantLookahead) -> None:
+    def __init__(self, model: ModelRunner, draft: Draft, lookahead: Lookahead) -> None:
         self._model = model
         self._draft = draft
         self._lookahead = lookahead
@@ -60,12 +63,14 @@ class SpeculativeDecoder:
         self.stats = SpeculationStats()
 
     def step(self, sequences: Sequence[DecodeSequence]) -> list[Advance]:
+        began_s = time.perf_counter()
         proposals = self._propose(sequences)
+        drafted_s = time.perf_counter()
         rows = [self._rows(*pair) for pair in zip(sequences, proposals, strict=True)]
         logits = self._model.forward(self._model.batch(rows))
+        verified_s = time.perf_counter()
         advances = self._verify(sequences, proposals, logits)
-        for proposal, advance in zip(proposals, advances, strict=True):
-            self._count(proposal, advance)
+        self._count(advances, drafted_s - began_s, verified_s - drafted_s)
         return advances
 
     def settle(self, sequences: Sequence[DecodeSequence]) -> None:
@@ -175,8 +180,24 @@ class SpeculativeDecoder:
         rest = acceptance.residual(draft_probs, target_probs)
         return sampled_token(acceptance.draw(rest, chance(Stream.RESIDUAL)), row, state)
 
-    def _count(self, proposal: Proposal, advance: Advance) -> None:
-        self.stats.num_steps += 1
-        self.stats.num_drafted += advance.num_drafted
-        self.stats.num_accepted += advance.num_accepted
-        self.stats.num_rollbacks += advance.num_accepted < len(proposal.token_ids)
+    def _count(self, advances: Sequence[Advance], draft_s: float, verify_s: float) -> None:
+        num_drafted = sum(advance.num_drafted for advance in advances)
+        num_accepted = sum(advance.num_accepted for advance in advances)
+        num_rejected = sum(advance.num_accepted < advance.num_drafted for advance in advances)
+        self.stats.num_steps += len(advances)
+        self.stats.num_drafted += num_drafted
+        self.stats.num_accepted += num_accepted
+        self.stats.num_rollbacks += num_rejected
+        self.stats.draft_s += draft_s
+        self.stats.verify_s += verify_s
+        self._lookahead.observe(
+            StepOutcome(
+                num_sequences=len(advances),
+                depth=max(advance.num_drafted for advance in advances),
+                num_rows=num_drafted + len(advances),
+                num_judged=num_accepted + num_rejected,
+                num_accepted=num_accepted,
+                draft_s=draft_s,
+                verify_s=verify_s,
+            )
+        )

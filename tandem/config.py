@@ -109,7 +109,7 @@ class SpeculationConfig:
 
     draft: str = "none"  # none | ngram | model
     draft_path: Path | None = None  # the draft model's checkpoint
-    num_assistant_tokens: int = 3  # draft tokens per step where a request does not say
+    num_assistant_tokens: int = 0  # draft tokens per step where a request does not say; 0: what pays now
     max_assistant_tokens: int = 8  # most a request may ask for
     assistant_confidence_threshold: float = 0.0  # stop drafting below this probability
     required: bool = True  # False: go on without a draft that cannot be used, and say so
@@ -122,7 +122,8 @@ class SpeculationConfig:
             (self.draft == "model") == (self.draft_path is not None),
             "a draft model needs a checkpoint, and only a draft model has one",
         )
-        _check_positive(self, "num_assistant_tokens", "max_assistant_tokens")
+        _check_positive(self, "max_assistant_tokens")
+        _check(self.num_assistant_tokens >= 0, "num_assistant_tokens must be 0 (what pays now) or more")
         _check(self.max_assistant_tokens <= 15, "at most 15 assistant tokens are checked in one step")
         _check(
             0 <= self.assistant_confidence_threshold <= 1, "assistant_confidence_threshold must be in [0, 1]"
