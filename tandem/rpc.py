@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
@@ -106,24 +107,28 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: TandemError)
 
 def to_tandem_error(error: grpc.aio.AioRpcError, otherwise: TandemError | None = None) -> TandemError:
     """What the peer meant. A status without our ErrorInfo (a lost connection, say) becomes `otherwise`."""
-    status = rpc_status.from_call(cast(Any, error))
-    for detail in status.details if status else ():
-        info = error_details_pb2.ErrorInfo()
-        if detail.Unpack(info) and info.domain == DOMAIN:
-            return _rebuild(error, info)
+    try:
+        status = rpc_status.from_call(cast(Any, error))
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        found = [detail.Unpack(info) or detail.Unpack(retry) for detail in status.details] if status else []
+    except (ValueError, DecodeError):  # details of another call, or none of protobuf's: not from us
+        found = []
+    if found and info.domain == DOMAIN:
+        return _rebuild(error, info, retry)
     if otherwise is None:
         otherwise = Internal.bug()
     otherwise.__cause__ = error
     return otherwise
 
 
-def _rebuild(error: grpc.aio.AioRpcError, info: error_details_pb2.ErrorInfo) -> TandemError:
+def _rebuild(
+    error: grpc.aio.AioRpcError, info: error_details_pb2.ErrorInfo, retry: error_details_pb2.RetryInfo
+) -> TandemError:
     metadata = dict(info.metadata)
     error_id = metadata.pop("error_id", "")
     message = (error.details() or "").removeprefix(f"{info.reason}: ").removesuffix(f" (error_id={error_id})")
-    hints = {key: value for key, value in error.trailing_metadata() or () if key == RETRY_AFTER}
-    retry = int(hints[RETRY_AFTER]) if RETRY_AFTER in hints else None
-    rebuilt = error_from_reason(info.reason, message, retry_after_ms=retry, metadata=metadata)
+    after_ms = retry.retry_delay.ToMilliseconds() if retry.HasField("retry_delay") else None
+    rebuilt = error_from_reason(info.reason, message, retry_after_ms=after_ms, metadata=metadata)
     rebuilt.error_id = error_id
     return rebuilt
 
