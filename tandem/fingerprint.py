@@ -17,12 +17,13 @@ SAMPLE_BYTES = 4096
 
 
 def model_fingerprint(config: ClusterConfig) -> bytes:
-    """SHA-256 over configuration, tokenizer, weights, dtype, KV layout and block size.
+    """SHA-256 over configuration, tokenizer, weights, their storage, dtype, KV layout and block size.
 
     Weights count by their size, their header and 64 evenly spread samples of 4 KiB, so that a
     checkpoint of many gigabytes is named in milliseconds.
     """
-    digest = hashlib.sha256(f"v1|{config.model.dtype}|{config.cache.block_size}|{KV_LAYOUT}".encode())
+    model = f"{config.model.dtype}|{config.model.linear}"
+    digest = hashlib.sha256(f"v1|{model}|{config.cache.block_size}|{KV_LAYOUT}".encode())
     digest.update(checkpoint_digest(config.model.path))
     if config.speculation.draft_path is not None:
         digest.update(checkpoint_digest(config.speculation.draft_path))
@@ -35,9 +36,9 @@ def checkpoint_digest(path: Path) -> bytes:
     weights = sorted(path.glob("*.safetensors"))
     if not weights:
         raise ConfigError(f"no .safetensors weights in {path}; Tandem loads no other format")
-    for name in ("config.json", "tokenizer.json"):
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
         if (path / name).is_file():
-            digest.update(hashlib.sha256((path / name).read_bytes()).digest())
+            digest.update(name.encode() + hashlib.sha256((path / name).read_bytes()).digest())
     for file in weights:
         digest.update(_weights_digest(file))
     return digest.digest()
