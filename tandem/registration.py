@@ -56,9 +56,13 @@ class RouterLink:
 
     async def _run(self) -> None:
         while True:
-            period_s = await self._register()
-            while await self._heartbeat():  # noqa: ASYNC110 (a heartbeat is a timer, not a wait)
-                await asyncio.sleep(period_s)
+            try:
+                period_s = await self._register()
+                while await self._heartbeat():  # noqa: ASYNC110 (a heartbeat is a timer, not a wait)
+                    await asyncio.sleep(period_s)
+            except Exception:  # the top of the loop: a worker that fell silent would be taken for lost
+                log.exception("a heartbeat failed")
+                await asyncio.sleep(RETRY_S)
 
     async def _register(self) -> float:
         for attempt in itertools.count(1):
