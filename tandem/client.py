@@ -10,7 +10,7 @@ from typing import Any, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from tandem.errors import TandemError, Unavailable
+from tandem.errors import InvalidRequest, TandemError, Unavailable, error_from_reason
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 from tandem.rpc import channel, to_tandem_error
@@ -123,8 +123,15 @@ class TandemClient:
             raise self._error(error) from error
 
     def _error(self, error: grpc.aio.AioRpcError) -> TandemError:
-        silent = f"no answer from {self.address} ({error.code().name}); is the server running?"
-        return to_tandem_error(error, Unavailable("DRAINING", silent))
+        match error.code():
+            case grpc.StatusCode.DEADLINE_EXCEEDED:  # noticed on this side first
+                otherwise = error_from_reason("DEADLINE_DECODE", "deadline passed before the last token")
+            case grpc.StatusCode.RESOURCE_EXHAUSTED:  # refused by gRPC itself
+                otherwise = InvalidRequest("BAD_MESSAGE", f"a message is too large: {error.details()}")
+            case code:
+                silent = f"no answer from {self.address} ({code.name}); is the server running?"
+                otherwise = Unavailable("DRAINING", silent)
+        return to_tandem_error(error, otherwise)
 
 
 def generation_input(
