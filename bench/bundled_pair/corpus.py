@@ -115,7 +115,8 @@ def source_files(root: Path, include_tests: bool) -> Iterator[SourceFile]:
 
 def split(files: Iterable[SourceFile]) -> tuple[list[SourceFile], list[SourceFile]]:
     """The files to train on and the files held out."""
-    train, held_out = [], []
+    train: list[SourceFile] = []
+    held_out: list[SourceFile] = []
     for file in files:
         (held_out if is_held_out(file.path) else train).append(file)
     return train, held_out

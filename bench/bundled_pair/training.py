@@ -32,11 +32,11 @@ class Plan:
 
 
 @torch.no_grad()
-def validation_loss(model: Llama, data: TokenArchive, device: torch.device, length: int = 2048) -> float:
+def validation_loss(model: Llama, data: TokenArchive, device: torch.device) -> float:
     """Mean loss in nats per token over the archive, in rows of the full context."""
     model.eval()
     total, count = 0.0, 0
-    for row in chunks(evaluation_rows(data, length, device), 8 if device.type == "cuda" else 1):
+    for row in chunks(evaluation_rows(data, model.shape.context, device), 8 if device.type == "cuda" else 1):
         with autocast(device):
             logits = model(row[:, :-1]).float()
         total += F.cross_entropy(logits.flatten(0, 1), row[:, 1:].flatten(), reduction="sum").item()
