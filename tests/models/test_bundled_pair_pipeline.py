@@ -19,7 +19,7 @@ from bench.bundled_pair.unloop import UnloopPlan
 
 TOKENIZER = Path(__file__).resolve().parents[2] / "tandem" / "models" / "target" / "tokenizer.json"
 TOY = Shape(hidden=64, layers=2, heads=2, kv_heads=1, ffn=64, context=128)
-MODULES = {"train": ("bisect.py", "queue.py"), "heldout": ("heapq.py",), "heldout_tests": ("sched.py",)}
+MODULES = {"train": ("bisect.py", "queue.py"), "heldout": ("selectors.py",), "heldout_tests": ("sched.py",)}
 ROWS = {"rows": 8, "length": 64}
 
 
@@ -31,7 +31,7 @@ def run(tmp_path, monkeypatch):
         files = [SourceFile(path, (standard_library() / path).read_text()[:6000]) for path in paths]
         save_archive(work, name, archive(Tokenizer.from_file(str(TOKENIZER)), files))
     (work / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
-    (work / "heldout.txt").write_text("heapq.py\nsched.py\n")
+    (work / "heldout.txt").write_text("selectors.py\nsched.py\n")
     monkeypatch.setattr(pipeline, "TARGET", TOY)
     monkeypatch.setattr(pipeline, "DRAFT", TOY)
     monkeypatch.setattr(pipeline, "Plan", lambda **given: Plan(**given, **ROWS))
@@ -62,5 +62,5 @@ def test_target_draft_and_figures_come_out(run, capsys):
     assert figures["held_out_library"]["target_nats"] < 8.0  # chance is 8.3
     assert 0 <= figures["along_greedy_output"]["accepted_of_3"] <= 3
     assert json.loads((run.work / "target.json").read_text())["fp16_largest_logit_change"] < 0.1
-    assert (run.out / "heldout.txt").read_text() == "heapq.py\nsched.py\n"
+    assert (run.out / "heldout.txt").read_text() == "selectors.py\nsched.py\n"
     assert "unloop step" in capsys.readouterr().out
