@@ -1,6 +1,6 @@
 """The whole embedded service against transformers' `generate`, side by side in one run.
 
-    python -m bench.service [--model PATH] [--repeats 5] [--json]
+    python -m bench.service [--model PATH] [--draft PATH|none] [--repeats 5] [--json]
 
 Both sides complete the same prompts greedily on the same two threads (Tandem: one for prefill, one for
 decode), interleaved, and are compared by the median. The ratio is Tandem / transformers, in output
@@ -13,8 +13,11 @@ import argparse
 import asyncio
 import json
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deploy.embedded import EmbeddedService
 from tandem.client import TandemClient
-from tandem.config import BUNDLED_MODELS, ClusterConfig, ModelConfig
+from tandem.config import BUNDLED_MODELS
 from tandem.sampling import SamplingParams
 
 PROMPT_TOKENS = 128
@@ -81,14 +83,27 @@ def prompts_of(path: Path, count: int) -> list[list[int]]:
     return [ids[start : start + PROMPT_TOKENS] for start in range(0, count * PROMPT_TOKENS, PROMPT_TOKENS)]
 
 
-async def run(path: Path, repeats: int) -> list[Row]:
+@contextmanager
+def serving(path: Path, draft: str) -> Iterator[str]:
+    """The address of a service started for this block by the command line."""
+    command = [sys.executable, "-m", "deploy.cli", "serve", "--port", "0", "--json"]
+    process = subprocess.Popen(
+        [*command, "--model", str(path), "--draft", draft], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        yield json.loads(process.stdout.readline())["address"]
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def run(path: Path, draft: str, repeats: int) -> list[Row]:
     """Measure all batch sizes, both sides in turns."""
     reference = Reference(path)
     rows = []
-    async with (
-        EmbeddedService(ClusterConfig(model=ModelConfig(path=path))) as service,
-        TandemClient(service.address) as client,
-    ):
+    with serving(path, draft) as address:
+        client = TandemClient(address)
         for batch in BATCHES:
             prompts = prompts_of(path, batch)
             ours, theirs = [], []
@@ -110,11 +125,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=BUNDLED_MODELS / "target")
+    parser.add_argument("--draft", default=str(BUNDLED_MODELS / "draft"), help="none for plain decoding")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     print(f"{PROMPT_TOKENS} tokens in, {OUTPUT_TOKENS} out, greedy, fp32, {THREADS} threads, medians")
-    rows = asyncio.run(run(options.model, options.repeats))
+    rows = asyncio.run(run(options.model, options.draft, options.repeats))
     if options.json:
         print(json.dumps({"rows": [asdict(row) for row in rows]}))
 

@@ -15,11 +15,13 @@ from rich.console import Console
 
 from deploy.commands.show import as_json, stream_text, summary
 from deploy.embedded import EmbeddedService
+from deploy.options import sampling_of
+from deploy.settings import load_config
 from tandem.client import TandemClient
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError, TandemError
 from tandem.sampling import SamplingParams
-from tandem.speculation import SpeculationParams
+from tandem.speculation import SpeculationParams, parse_speculation
 
 Prompt = str | list[int]
 MAX_IN_FLIGHT = 256  # from one command; the server's queue is for others too
@@ -36,6 +38,19 @@ class Asking:
     def options(self) -> dict[str, Any]:
         """As keyword arguments of the client."""
         return {"sampling": self.sampling, "speculation": self.speculation, "timeout_s": self.timeout_s}
+
+
+def asking_of(options: dict[str, Any]) -> Asking:
+    """From the command's options. Raises `BAD_PARAM`."""
+    speculation = parse_speculation(options["speculation"], options["num_assistant_tokens"])
+    return Asking(sampling_of(options), speculation, options["timeout"])
+
+
+def settings_of(options: dict[str, Any]) -> ClusterConfig | None:
+    """Of the service to start; None if a running one is named."""
+    if options["server"]:
+        return None
+    return load_config(None, model=options["model"], draft=options["draft"], dtype=options["dtype"])
 
 
 def read_prompts(prompts: Sequence[str], file: Path | None) -> list[Prompt]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 import sys
 import time
@@ -20,10 +21,12 @@ TRY_PROMPT = "def fibonacci(n):"
 TRY_TOKENS = 64
 
 
-def run(config: ClusterConfig, num_prefill: int, num_decode: int, try_prompt: bool, log_level: str) -> None:
+def run(
+    config: ClusterConfig, num_prefill: int, num_decode: int, try_prompt: bool, log_level: str, as_json: bool
+) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises `ConfigError` if the service cannot start."""
     _check_bind(config)
-    asyncio.run(_serve(config, num_prefill, num_decode, try_prompt, log_level))
+    asyncio.run(_serve(config, num_prefill, num_decode, try_prompt, log_level, as_json))
 
 
 def _check_bind(config: ClusterConfig) -> None:
@@ -36,7 +39,7 @@ def _check_bind(config: ClusterConfig) -> None:
 
 
 async def _serve(
-    config: ClusterConfig, num_prefill: int, num_decode: int, try_prompt: bool, log_level: str
+    config: ClusterConfig, num_prefill: int, num_decode: int, try_prompt: bool, log_level: str, as_json: bool
 ) -> None:
     err = Console(stderr=True, highlight=False)
     leave = asyncio.Event()
@@ -51,6 +54,8 @@ async def _serve(
         err.print(
             f"serving on [bold]{service.address}[/] (gRPC), ready in {time.monotonic() - began_s:.1f} s"
         )
+        if as_json:
+            print(json.dumps({"address": service.address, "model": config.model.served_name}), flush=True)
         if try_prompt:
             await _try(service.address, err)
         _say_next(service.address, err)

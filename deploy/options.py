@@ -1,0 +1,84 @@
+"""The options that commands share, each with its help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tandem.sampling import SamplingParams
+
+Model = Annotated[
+    str | None, typer.Option(help="Folder or hub id of a checkpoint; the bundled one by default.")
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(help="Folder or hub id of a draft model, ngram, or none; the bundled model has its own."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Dtype = Annotated[str, typer.Option(help="Precision of activations and KV: float32, bfloat16 or float16.")]
+Server = Annotated[
+    str | None, typer.Option(help="host:port of a running service; without it one is started.")
+]
+LogLevel = Annotated[str, typer.Option(help="Log level of the service's processes.")]
+
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
+Prefills = Annotated[int, typer.Option(help="Number of prefill workers.", min=1)]
+Decodes = Annotated[int, typer.Option(help="Number of decode workers.", min=1)]
+ConfigFile = Annotated[Path | None, typer.Option(help="YAML file with any setting of the service.")]
+Try = Annotated[
+    bool, typer.Option("--try", help="Send one prompt through the whole path and show where its time went.")
+]
+
+Prompts = Annotated[list[str] | None, typer.Argument(help="One or more prompts.")]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(help="Many prompts: JSONL with `prompt` or `token_ids`, or plain text lines; - for stdin."),
+]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+MinTokens = Annotated[int, typer.Option(help="Fewest tokens before the text may end.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")]
+TopP = Annotated[float, typer.Option(help="Keep the likeliest tokens of this total probability.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the likeliest.")]
+Penalty = Annotated[float, typer.Option(help="0 is off.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="1 is off.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling reproducible.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")]
+StopTokenIds = Annotated[list[int] | None, typer.Option(help="End at this token id; may be repeated.")]
+N = Annotated[int, typer.Option("-n", help="Completions per prompt.")]
+Logprobs = Annotated[int | None, typer.Option(help="Alternatives to report per token (with --json).")]
+IgnoreEos = Annotated[bool, typer.Option(help="Go on past the end-of-text token.")]
+Speculation = Annotated[str, typer.Option(help="How draft tokens are accepted: exact, auto or off.")]
+AssistantTokens = Annotated[int | None, typer.Option(help="Draft tokens per step; what pays by default.")]
+Timeout = Annotated[float | None, typer.Option(help="Seconds to give up after.")]
+
+PlanDtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; the service's by default.")]
+Context = Annotated[int | None, typer.Option(help="Tokens per request; the model's context by default.")]
+Batch = Annotated[int, typer.Option(help="Requests at once.", min=1)]
+Memory = Annotated[str, typer.Option(help="Memory of a decode worker for weights and KV, such as 80GiB.")]
+BlockSize = Annotated[int, typer.Option(help="Tokens per KV block.", min=1)]
+
+_SAMPLING = (
+    *(
+        "max_tokens",
+        "min_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "seed",
+        "n",
+        "logprobs",
+        "ignore_eos",
+    ),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+
+
+def sampling_of(options: dict[str, Any]) -> SamplingParams:
+    """The sampling parameters among a command's options. Raises `BAD_PARAM`."""
+    lists: dict[str, Any] = {name: tuple(options[name] or ()) for name in ("stop", "stop_token_ids")}
+    return SamplingParams(**{name: options[name] for name in _SAMPLING}, **lists)
