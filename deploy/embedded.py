@@ -24,6 +24,7 @@ from tandem.errors import ConfigError, TandemError, Unavailable
 
 READY_S = 120.0
 STOP_S = 10.0
+EXIT_CONFIG = 2  # of a process that says why it cannot run
 MAX_RESTARTS = 3  # in RESTART_WINDOW_S; more is a crash loop
 RESTART_WINDOW_S = 60.0
 
@@ -120,23 +121,28 @@ class EmbeddedService:
         worker.process.stdin.write(f"{self.internal_address}\n".encode())
 
     async def _facts(self, child: _Child) -> dict[str, Any]:
-        """The line in which a process says that it is there."""
+        """The line in which a process says that it is there; raises if it says instead why it cannot be."""
         assert child.process is not None
         assert child.process.stdout is not None
         line = await child.process.stdout.readline()
-        if not line:
+        facts = dict(json.loads(line)) if line else {}
+        if not facts:
             raise ConfigError(f"the {child.role} process did not start; its reason is above")
-        return dict(json.loads(line))
+        if "error" in facts:
+            raise ConfigError(str(facts["error"]))
+        return facts
 
     async def while_healthy(self, awaited: Coroutine[Any, Any, T]) -> T:
         """Wait for something, unless the service fails first: then raise why."""
         task = asyncio.create_task(awaited)
         waiting: set[asyncio.Future[Any]] = {task, self._failed}
-        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if self._failed.done():
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if self._failed.done():
+                raise self._failed.result()
+            return await task
+        finally:
             task.cancel()
-            raise self._failed.result()
-        return await task
 
     async def _until_ready(self) -> None:
         async with TandemClient(self.address) as client:
@@ -151,13 +157,23 @@ class EmbeddedService:
                 return
             while child.starts and time.monotonic() - child.starts[0] > RESTART_WINDOW_S:
                 child.starts.popleft()
-            if code == 2 or len(child.starts) > MAX_RESTARTS:
+            if code == EXIT_CONFIG:
+                self._fail(await self._refusal(child))
+                return
+            if len(child.starts) > MAX_RESTARTS:
                 reason = f"{child.worker_id} cannot run (exit code {code}); its reason is above"
                 self._fail(ConfigError(reason))
                 return
             self._on_event(f"{child.worker_id} ended with exit code {code}; starting it again")
             await self._spawn(child)
             self._tell(child)
+
+    async def _refusal(self, child: _Child) -> TandemError:
+        try:
+            await self._facts(child)
+        except ConfigError as error:
+            return error
+        return ConfigError(f"the {child.role} process refused its settings; its reason is above")
 
     async def _watch_router(self) -> None:
         assert self._router.process is not None

@@ -2,9 +2,9 @@
 
     python -m deploy.process router|prefill|decode --config JSON --worker-id NAME
 
-It says where it listens in one JSON line on standard output. A worker learns the router's address from
-a line on standard input, so that it can load its model meanwhile. When standard input ends, or on
-SIGTERM, the process leaves in order: nobody outlives the one who started it.
+It says where it listens, or why it cannot run, in one JSON line on standard output. A worker learns the
+router's address from a line on standard input, so that it can load its model meanwhile. When standard
+input ends, or on SIGTERM, the process leaves in order: nobody outlives the one who started it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def main() -> None:
     try:
         asyncio.run(_main(options.role, ClusterConfig.from_json(options.config), options.worker_id))
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(error=str(error))  # whoever started the processes tells it once
         sys.exit(EXIT_CONFIG)
 
 

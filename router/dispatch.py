@@ -24,7 +24,7 @@ from tandem.pb.kv.v1 import kv_pb2
 from tandem.request import Request, child_id, public_id
 from tandem.sampling import MAX_N
 
-WORKER_WAIT_S = 10.0  # how long requests wait for a missing kind of worker to come (back)
+WORKER_WAIT_S = 30.0  # how long requests wait for a missing kind of worker to come (back)
 
 
 def draining() -> Unavailable:
