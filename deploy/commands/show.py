@@ -27,9 +27,9 @@ async def stream_text(
     client: TandemClient, prompt: str | Sequence[int], out: TextIO, **options: Any
 ) -> pb.Finished:
     """Print prompt and completion as it arrives; returns how it ended."""
-    if isinstance(prompt, str):
-        out.write(prompt)
     async for event in client.stream(prompt, **options):
+        if event.WhichOneof("event") == "admitted" and isinstance(prompt, str):
+            out.write(prompt)
         if event.WhichOneof("event") == "token_chunk":
             out.write(event.token_chunk.text)
             out.flush()

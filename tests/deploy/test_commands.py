@@ -1,0 +1,176 @@
+"""The command line: what it prints, what it refuses, with which exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deploy.commands.generate import read_prompts
+from deploy.commands.plan import parse_bytes
+from deploy.models import resolve_model
+from deploy.settings import load_config
+from tandem.config import BUNDLED_MODELS
+from tandem.errors import ConfigError
+from tests.checkpoints import tiny_llama
+
+GIB = 1 << 30
+CONFIGS = Path(__file__).resolve().parent.parent / "data" / "configs"
+
+
+def tandem(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deploy.cli", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=110, check=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "gib"),
+    [("0.6b", 3.5), ("1.7b", 3.5), ("4b", 4.5), ("8b", 4.5), ("14b", 5.0), ("32b", 8.0)],
+)
+def test_plan_knows_the_kv_of_the_qwen3_family(model: str, gib: float) -> None:
+    config = str(CONFIGS / f"qwen3-{model}.json")
+    done = tandem(
+        *("plan", "--model", config, "--dtype", "bfloat16", "--context", "32768", "--batch", "8", "--json")
+    )
+    facts = json.loads(done.stdout)
+    assert facts["kv_bytes_per_request"] == gib * GIB
+    assert facts["kv_bytes_at_batch"] == 8 * gib * GIB
+
+
+def test_plan_counts_what_fits_into_a_memory() -> None:
+    config = str(CONFIGS / "qwen3-8b.json")
+    done = tandem(
+        *(
+            "plan",
+            "--model",
+            config,
+            "--dtype",
+            "bfloat16",
+            "--context",
+            "4096",
+            "--memory",
+            "24GiB",
+            "--json",
+        )
+    )
+    facts = json.loads(done.stdout)
+    budget = 24 * GIB - facts["weights_bytes"]
+    assert facts["num_blocks"] == budget // facts["block_bytes"]
+    assert facts["max_concurrent_requests"] == facts["num_blocks"] // (4096 // 16)
+    assert facts["max_tokens_at_batch"] == min(facts["num_blocks"] * 16, facts["max_context"])
+
+
+def test_plan_for_people_names_every_figure() -> None:
+    done = tandem("plan", "--memory", "1GiB")
+    assert done.returncode == 0
+    for word in ("weights", "KV per token", "KV per request", "fit at once", "longest sequence"):
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["plan", "--model", "/no/such/folder"], "no folder"),
+        (["plan", "--memory", "many"], "cannot read 'many' as a size"),
+        (["plan", "--dtype", "int3"], "dtype must be one of"),
+        (["generate"], "no prompt"),
+        (["generate", "x", "--temperature", "3"], "`temperature` must be a finite number in [0, 2]"),
+        (["generate", "x", "--speculation", "maybe"], "`speculation` must be one of"),
+        (["generate", "x", "--server", "127.0.0.1:1"], "is the server running?"),
+        (["serve", "--host", "0.0.0.0"], "refusing to listen on 0.0.0.0"),
+        (["serve", "--config", "/no/such.yaml"], "cannot read /no/such.yaml"),
+    ],
+)
+def test_what_cannot_work_is_one_clear_line(arguments: list[str], says: str) -> None:
+    done = tandem(*arguments)
+    assert done.returncode in (1, 2)
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("80GiB", 80 * GIB), ("512MB", 512 * 10**6), ("8e9", 8 * 10**9), ("1.5 gib", 3 * GIB // 2), ("", None)],
+)
+def test_sizes(text: str, num_bytes: int | None) -> None:
+    assert parse_bytes(text) == num_bytes
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_bytes("\ufeffone\r\n\ntwo \u2028 still two\n".encode())
+    assert read_prompts(["zero"], lines) == ["zero", "one", "two \u2028 still two"]
+    records = tmp_path / "records.jsonl"
+    records.write_text('{"prompt": "one"}\n\n{"token_ids": [1, 2]}\n')
+    assert read_prompts([], records) == ["one", [1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"prompt": "a"}\n{"prompt": \n', ":2: not valid JSON"),
+        (b'{"prompt": "a"}\n{"text": "b"}\n', ':2: needs "prompt"'),
+        (b'{"token_ids": [1, -2]}\n', ':1: needs "prompt"'),
+        (b'{"token_ids": [true]}\n', ':1: needs "prompt"'),
+        (b"\xff\xfe", "not UTF-8"),
+    ],
+)
+def test_bad_prompt_files_name_the_line(tmp_path: Path, content: bytes, says: str) -> None:
+    file = tmp_path / "prompts"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=says.replace("[", r"\[")):
+        read_prompts([], file)
+
+
+def test_settings_come_from_file_and_options(tmp_path: Path) -> None:
+    file = tmp_path / "service.yaml"
+    file.write_text("cache: {block_size: 32}\nrouter: {port: 7000}\n")
+    config = load_config(file, port=1)
+    assert (config.cache.block_size, config.router.port) == (32, 7000)
+    assert config.model.path == BUNDLED_MODELS / "target"
+    assert config.speculation.draft_path == BUNDLED_MODELS / "draft"
+    assert load_config(None, draft="none").speculation.draft == "none"
+    assert load_config(None, model=str(tiny_llama())).speculation.draft == "none"
+    file.write_text("cache: {blocksize: 32}\n")
+    with pytest.raises(ConfigError, match=r"unknown setting cache\.blocksize"):
+        load_config(file)
+
+
+def test_models_are_found_by_folder() -> None:
+    assert resolve_model(None) == BUNDLED_MODELS / "target"
+    assert resolve_model(str(tiny_llama())) == tiny_llama()
+    with pytest.raises(ConfigError, match="no folder"):
+        resolve_model("./missing")
+
+
+@pytest.mark.e2e
+def test_generate_answers_a_file_in_input_order(tmp_path: Path) -> None:
+    prompts = ["first", "second", "third"]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    done = tandem(
+        *("generate", "--prompt-file", str(file), "--model", str(tiny_llama())),
+        *("--max-tokens", "5", "--ignore-eos", "--json", "--draft", "ngram", "--logprobs", "1"),
+    )
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [record["usage"]["prompt"] for record in records] == [len(prompt) for prompt in prompts]
+    for record in records:
+        assert len(record["token_ids"]) == len(record["logprobs"]) == 5
+        assert record["finish_reason"] == "length"
+        parts = [value for name, value in record["timings"].items() if name != "total_ms"]
+        assert sum(parts) == pytest.approx(record["timings"]["total_ms"], abs=0.01)
+
+
+@pytest.mark.e2e
+def test_demo_answers_eight_prompts_and_leaves_nothing_behind() -> None:
+    done = tandem("demo", "--json")
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(records) == 8
+    assert all(record["text"].strip() for record in records)
+    assert "units still owned in any pool: 0" in done.stderr
