@@ -27,10 +27,12 @@ async def stream_text(
     client: TandemClient, prompt: str | Sequence[int], out: TextIO, **options: Any
 ) -> pb.Finished:
     """Print prompt and completion as it arrives; returns how it ended."""
+    shown = prompt if isinstance(prompt, str) else ""
     async for event in client.stream(prompt, **options):
-        if event.WhichOneof("event") == "admitted" and isinstance(prompt, str):
-            out.write(prompt)
-        if event.WhichOneof("event") == "token_chunk":
+        if event.WhichOneof("event") == "admitted":
+            out.write(shown)
+            shown = ""  # a request that is planned again is admitted again
+        elif event.WhichOneof("event") == "token_chunk":
             out.write(event.token_chunk.text)
             out.flush()
         elif event.WhichOneof("event") == "finished":
