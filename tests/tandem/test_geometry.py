@@ -105,12 +105,12 @@ def test_a_missing_key_is_named(key):
 
 def test_a_folder_without_a_checkpoint_says_what_to_give(tmp_path):
     with pytest.raises(ConfigError, match="give a folder with a Hugging Face checkpoint"):
-        ModelGeometry.from_dir(tmp_path)
+        ModelGeometry.from_path(tmp_path)
     (tmp_path / "config.json").write_text("{,}")
     with pytest.raises(ConfigError, match="not valid JSON"):
-        ModelGeometry.from_dir(tmp_path)
+        ModelGeometry.from_path(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    assert ModelGeometry.from_dir(tmp_path) == ModelGeometry.from_config(LLAMA)
+    assert ModelGeometry.from_path(tmp_path) == ModelGeometry.from_config(LLAMA)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 256))
