@@ -37,7 +37,7 @@ def run(config: ClusterConfig, as_json_lines: bool) -> int:
 
 
 async def _run(config: ClusterConfig, as_json_lines: bool) -> int:
-    err = Console(stderr=True, highlight=False)
+    err = Console(stderr=True, highlight=False, soft_wrap=True)
     began_s = time.monotonic()
     async with EmbeddedService(config) as service, TandemClient(service.address) as client:
         err.print(

@@ -110,11 +110,11 @@ async def _run(
     config: ClusterConfig | None,
     as_json_lines: bool,
 ) -> int:
-    err = Console(stderr=True, highlight=False)
+    err = Console(stderr=True, highlight=False, soft_wrap=True)
     async with _service(server, config, err) as address, TandemClient(address) as client:
         if len(prompts) == 1 and asking.sampling.n == 1 and not as_json_lines:
             finished = await stream_text(client, prompts[0], sys.stdout, **asking.options())
-            err.print(f"[dim]{summary(finished)}[/]", soft_wrap=True)
+            err.print(f"[dim]{summary(finished)}[/]")
             return 0
         return await _many(client, prompts, asking, as_json_lines)
 

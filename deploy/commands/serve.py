@@ -41,7 +41,7 @@ def _check_bind(config: ClusterConfig) -> None:
 async def _serve(
     config: ClusterConfig, num_prefill: int, num_decode: int, try_prompt: bool, log_level: str, as_json: bool
 ) -> None:
-    err = Console(stderr=True, highlight=False)
+    err = Console(stderr=True, highlight=False, soft_wrap=True)
     leave = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, leave.set)
