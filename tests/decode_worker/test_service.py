@@ -220,13 +220,14 @@ async def test_an_order_nobody_foresaw_fails_alone(monkeypatch):
 
 async def test_a_second_order_for_a_running_attempt_is_ignored():
     gate = Gate()
-    async with serving(forward=gate) as (_, connect):
+    async with serving(forward=gate) as (rig, connect):
         router = connect()
         work = make_order("a")
         handle = await router.start(work)
         await router.started("a")
         await router.send(start=pb.StartDecode(work=work.to_pb(), handle=handle.to_pb()))
         await asyncio.sleep(0.05)
+        assert (rig.worker.num_running, rig.worker.num_waiting) == (1, 0)
         gate.open()
         assert await router.output("a") == greedy(prompt_of(20), 8)[1:]
         assert router._queue("a").empty()
