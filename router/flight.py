@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from router.admission import Plan
 from router.links import no_decode, no_prefill
+from router.registry import WorkerInfo
 from tandem.errors import (
     Cancelled,
     DataLoss,
@@ -86,6 +87,7 @@ class Flight:
         self._epoch = 0
         self._delivered = request.num_output_tokens
         self._drafted = self._accepted = 0
+        self._new_ids: list[int] = []  # delivered, and not yet part of `request`
         self._replanned: set[str] = set()
         self._exclude: set[str] = set()
         self._reason: TandemError | None = None  # why it was cancelled
@@ -179,6 +181,7 @@ class Flight:
         """Attempts until one succeeds; returns the last delta."""
         while True:
             self._epoch = self._dispatcher.next_epoch()
+            self._fold()
             plan = await self._dispatcher.admit(self.request, self._epoch, self._exclude)
             self._events.put_nowait(Admitted(plan))
             try:
@@ -203,27 +206,29 @@ class Flight:
 
     async def _prefill(self, plan: Plan) -> tuple[OutputDelta, kv_pb2.KvHandle | None]:
         """The first token, delivered, and where the KV is; no handle if that token was the last."""
-        work = Work.of(self.request, self._epoch, plan.prefill.fingerprint)
+        work = self._work(plan.prefill)
         first: OutputDelta | None = None
+        handle: kv_pb2.KvHandle | None = None
         async with aclosing(self._dispatcher.links.prefill(plan.prefill).prefill(work)) as events:
             async for event in events:
+                # The call is heard to its end: to leave early says that nobody wants this KV.
                 if isinstance(event, kv_pb2.KvHandle):
-                    assert first is not None
+                    handle = event
                     self.request.lifecycle.mark(Mark.KV_SEALED)
                     self._dispatcher.release_prefill(plan)
-                    return first, event
-                first = event
-                self.request.lifecycle.mark(Mark.FIRST_TOKEN)
-                self._deliver(first)
-        if first is None or first.finish is None:
+                else:
+                    first = event
+                    self.request.lifecycle.mark(Mark.FIRST_TOKEN)
+                    self._deliver(first)
+        if first is None or (first.finish is None) == (handle is None):
             raise no_prefill()
-        return first, None
+        return first, handle
 
     async def _decode(self, plan: Plan, handle: kv_pb2.KvHandle) -> OutputDelta:
         """Tokens until the last one, each delivered as it comes."""
         lifecycle = self.request.lifecycle
         lifecycle.to(RequestStatus.TRANSFER)
-        work = Work.of(self.request, self._epoch, plan.decode.fingerprint)
+        work = self._work(plan.decode)
         is_second = True
         async with aclosing(self._dispatcher.links.decode(plan.decode).decode(work, handle)) as events:
             async for event in events:
@@ -252,8 +257,18 @@ class Flight:
         self._delivered += len(delta.token_ids)
         self._drafted += delta.drafted
         self._accepted += delta.accepted
-        self.request = replace(self.request, token_ids=self.request.token_ids + delta.token_ids)
+        self._new_ids.extend(delta.token_ids)
         self._events.put_nowait(delta)
+
+    def _fold(self) -> None:
+        """Make what was delivered part of the request: another attempt goes on behind it."""
+        self.request = replace(self.request, token_ids=(*self.request.token_ids, *self._new_ids))
+        self._new_ids = []
+
+    def _work(self, worker: WorkerInfo) -> Work:
+        """What is left to do, from where the client stands."""
+        self._fold()
+        return Work.of(self.request, self._epoch, worker.fingerprint)
 
     def _replan_or_raise(self, plan: Plan, error: TandemError) -> None:
         """Send the request back to the queue, or end it: one more plan per stage, within the budget."""
