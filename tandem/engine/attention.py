@@ -1,4 +1,4 @@
-"""Attention over the paged cache, as one function that transformers' own modules call.
+"""Attention over the paged cache, for the lean decoder and for transformers' modules alike.
 
 One formulation serves decode, verification, fresh prompts and prompt chunks, and it is chosen so that a
 row's result depends on nothing but the row: not on its batch-mates, not on the padded length, not on
@@ -18,120 +18,141 @@ Knows nothing of requests or block owners.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
 
-from tandem.engine.batch import KV_TILE, ChunkRows, DecodeRows, ForwardBatch, FreshGroup
+from tandem.engine.batch import KV_TILE, ChunkRows, DecodeRows, ForwardBatch, FreshGroup, pad_rows
 from tandem.engine.paged_cache import PagedCache
-from tandem.errors import ConfigError
 
-NAME = "tandem_paged"
 QUERY_SLICE = 64  # prompt rows attended at once
-ROW_MULTIPLE = 4  # query rows per matrix product
 
 
-def paged_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,  # [1, heads, rows, head_dim]
-    key: torch.Tensor,  # [1, kv_heads, rows, head_dim]
-    value: torch.Tensor,  # [1, kv_heads, rows, head_dim]
-    attention_mask: torch.Tensor | None,
-    *,
-    forward_batch: ForwardBatch,
-    cache: PagedCache,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Write the new keys and values, then attend. Rows past the batch's own are padding and come out zero."""
-    if kwargs.get("s_aux") is not None:
-        raise ConfigError("this model uses attention sinks, which Tandem does not support")
-    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    batch, rows = forward_batch, forward_batch.num_rows
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    cache.write(layer, batch.slot_mapping, k[:rows], v[:rows])
-    kernel = _Kernel(k.shape[1], q.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
-    out = q.new_zeros(q.shape)  # [rows, heads, head_dim]
-    if batch.decode is not None:
-        kernel.decode(out, q, batch.decode, cache, layer)
-    for group in batch.fresh:
-        kernel.fresh(out, q, k, v, group)
-    for chunk in batch.chunks:
-        kernel.chunk(out, q, chunk, cache, layer)
-    return out[None], None
+class PagedAttention:
+    """The settings of one layer's attention, and the three ways rows get their keys.
 
-
-class _Kernel:
-    """The settings of one layer's attention, and the four ways rows get their keys."""
+    With no `scaling`, the query comes scaled.
+    """
 
     __slots__ = ("kv_heads", "scaling", "softcap", "window")
 
-    def __init__(self, kv_heads: int, scaling: float, window: int | None, softcap: float | None) -> None:
+    def __init__(
+        self,
+        kv_heads: int,
+        scaling: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> None:
         self.kv_heads = kv_heads
         self.scaling = scaling
         self.window = window
         self.softcap = softcap
 
-    def decode(
-        self, out: torch.Tensor, q: torch.Tensor, decode: DecodeRows, cache: PagedCache, layer: int
-    ) -> None:
-        """The few rows of each sequence against its gathered context."""
+    def attend(
+        self,
+        q: torch.Tensor,  # [rows, heads, dim]; rows past the batch's own are padding and come out zero
+        k: torch.Tensor,  # [rows, kv_heads, dim]; already in the cache, too
+        v: torch.Tensor,  # [rows, kv_heads, dim]
+        batch: ForwardBatch,
+        cache: PagedCache,
+        layer: int,
+    ) -> torch.Tensor:
+        """What each row sees, `[rows, heads, dim]`."""
+        if self.scaling is not None:
+            q = q * self.scaling
+        decode = batch.decode
+        if decode is not None and decode.rows is None and q.shape[0] == batch.num_rows:
+            return self._decode(q, decode, cache, layer)
+        out = q.new_zeros(q.shape)
+        if decode is not None:
+            rows = q[: batch.num_rows] if decode.rows is None else q[decode.rows.flatten()]
+            _scatter(out, self._decode(rows, decode, cache, layer), decode.rows, decode.real)
+        for group in batch.fresh:
+            self._fresh(out, q, k, v, group, batch)
+        for chunk in batch.chunks:
+            self._chunk(out, q, chunk, batch, cache, layer)
+        return out
+
+    def _decode(self, q: torch.Tensor, decode: DecodeRows, cache: PagedCache, layer: int) -> torch.Tensor:
+        """The few rows of a sequence, `[sequences · most_rows, heads, dim]`, against its gathered context."""
         sequences, most_rows = decode.context_lens.shape
         heads, dim = q.shape[1:]
         group = heads // self.kv_heads
         matrices, rows = sequences * self.kv_heads, most_rows * group
-        q = q[: sequences * most_rows] if decode.rows is None else q[decode.rows]
-        q = (q * self.scaling).view(sequences, most_rows, self.kv_heads, group, dim).transpose(1, 2)
+        q = q.view(sequences, most_rows, self.kv_heads, group, dim).transpose(1, 2)
         attended = self._attend(
-            _pad_rows(q.reshape(matrices, rows, dim)),
+            pad_rows(q.reshape(matrices, rows, dim)),
             *cache.gather(layer, decode.gather_index, matrices),
-            _pad_bias(decode.bias(self.window, self.kv_heads, group, q.dtype)),
+            decode.bias(self.window, self.kv_heads, group, q.dtype),
         )
-        result = attended[:, :rows].view(sequences, self.kv_heads, most_rows, group, dim).transpose(1, 2)
-        _scatter(out, result.reshape(sequences, most_rows, heads, dim), decode.rows, decode.real)
+        if attended.shape[1] != rows:
+            attended = attended[:, :rows]
+        result = attended.view(sequences, self.kv_heads, most_rows, group, dim).transpose(1, 2)
+        return result.reshape(sequences * most_rows, heads, dim)
 
-    def fresh(
-        self, out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, group: FreshGroup
+    def _fresh(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        group: FreshGroup,
+        batch: ForwardBatch,
     ) -> None:
         """Padded prompts against themselves. What padding rows compute is dropped."""
         keys, values = (self._by_head(x[group.rows]) for x in (k, v))
-        result = self._slices(q[group.rows], keys, values, start=0)
-        _scatter(out, result, group.rows, group.real)
+        result = self._slices(q[group.rows], keys, values, 0, batch)
+        _scatter(out, result.flatten(0, 1), group.rows, group.real)
 
-    def chunk(
-        self, out: torch.Tensor, q: torch.Tensor, chunk: ChunkRows, cache: PagedCache, layer: int
+    def _chunk(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        chunk: ChunkRows,
+        batch: ForwardBatch,
+        cache: PagedCache,
+        layer: int,
     ) -> None:
         """New rows of one prompt against everything cached so far, themselves included."""
         keys, values = cache.gather(layer, chunk.gather_index, self.kv_heads)
         rows = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
-        out[rows] = self._slices(q[rows][None], keys, values, start=chunk.start)[0]
+        out[rows] = self._slices(q[rows][None], keys, values, chunk.start, batch)[0]
 
     def _by_head(self, x: torch.Tensor) -> torch.Tensor:
         """`[prompts, tokens, kv_heads, dim]` → `[prompts · kv_heads, tokens padded to a tile, dim]`."""
         padding = -x.shape[1] % KV_TILE
         return F.pad(x.transpose(1, 2), (0, 0, 0, padding)).flatten(0, 1)
 
-    def _slices(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int) -> torch.Tensor:
+    def _slices(
+        self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, batch: ForwardBatch
+    ) -> torch.Tensor:
         """Attend `q` [prompts, rows, heads, dim], whose first row is at position `start`, slice by slice."""
         prompts, num_rows, heads, dim = q.shape
-        q = (q * self.scaling).view(prompts, num_rows, self.kv_heads, -1, dim).transpose(1, 2)
+        q = q.view(prompts, num_rows, self.kv_heads, -1, dim).transpose(1, 2)
         out = q.new_empty(q.shape)  # [prompts, kv_heads, rows, group, dim]
         for first in range(0, num_rows, QUERY_SLICE):
             part = q[:, :, first : first + QUERY_SLICE]
             count, group = part.shape[2:4]
             seen = -(-(start + first + count) // KV_TILE) * KV_TILE
             attended = self._attend(
-                _pad_rows(part.reshape(prompts * self.kv_heads, count * group, dim)),
+                pad_rows(part.reshape(prompts * self.kv_heads, count * group, dim)),
                 keys[:, :seen],
                 values[:, :seen],
-                self._causal_bias(start + first, count, group, seen, q),
+                self._bias(start + first, count, group, seen, q, batch),
             )
             out[:, :, first : first + count] = attended[:, : count * group].view(part.shape)
         return out.transpose(1, 2).reshape(prompts, num_rows, heads, dim)
+
+    def _bias(
+        self, start: int, count: int, group: int, length: int, like: torch.Tensor, batch: ForwardBatch
+    ) -> torch.Tensor:
+        """The causal bias, built once per batch: without a window it depends on the last tiles only."""
+        if self.window is not None:
+            return self._causal_bias(start, count, group, length, like)
+        skipped = start // KV_TILE * KV_TILE
+        key = (start - skipped, count, group, length - skipped)
+        if key not in batch.biases:
+            batch.biases[key] = self._causal_bias(start, count, group, length, like)
+        return batch.biases[key]
 
     def _causal_bias(
         self, start: int, count: int, group: int, length: int, like: torch.Tensor
@@ -147,7 +168,7 @@ class _Kernel:
         if self.window is not None:
             hidden |= key <= position - self.window
         bias = like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-        return _pad_bias(bias)
+        return pad_rows(bias)
 
     def _attend(
         self,
@@ -159,7 +180,8 @@ class _Kernel:
         scores = torch.bmm(q, k.transpose(1, 2))
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
-        scores[..., -bias.shape[-1] :] += bias
+        hidden = scores if bias.shape[-1] == scores.shape[-1] else scores[..., -bias.shape[-1] :]
+        hidden.add_(bias)
         probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
         matrices, rows, length = probs.shape
         tiles = length // KV_TILE
@@ -170,32 +192,13 @@ class _Kernel:
         return partial.view(matrices, tiles, rows, -1).sum(1)
 
 
-def _pad_rows(q: torch.Tensor) -> torch.Tensor:
-    """Query rows `[matrices, rows, dim]` padded with zeros to a multiple of `ROW_MULTIPLE`."""
-    return F.pad(q, (0, 0, 0, -q.shape[1] % ROW_MULTIPLE))
-
-
-def _pad_bias(bias: torch.Tensor) -> torch.Tensor:
-    """The additive mask for padded query rows, which may look anywhere; one row serves all."""
-    rows = bias.shape[-2]
-    return bias if rows == 1 else F.pad(bias, (0, 0, 0, -rows % ROW_MULTIPLE))
-
-
 def _scatter(
     out: torch.Tensor, result: torch.Tensor, rows: torch.Tensor | None, real: torch.Tensor | None
 ) -> None:
-    """Put `result` [a, b, heads, dim] where its rows belong in `out`; padding is dropped."""
+    """Put `result` [a · b, heads, dim] where its `rows` [a, b] belong in `out`; padding is dropped."""
     if rows is None:
-        out[: result.shape[0] * result.shape[1]] = result.flatten(0, 1)
+        out[: result.shape[0]] = result
     elif real is None:
-        out[rows.flatten()] = result.flatten(0, 1)
+        out[rows.flatten()] = result
     else:
-        out[rows[real]] = result[real]
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Every mask comes from the `ForwardBatch`, so transformers builds none."""
-
-
-AttentionInterface.register(NAME, paged_attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+        out[rows[real]] = result[real.flatten()]

@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 
 from tandem.engine.paged_cache import PagedCache
 
 KV_TILE = 64  # decode attention pads each context to a multiple of this many tokens
+ROW_MULTIPLE = 4  # query rows of an attention product come in multiples of this many
 MAX_DECODE_ROWS = 16  # more rows than this on top of a cache count as a prompt chunk
 MAX_PADDING = 0.25  # prompts of one padded group differ from the longest by at most this share
 
@@ -51,12 +53,12 @@ class DecodeRows:
     rows: torch.Tensor | None  # [sequences, most_rows] int64 in the packed batch; None: all rows, in order
     real: torch.Tensor | None  # [sequences, most_rows] bool; padding repeats the first row; None: no padding
     context_lens: torch.Tensor  # [sequences, most_rows] int64: tokens each row sees, itself included
-    gather_index: torch.Tensor  # [sequences · kv_heads · blocks] for `PagedCache.gather`
+    gather_index: torch.Tensor  # [2 · sequences · kv_heads · blocks] for `PagedCache.gather`
     padded_len: int  # tokens gathered per sequence
     _biases: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def bias(self, window: int | None, kv_heads: int, group: int, dtype: torch.dtype) -> torch.Tensor:
-        """`[sequences · kv_heads, most_rows · group or 1, padded_len]`: 0 to look, -inf to hide."""
+        """`[sequences · kv_heads, most_rows · group, padded, or 1, padded_len]`: 0 to look, -inf to hide."""
         if window not in self._biases:
             contexts = self.context_lens[:, :, None]
             position = torch.arange(self.padded_len, device=contexts.device)
@@ -66,7 +68,7 @@ class DecodeRows:
             bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             bias.masked_fill_(hidden, float("-inf"))
             if bias.shape[1] > 1:
-                bias = bias.repeat_interleave(group, 1)
+                bias = pad_rows(bias.repeat_interleave(group, 1))
             self._biases[window] = bias.repeat_interleave(kv_heads, 0)
         return self._biases[window]
 
@@ -87,7 +89,7 @@ class ChunkRows:
     first_row: int
     num_rows: int
     start: int
-    gather_index: torch.Tensor  # [kv_heads · blocks] for `PagedCache.gather`; whole tiles
+    gather_index: torch.Tensor  # [2 · kv_heads · blocks] for `PagedCache.gather`; whole tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,7 @@ class ForwardBatch:
     fresh: tuple[FreshGroup, ...]
     chunks: tuple[ChunkRows, ...]
     padded_rows: int  # rows of the padded attention groups that carry no token
+    biases: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)  # what attention reuses
 
     @property
     def num_rows(self) -> int:
@@ -179,6 +182,12 @@ class _Layout:
         index = np.arange(padded_len // self.block_size)
         owned = self.block_tables[sequence][:, np.minimum(index, self.block_tables.shape[1] - 1)]
         return np.where(index * self.block_size < contexts[:, None], owned, zero_block)
+
+
+def pad_rows(x: torch.Tensor) -> torch.Tensor:
+    """`[..., rows, n]` with zero rows up to a multiple of `ROW_MULTIPLE`; a zero bias hides nothing."""
+    padding = -x.shape[-2] % ROW_MULTIPLE
+    return F.pad(x, (0, 0, 0, padding)) if padding else x
 
 
 def _to(array: npt.NDArray[np.generic], device: torch.device | str) -> torch.Tensor:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,3 +190,9 @@ def swap_linears(model: torch.nn.Module, wanted: str = "auto") -> dict[str, Line
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, chosen)
     return report
+
+
+def common_table(choices: Iterable[LinearChoice]) -> RowTable | None:
+    """Row counts that are stable on every layer at once, so that no layer has to pad by itself."""
+    stable = [set(choice.rows) for choice in choices if choice.rows]
+    return RowTable(tuple(sorted(set.intersection(*stable)))) if stable else None

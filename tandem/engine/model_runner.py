@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Self
 
 import torch
-import torch.nn.functional as F
-from transformers import PreTrainedModel
 
 from tandem.engine.batch import ForwardBatch, SequenceRows
-from tandem.engine.checkpoint import eos_token_ids, load_model
-from tandem.engine.linear import LinearChoice, RowTable, TiledLinear, swap_linears
+from tandem.engine.decoder import Decoder, load_decoder
+from tandem.engine.linear import LinearChoice
 from tandem.engine.paged_cache import PagedCache
 from tandem.geometry import ModelGeometry
 
@@ -27,17 +25,16 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Decoder,
         geometry: ModelGeometry,
         cache: PagedCache,
         linears: dict[str, LinearChoice],
     ) -> None:
         self.geometry = geometry
         self.cache = cache
-        self.eos_token_ids = eos_token_ids(model)
+        self.eos_token_ids = model.eos_token_ids
         self._model = model
         self._linears = linears
-        self._table = _common_table(model)
 
     @classmethod
     def load(
@@ -49,15 +46,15 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         device: torch.device | str = "cpu",
+        implementation: str = "transformers",
     ) -> Self:
         """Open a local checkpoint. Raises `ConfigError` for what cannot be served."""
         torch_dtype: torch.dtype = getattr(torch, dtype)
         geometry = ModelGeometry.from_path(path)
         with torch.inference_mode():
-            model = load_model(path, torch_dtype, device)
-            linears = swap_linears(model, linear)
+            model = load_decoder(path, torch_dtype, linear, device, implementation)
             cache = PagedCache(geometry, num_blocks, block_size, torch_dtype, device)
-        return cls(model, geometry, cache, linears)
+        return cls(model, geometry, cache, model.linears)
 
     @property
     def vocab_size(self) -> int:
@@ -66,6 +63,16 @@ class ModelRunner:
     @property
     def device(self) -> torch.device:
         return self.cache.device
+
+    @property
+    def implementation(self) -> str:
+        """What runs the forward, lean or transformers."""
+        return self._model.implementation
+
+    @property
+    def implementation_reason(self) -> str:
+        """Why that one."""
+        return self._model.reason
 
     def linear_report(self) -> dict[str, LinearChoice]:
         """The kernel of each linear layer and why, by module name."""
@@ -80,19 +87,7 @@ class ModelRunner:
         """Fill the cache with the batch's rows; `[num_logits_rows, vocab]` float32 of the rows asked for."""
         if batch.new_blocks is not None:
             self.cache.clear(batch.new_blocks)
-        padding = self._table.padded(batch.num_rows) - batch.num_rows if self._table else 0
-        token_ids, positions = batch.token_ids, batch.positions
-        if padding:
-            token_ids, positions = F.pad(token_ids, (0, padding)), F.pad(positions, (0, padding))
-        output = self._model(
-            input_ids=token_ids,
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=batch.logits_indices,
-            forward_batch=batch,
-            cache=self.cache,
-        )
-        return output.logits[0].float()  # type: ignore[no-any-return]
+        return self._model.forward(batch, self.cache).float()
 
     def warm_up(self) -> None:
         """Run each kind of row once, in blocks whose content no one relies on yet."""
@@ -103,9 +98,3 @@ class ModelRunner:
         for start, rows in ((0, tokens // 2), (tokens // 2, tokens - tokens // 2), (tokens, 1)):
             if rows:
                 self.forward(self.batch([SequenceRows([0] * rows, start, table)]))
-
-
-def _common_table(model: torch.nn.Module) -> RowTable | None:
-    """Row counts that are stable on every layer at once, so that no layer has to pad by itself."""
-    stable = [set(m.choice.rows) for m in model.modules() if isinstance(m, TiledLinear)]
-    return RowTable(tuple(sorted(set.intersection(*stable)))) if stable else None

@@ -35,10 +35,10 @@ class PagedCache:
         shape = (geometry.num_layers, 2, geometry.num_kv_heads, num_blocks + 1, block_size, geometry.head_dim)
         with torch.inference_mode(False):  # threads outside inference mode write to it too
             self._data = torch.zeros(shape, dtype=dtype, device=device)
-        # Views of K and V: [kv_heads, slots, head_dim] and [kv_heads · blocks, block_size · head_dim].
-        self._slots = [tuple(kv.flatten(1, 2) for kv in layer) for layer in self._data]
-        self._head_blocks = [tuple(kv.flatten(0, 1).flatten(1) for kv in layer) for layer in self._data]
-        self._scratch = (self._data.new_empty(0), self._data.new_empty(0))
+        # Views per layer: [2 · kv_heads, slots, head_dim], [2 · kv_heads · blocks, block_size · head_dim].
+        self._slots = [layer.flatten(0, 1).flatten(1, 2) for layer in self._data]
+        self._head_blocks = [layer.flatten(0, 2).flatten(1) for layer in self._data]
+        self._scratch = self._data.new_empty(0)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -61,30 +61,30 @@ class PagedCache:
         v: torch.Tensor,  # [rows, kv_heads, head_dim]
     ) -> None:
         """Store new keys and values, one slot per row."""
-        keys, values = self._slots[layer]
-        keys.index_copy_(1, slot_mapping, k.transpose(0, 1))
-        values.index_copy_(1, slot_mapping, v.transpose(0, 1))
+        self.write_joint(layer, slot_mapping, torch.cat((k, v), 1))
+
+    def write_joint(self, layer: int, slot_mapping: torch.Tensor, kv: torch.Tensor) -> None:
+        """`write` with the keys' heads before the values', `[rows, 2 · kv_heads, head_dim]`."""
+        self._slots[layer].index_copy_(1, slot_mapping, kv.transpose(0, 1))
 
     def clear(self, block_ids: torch.Tensor) -> None:
         """Zero blocks `[n]` in all layers."""
         self._data.index_fill_(3, block_ids, 0)
 
     def head_block_index(self, blocks: torch.Tensor) -> torch.Tensor:
-        """What `gather` takes to bring block tables `[rows, n]`: `[rows · kv_heads · n]`."""
-        first = torch.arange(self.geometry.num_kv_heads, device=blocks.device) * (self.num_blocks + 1)
-        return (blocks[:, None] + first[:, None]).flatten()
+        """What `gather` takes to bring block tables `[rows, n]`: `[2 · rows · kv_heads · n]`."""
+        heads = torch.arange(2 * self.geometry.num_kv_heads, device=blocks.device) * (self.num_blocks + 1)
+        return (blocks[:, None] + heads.view(2, 1, -1, 1)).flatten()
 
     def gather(self, layer: int, index: torch.Tensor, matrices: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of whole blocks, `[matrices, tokens, head_dim]` each, valid until the next call."""
         size = index.shape[0] * self.block_size * self.geometry.head_dim
-        if self._scratch[0].numel() < size:  # fresh memory per call costs more than the copy
-            self._scratch = (self._data.new_empty(size), self._data.new_empty(size))
-        gathered = []
-        for source, scratch in zip(self._head_blocks[layer], self._scratch, strict=True):
-            out = scratch[:size].view(index.shape[0], -1)
-            torch.index_select(source, 0, index, out=out)
-            gathered.append(out.view(matrices, -1, self.geometry.head_dim))
-        return gathered[0], gathered[1]
+        if self._scratch.numel() < size:  # fresh memory per call costs more than the copy
+            self._scratch = self._data.new_empty(size)
+        out = self._scratch[:size].view(index.shape[0], -1)
+        torch.index_select(self._head_blocks[layer], 0, index, out=out)
+        keys, values = out.view(2, matrices, -1, self.geometry.head_dim).unbind()
+        return keys, values
 
     def read_blocks(
         self, block_ids: Sequence[int], layer_start: int = 0, num_layers: int | None = None

@@ -35,8 +35,17 @@ ALTERNATING = ["sliding_attention", "full_attention"]
 ARCHITECTURES: dict[str, tuple[str, dict[str, object]]] = {
     "llama2": ("Llama", {"num_key_value_heads": 4}),
     "llama3": ("Llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama-linear": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}, "head_dim": 24}
+        | {"attention_bias": True, "mlp_bias": True, "intermediate_size": 100},
+    ),
     "mistral": ("Mistral", {"sliding_window": 24}),
     "qwen2": ("Qwen2", {}),
+    "qwen2-window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    ),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "olmo": ("Olmo", {"clip_qkv": 0.5}),
     "olmo2": ("Olmo2", {}),
@@ -47,6 +56,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "gemma3": ("Gemma3Text", {"head_dim": 32, "sliding_window": 24, "layer_types": ALTERNATING}),
 }
+ONLY_TRANSFORMERS = ("gemma2", "gemma3")
 CAUSAL_LM = {"Gemma3Text": "Gemma3ForCausalLM"}
 
 
@@ -96,14 +106,18 @@ def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple
 def make_runner(
     saved_model: Callable[..., tuple[torch.nn.Module, Path]],
 ) -> Callable[..., ModelRunner]:
-    """`make_runner(name, linear=..., fp16_exact=...)` → a runner of 64 blocks of 16 tokens, made once."""
-    made: dict[tuple[str, str, bool], ModelRunner] = {}
+    """`make_runner(name, linear=..., ...)` → a runner of 64 blocks of 16 tokens, made once."""
+    made: dict[tuple[str, str, bool, str], ModelRunner] = {}
 
-    def make(name: str, linear: str = "auto", fp16_exact: bool = False) -> ModelRunner:
-        key = (name, linear, fp16_exact)
+    def make(
+        name: str, linear: str = "auto", fp16_exact: bool = False, implementation: str = "auto"
+    ) -> ModelRunner:
+        key = (name, linear, fp16_exact, implementation)
         if key not in made:
             path = saved_model(name, fp16_exact)[1]
-            made[key] = ModelRunner.load(path, linear=linear, num_blocks=64, block_size=16)
+            made[key] = ModelRunner.load(
+                path, linear=linear, num_blocks=64, block_size=16, implementation=implementation
+            )
         return made[key]
 
     return make

@@ -13,13 +13,18 @@ PROMPT = torch.randint(3, 160, (150,), generator=torch.Generator().manual_seed(3
 BLOCKS = 10  # per sequence of at most 160 tokens
 
 
+LEAN = ("llama2-auto", "llama3-auto", "llama3-fp32", "llama3-plain", "llama-linear-auto", "mistral-auto")
+LEAN += ("qwen2-auto", "qwen3-fp32", "olmo-auto", "olmo2-auto")
+TRANSFORMERS = ("llama2-auto", "llama3-auto", "llama3-fp32", "llama3-plain", "mistral-auto", "gemma2-auto")
+
+
 @pytest.fixture(
     scope="module",
-    params=["llama2-auto", "llama3-auto", "llama3-fp32", "llama3-plain", "mistral-auto", "gemma2-auto"],
+    params=[f"{name}-lean" for name in LEAN] + [f"{name}-transformers" for name in TRANSFORMERS],
 )
 def runner(request, make_runner):
-    name, linear = request.param.split("-")
-    return make_runner(name, linear=linear, fp16_exact=True)
+    name, linear, implementation = request.param.rsplit("-", 2)
+    return make_runner(name, linear=linear, fp16_exact=True, implementation=implementation)
 
 
 def table(index):

@@ -9,17 +9,22 @@ from safetensors.torch import save_file
 from tandem.engine.batch import SequenceRows
 from tandem.engine.model_runner import ModelRunner
 from tandem.errors import ConfigError
-from tests.engine.conftest import ARCHITECTURES
+from tests.engine.conftest import ARCHITECTURES, ONLY_TRANSFORMERS
 
 TOLERANCE = 1e-4  # absolute, fp32; measured about 1e-6
 PROMPT = torch.randint(3, 160, (90,), generator=torch.Generator().manual_seed(1)).tolist()
 TABLE = [9, 4, 31, 2, 17, 50, 8]
 
 
-@pytest.fixture(params=sorted(ARCHITECTURES))
+PAIRS = [(name, "transformers") for name in sorted(ARCHITECTURES)]
+PAIRS += [(name, "lean") for name in sorted(ARCHITECTURES.keys() - set(ONLY_TRANSFORMERS))]
+
+
+@pytest.fixture(params=PAIRS, ids="-".join)
 def pair(request, saved_model, make_runner):
-    model, _ = saved_model(request.param)
-    return model, make_runner(request.param)
+    name, implementation = request.param
+    model, _ = saved_model(name)
+    return model, make_runner(name, implementation=implementation)
 
 
 def eager_logits(model, token_ids):
