@@ -38,14 +38,18 @@ class LocalCluster:
         self.router = Router(self.config)
         await self.store.start()
         await self.router.start(add_services=[self.store.add_to], audits=self.store.audits)
-        for index in range(self._num_prefill):
-            await self.add_prefill(f"prefill-{index}")
-        for index in range(self._num_decode):
-            await self.add_decode(f"decode-{index}")
         self.address = f"{self.config.router.host}:{self.router.port}"
         self.channel: grpc.aio.Channel = channel(self.address)
-        async with asyncio.timeout(READY_S):
-            await self.router.ready()
+        try:
+            async with asyncio.timeout(READY_S):
+                for index in range(self._num_prefill):
+                    await self.add_prefill(f"prefill-{index}")
+                for index in range(self._num_decode):
+                    await self.add_decode(f"decode-{index}")
+                await self.router.ready()
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
         return self
 
     async def __aexit__(
@@ -67,8 +71,11 @@ class LocalCluster:
         self.decodes.append(worker)
         return worker
 
-    async def _router_address(self) -> str:
-        return self.router.internal_address
+    def _router_address(self) -> asyncio.Future[str]:
+        """As a worker wants it; nothing is left over if it fails before it asks."""
+        address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        address.set_result(self.router.internal_address)
+        return address
 
     def audit(self) -> list[PoolAudit]:
         """The books of every pool in the cluster."""

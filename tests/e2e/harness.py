@@ -326,20 +326,29 @@ def gated_puts(prefill: Any):
 
 
 @contextmanager
-def slow_steps(decode: Any, step_s: float = 0.02):
-    """Make a decode worker take at least so long for each step."""
-    decoder = decode.worker._decoder
-    original, brake = decoder.step, threading.Event()
+def slowed(owner: Any, name: str, step_s: float):
+    """Make a function of a compute thread take at least so long."""
+    original, brake = getattr(owner, name), threading.Event()
 
-    def step(batch: Any) -> Any:
+    def wait_then_call(*args: Any) -> Any:
         brake.wait(step_s)
-        return original(batch)
+        return original(*args)
 
-    decoder.step = step
+    setattr(owner, name, wait_then_call)
     try:
         yield
     finally:
-        decoder.step = original
+        setattr(owner, name, original)
+
+
+def slow_steps(decode: Any, step_s: float = 0.015):
+    """Slow a decode worker's steps."""
+    return slowed(decode.worker._decoder, "step", step_s)
+
+
+def slow_runs(prefill: Any, run_s: float = 0.05):
+    """Slow a prefill worker's chunks."""
+    return slowed(prefill.worker._runner, "run", run_s)
 
 
 # --- breaking ---

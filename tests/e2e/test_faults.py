@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from router import flight
 from router.intake import Intake
-from tandem.errors import DeadlineExceeded, Overloaded
+from tandem.errors import ConfigError, DeadlineExceeded, FailedPrecondition, Overloaded
 from tandem.tokenizer import Tokenizer
 from tests.e2e.harness import (
     Result,
@@ -35,13 +35,14 @@ from tests.e2e.harness import (
     read_tokens,
     restart_store,
     running,
+    slow_runs,
     slow_steps,
     store_of,
     until,
 )
 
-LONG = {"max_tokens": 60, "ignore_eos": True}
-SAMPLED = {**LONG, "temperature": 1.0, "seed": 11, "presence_penalty": 0.5, "logprobs": 1, "min_tokens": 50}
+LONG = {"max_tokens": 40, "ignore_eos": True}
+SAMPLED = {**LONG, "temperature": 1.0, "seed": 11, "presence_penalty": 0.5, "logprobs": 1, "min_tokens": 30}
 QUICK_LOSS = {"heartbeat_s": 0.2, "worker_timeout_s": 1.0}
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -81,7 +82,7 @@ async def test_a_decode_worker_lost_in_mid_stream(sampling):
         wanted = await complete(cluster, ask("a story", **sampling))
         with slow_steps(cluster.decodes[0]), slow_steps(cluster.decodes[1]):
             call = open_stream(cluster, ask("a story", **sampling))
-            result = await read_tokens(call, Result(), 20)
+            result = await read_tokens(call, Result(), 10)
             lost = by_id(cluster.decodes, result.admitted[0].decode_worker)
             await crash(lost)
             await drain(call, result)
@@ -191,7 +192,7 @@ async def test_a_worker_with_less_room_than_the_router_believes():
 async def test_workers_that_all_have_less_room_refuse_cleanly():
     async with running() as cluster:
         pool = cluster.decodes[0].worker._pool
-        assert pool.allocate("somebody else's", (pool.num_free - 3) * pool.block_size)
+        assert pool.allocate("somebody else's", (pool.num_free - 2) * pool.block_size)
         failed = await failure(complete(cluster, ask("a story", **LONG)))
         small = await complete(cluster, ask("a story", max_tokens=20))
         pool.release("somebody else's")
@@ -373,6 +374,23 @@ async def test_a_store_that_forgets_everything_breaks_the_stream_in_our_words():
         assert failed.error.metadata == {"tokens_delivered": "2"}
 
 
+async def test_a_store_that_refuses_every_writer_is_down_for_the_client():
+    """Before the first token, and so safe to send again."""
+    async with running(config(prefill={"token_budget": 64})) as cluster:
+        store, reserve = store_of(cluster), store_of(cluster).reserve
+
+        def refuse(header):
+            raise FailedPrecondition("STALE_HANDLE", "a later attempt has written this object")
+
+        store.reserve = refuse
+        with slow_runs(cluster.prefills[0]):
+            failed = await failure(complete(cluster, ask("x" * 400, **LONG)))
+        store.reserve = reserve
+
+        assert (failed.code, failed.reason) == ("UNAVAILABLE", "STORE_DOWN")
+        assert failed.message == "KV store is unavailable"
+
+
 async def test_a_transfer_that_stands_still_is_not_the_clients_deadline():
     """C4: one stalled read is planned again; the next one goes through."""
     async with running(config(kvstore={"put_deadline_s": 0.5})) as cluster:
@@ -490,3 +508,9 @@ async def test_reflection_lists_the_services():
             "grpc.health.v1.Health",
             "grpc.reflection.v1alpha.ServerReflection",
         }
+
+
+async def test_a_worker_that_cannot_start_leaves_nothing_running():
+    with pytest.raises(ConfigError, match="100 bytes of KV cache hold no block"):
+        async with running(config(cache={"decode_bytes": 100})):
+            pass
