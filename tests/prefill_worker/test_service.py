@@ -154,9 +154,11 @@ async def test_hanging_up_during_the_hand_off():
 async def test_a_router_that_is_lost_takes_its_prompts_along():
     gate = Gate()
     async with serving(forward=gate) as (rig, stub):
-        calls = [stub.Prefill(request(f"r{i}")) for i in range(5)]
-        reading = [asyncio.ensure_future(call.read()) for call in calls]
-        await until(lambda: rig.worker.num_waiting >= 4)
+        calls, reading = [], []
+        for index in range(5):
+            calls.append(stub.Prefill(request(f"r{index}")))
+            reading.append(asyncio.ensure_future(calls[-1].read()))
+            await until(lambda index=index: (gate.entered, rig.worker.num_waiting) == (1, index))
         for call in calls:
             call.cancel()
         await asyncio.wait(reading)
