@@ -26,6 +26,8 @@ DOMAIN = "tandem"
 RETRY_AFTER = "retry-after-ms"
 IDENTITY_ONLY = 1  # bit set of accepted compressions: a compressed bomb is refused by gRPC itself
 
+KEEPALIVE_MS = 30_000
+MIN_PING_INTERVAL_MS = 20_000  # a server hangs up on peers that ping more often: keep it below KEEPALIVE_MS
 API_MESSAGE_BYTES = 1 << 20
 INTERNAL_MESSAGE_BYTES = 5 << 20  # one KV chunk of at most 4 MiB and its header
 
@@ -40,7 +42,7 @@ def _options(message_bytes: int) -> Options:
         ("grpc.max_receive_message_length", message_bytes),
         ("grpc.max_send_message_length", INTERNAL_MESSAGE_BYTES),
         ("grpc.max_metadata_size", 8 << 10),
-        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.http2.max_pings_without_data", 0),
     ]
@@ -51,7 +53,7 @@ def server(*, public: bool) -> grpc.aio.Server:
     options = [
         *_options(API_MESSAGE_BYTES if public else INTERNAL_MESSAGE_BYTES),
         ("grpc.so_reuseport", 0),  # two servers must not share a port silently
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
         ("grpc.compression_enabled_algorithms_bitset", IDENTITY_ONLY),
     ]
     return grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
