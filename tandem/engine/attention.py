@@ -50,8 +50,7 @@ class PagedAttention:
     def attend(
         self,
         q: torch.Tensor,  # [rows, heads, dim]; rows past the batch's own are padding and come out zero
-        k: torch.Tensor,  # [rows, kv_heads, dim]; already in the cache, too
-        v: torch.Tensor,  # [rows, kv_heads, dim]
+        kv: torch.Tensor,  # [rows, 2 · kv_heads, dim]; the batch's own are in the cache, too
         batch: ForwardBatch,
         cache: PagedCache,
         layer: int,
@@ -62,12 +61,12 @@ class PagedAttention:
         decode = batch.decode
         if decode is not None and decode.rows is None and q.shape[0] == batch.num_rows:
             return self._decode(q, decode, cache, layer)
-        out = q.new_zeros(q.shape)
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
         if decode is not None:
             rows = q[: batch.num_rows] if decode.rows is None else q[decode.rows.flatten()]
             _scatter(out, self._decode(rows, decode, cache, layer), decode.rows, decode.real)
         for group in batch.fresh:
-            self._fresh(out, q, k, v, group, batch)
+            self._fresh(out, q, kv, group, batch)
         for chunk in batch.chunks:
             self._chunk(out, q, chunk, batch, cache, layer)
         return out
@@ -75,31 +74,25 @@ class PagedAttention:
     def _decode(self, q: torch.Tensor, decode: DecodeRows, cache: PagedCache, layer: int) -> torch.Tensor:
         """The few rows of a sequence, `[sequences · most_rows, heads, dim]`, against its gathered context."""
         sequences, most_rows = decode.context_lens.shape
-        heads, dim = q.shape[1:]
+        all_rows, heads, dim = q.shape
         group = heads // self.kv_heads
         matrices, rows = sequences * self.kv_heads, most_rows * group
-        q = q.view(sequences, most_rows, self.kv_heads, group, dim).transpose(1, 2)
-        attended = self._attend(
-            pad_rows(q.reshape(matrices, rows, dim)),
-            *cache.gather(layer, decode.gather_index, matrices),
-            decode.bias(self.window, self.kv_heads, group, q.dtype),
-        )
+        if most_rows > 1:
+            q = q.view(sequences, most_rows, self.kv_heads, group, dim).transpose(1, 2)
+        keys, values = cache.gather(layer, decode.gather_index, matrices)
+        bias = decode.bias(self.window, self.kv_heads, group, q.dtype)
+        attended = self._attend(pad_rows(q.reshape(matrices, rows, dim)), keys, values, bias)
         if attended.shape[1] != rows:
             attended = attended[:, :rows]
-        result = attended.view(sequences, self.kv_heads, most_rows, group, dim).transpose(1, 2)
-        return result.reshape(sequences * most_rows, heads, dim)
+        if most_rows > 1:
+            attended = attended.view(sequences, self.kv_heads, most_rows, group, dim).transpose(1, 2)
+        return attended.reshape(all_rows, heads, dim)
 
     def _fresh(
-        self,
-        out: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        group: FreshGroup,
-        batch: ForwardBatch,
+        self, out: torch.Tensor, q: torch.Tensor, kv: torch.Tensor, group: FreshGroup, batch: ForwardBatch
     ) -> None:
         """Padded prompts against themselves. What padding rows compute is dropped."""
-        keys, values = (self._by_head(x[group.rows]) for x in (k, v))
+        keys, values = (self._by_head(x) for x in kv[group.rows].chunk(2, 2))
         result = self._slices(q[group.rows], keys, values, 0, batch)
         _scatter(out, result.flatten(0, 1), group.rows, group.real)
 
@@ -182,9 +175,13 @@ class PagedAttention:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         hidden = scores if bias.shape[-1] == scores.shape[-1] else scores[..., -bias.shape[-1] :]
         hidden.add_(bias)
-        probs = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+        probs = torch.softmax(scores, -1, torch.float32)
+        if probs.dtype != q.dtype:
+            probs = probs.to(q.dtype)
         matrices, rows, length = probs.shape
         tiles = length // KV_TILE
+        if tiles == 1:
+            return torch.bmm(probs, v)
         probs = probs.view(matrices, rows, tiles, KV_TILE).transpose(1, 2)
         partial = torch.bmm(
             probs.reshape(matrices * tiles, rows, KV_TILE), v.reshape(matrices * tiles, KV_TILE, -1)

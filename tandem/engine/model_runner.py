@@ -46,7 +46,7 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         device: torch.device | str = "cpu",
-        implementation: str = "transformers",
+        implementation: str = "auto",
     ) -> Self:
         """Open a local checkpoint. Raises `ConfigError` for what cannot be served."""
         torch_dtype: torch.dtype = getattr(torch, dtype)

@@ -38,6 +38,8 @@ class PagedCache:
         # Views per layer: [2 · kv_heads, slots, head_dim], [2 · kv_heads · blocks, block_size · head_dim].
         self._slots = [layer.flatten(0, 1).flatten(1, 2) for layer in self._data]
         self._head_blocks = [layer.flatten(0, 2).flatten(1) for layer in self._data]
+        first = torch.arange(2 * geometry.num_kv_heads, device=device) * (num_blocks + 1)
+        self._first_block_of_head = first.view(2, 1, -1, 1)  # [kv, rows, kv_heads, blocks] int64
         self._scratch = self._data.new_empty(0)
 
     @property
@@ -73,8 +75,7 @@ class PagedCache:
 
     def head_block_index(self, blocks: torch.Tensor) -> torch.Tensor:
         """What `gather` takes to bring block tables `[rows, n]`: `[2 · rows · kv_heads · n]`."""
-        heads = torch.arange(2 * self.geometry.num_kv_heads, device=blocks.device) * (self.num_blocks + 1)
-        return (blocks[:, None] + heads.view(2, 1, -1, 1)).flatten()
+        return (blocks[:, None] + self._first_block_of_head).flatten()
 
     def gather(self, layer: int, index: torch.Tensor, matrices: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of whole blocks, `[matrices, tokens, head_dim]` each, valid until the next call."""

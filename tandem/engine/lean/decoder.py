@@ -64,26 +64,38 @@ class LeanDecoder:
         padding = self._table.padded(rows) - rows
         if padding:
             token_ids, positions = F.pad(token_ids, (0, padding)), F.pad(positions, (0, padding))
-        x = self._embedding[token_ids]  # [padded rows, hidden]
-        tiles = torch.split(x, TILE)
+        x = self._embedding.index_select(0, token_ids)  # [padded rows, hidden]
         cos, sin = self._rope.angles(positions, int(batch.context_lens.max()))
-        angles = list(zip(torch.split(cos, TILE), torch.split(sin, TILE), strict=True))
+        run = self._run if x.shape[0] <= TILE else self._run_tiles
+        run(x, cos, sin, batch, cache)
+        return self._head(self._norm(x.index_select(0, batch.logits_indices)))
+
+    def _run(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: ForwardBatch, cache: PagedCache
+    ) -> None:
+        """All layers over one tile of rows; `x` [padded rows, hidden] changes in place."""
         for index, layer in enumerate(self._layers):
-            parts = [layer.project(tile, *turn) for tile, turn in zip(tiles, angles, strict=True)]
-            attended = self._attend(index, parts[0] if len(parts) == 1 else torch.cat(parts), batch, cache)
-            for tile, part in zip(tiles, torch.split(attended, TILE), strict=True):
-                layer.finish(tile, part)
-        return self._head(self._norm(x[batch.logits_indices]))
+            layer.finish(x, self._attend(index, layer.project(x, cos, sin), batch, cache))
+
+    def _run_tiles(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: ForwardBatch, cache: PagedCache
+    ) -> None:
+        """The same over many rows: attention sees all of them, the rest goes tile by tile."""
+        tiles = [tuple(part) for part in zip(*(torch.split(t, TILE) for t in (x, cos, sin)), strict=True)]
+        for index, layer in enumerate(self._layers):
+            heads = torch.cat([layer.project(*tile) for tile in tiles])
+            attended = torch.split(self._attend(index, heads, batch, cache), TILE)
+            for (rows, *_), part in zip(tiles, attended, strict=True):
+                layer.finish(rows, part)
 
     def _attend(
         self, index: int, heads: torch.Tensor, batch: ForwardBatch, cache: PagedCache
     ) -> torch.Tensor:
         """`[padded rows, heads + 2 · kv_heads, dim]` → `[padded rows, heads · dim]`."""
-        attention = self._layers[index].attention
+        attention, rows = self._layers[index].attention, batch.num_rows
         q, kv = heads[:, : self._num_heads], heads[:, self._num_heads :]
-        k, v = kv[:, : attention.kv_heads], kv[:, attention.kv_heads :]
-        cache.write_joint(index, batch.slot_mapping, kv[: batch.num_rows])
-        return attention.attend(q, k, v, batch, cache, index).flatten(1)
+        cache.write_joint(index, batch.slot_mapping, kv if len(kv) == rows else kv[:rows])
+        return attention.attend(q, kv, batch, cache, index).reshape(len(heads), -1)
 
 
 class _Loader:

@@ -18,7 +18,7 @@ class RmsNorm:
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         dim = weight.shape[-1]
-        self._eps = eps * dim
+        self._eps = torch.tensor(eps * dim)  # a number would become a tensor at each call
         self._weight = weight * math.sqrt(dim)  # [..., dim] float32
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

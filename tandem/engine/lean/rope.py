@@ -46,7 +46,7 @@ class Rope:
         if len(table) < num_positions:
             first = range(len(table), num_positions, PAGE)
             table = self._table = torch.cat([table, *(self._page(start) for start in first)])
-        cos, sin = (table[positions] * self._head_scale).unbind(1)
+        cos, sin = (table.index_select(0, positions) * self._head_scale).unbind(1)
         return cos, sin
 
     def _page(self, start: int) -> torch.Tensor:
