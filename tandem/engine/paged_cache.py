@@ -55,18 +55,11 @@ class PagedCache:
         """Bytes of one block across all layers."""
         return self._data[:, :, :, 0].numel() * self._data.element_size()
 
-    def write(
-        self,
-        layer: int,
-        slot_mapping: torch.Tensor,  # [rows] int64
-        k: torch.Tensor,  # [rows, kv_heads, head_dim]
-        v: torch.Tensor,  # [rows, kv_heads, head_dim]
-    ) -> None:
-        """Store new keys and values, one slot per row."""
-        self.write_joint(layer, slot_mapping, torch.cat((k, v), 1))
+    def write(self, layer: int, slot_mapping: torch.Tensor, kv: torch.Tensor) -> None:
+        """Store new keys and values, one slot per row.
 
-    def write_joint(self, layer: int, slot_mapping: torch.Tensor, kv: torch.Tensor) -> None:
-        """`write` with the keys' heads before the values', `[rows, 2 · kv_heads, head_dim]`."""
+        `slot_mapping` is [rows] int64; `kv` [rows, 2 · kv_heads, head_dim] has the keys' heads first.
+        """
         self._slots[layer].index_copy_(1, slot_mapping, kv.transpose(0, 1))
 
     def clear(self, block_ids: torch.Tensor) -> None:

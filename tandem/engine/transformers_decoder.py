@@ -88,7 +88,7 @@ def paged_attention(
     q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
     rows, layer = forward_batch.num_rows, int(module.layer_idx)  # type: ignore[arg-type]
     kv = torch.cat((k, v), 1)
-    cache.write_joint(layer, forward_batch.slot_mapping, kv[:rows])
+    cache.write(layer, forward_batch.slot_mapping, kv[:rows])
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     attention = PagedAttention(k.shape[1], scaling, sliding_window, softcap)
     return attention.attend(q, kv, forward_batch, cache, layer)[None], None

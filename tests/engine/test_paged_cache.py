@@ -31,7 +31,7 @@ def fill(cache, seed=0):
     slots = torch.arange(24)
     for layer in range(3):
         k, v = torch.randn(2, 24, 2, 8, generator=generator).to(cache.dtype)
-        cache.write(layer, slots, k, v)
+        cache.write(layer, slots, torch.cat((k, v), 1))
 
 
 def to_bytes(tensor):
@@ -78,7 +78,7 @@ def test_no_blocks_are_no_bytes(cache):
 
 
 def test_check_finite_looks_at_the_tokens_asked_for(cache):
-    cache.write(2, torch.tensor([9]), *torch.full((2, 1, 2, 8), float("nan"), dtype=cache.dtype))
+    cache.write(2, torch.tensor([9]), torch.full((1, 4, 8), float("nan"), dtype=cache.dtype))
     assert cache.check_finite([1, 2], 5)
     assert not cache.check_finite([1, 2], 6)
 

@@ -94,7 +94,7 @@ class LeanDecoder:
         """`[padded rows, heads + 2 · kv_heads, dim]` → `[padded rows, heads · dim]`."""
         attention, rows = self._layers[index].attention, batch.num_rows
         q, kv = heads[:, : self._num_heads], heads[:, self._num_heads :]
-        cache.write_joint(index, batch.slot_mapping, kv if len(kv) == rows else kv[:rows])
+        cache.write(index, batch.slot_mapping, kv if len(kv) == rows else kv[:rows])
         return attention.attend(q, kv, batch, cache, index).reshape(len(heads), -1)
 
 
