@@ -23,7 +23,7 @@ def model_fingerprint(config: ClusterConfig) -> bytes:
     checkpoint of many gigabytes is named in milliseconds.
     """
     model = f"{config.model.dtype}|{config.model.linear}"
-    digest = hashlib.sha256(f"v1|{model}|{config.cache.block_size}|{KV_LAYOUT}".encode())
+    digest = hashlib.sha256(f"v2|{model}|{config.cache.block_size}|{KV_LAYOUT}".encode())
     digest.update(checkpoint_digest(config.model.path))
     if config.speculation.draft_path is not None:
         digest.update(checkpoint_digest(config.speculation.draft_path))

@@ -43,7 +43,8 @@ def save_llama(path: Path, *, max_context: int = 512, seed: int = 0) -> Path:
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_((4 * parameter).half().float() if parameter.ndim > 1 else parameter.half().float())
+            scale = 4 if parameter.ndim > 1 else 1
+            parameter.copy_((scale * parameter).half().float())
     model.save_pretrained(path)
     byte_tokenizer().save(str(path / "tokenizer.json"))
     return path
