@@ -206,7 +206,9 @@ async def test_cancelling_one_of_several_requests_leaves_the_others_alone(cluste
 
 async def test_cancelling_by_name_ends_all_completions(cluster):
     with slow_steps(cluster.decodes[0]):
-        call = open_stream(cluster, ask("many", request_id="many", n=4, max_tokens=100, temperature=1.0))
+        call = open_stream(
+            cluster, ask("many", request_id="many", n=4, max_tokens=100, temperature=1.0, ignore_eos=True)
+        )
         await until(lambda: cluster.decodes[0].worker.num_running == 4)
         await cancel(cluster, "many")
         failed = await failure(read_all(call))
