@@ -87,6 +87,7 @@ class Flight:
         self._epoch = 0
         self._delivered = request.num_output_tokens
         self._drafted = self._accepted = 0
+        self._handle: kv_pb2.KvHandle | None = None  # stored KV that nobody has fetched yet
         self._new_ids: list[int] = []  # delivered, and not yet part of `request`
         self._replanned: set[str] = set()
         self._exclude: set[str] = set()
@@ -194,35 +195,32 @@ class Flight:
     async def _attempt(self, plan: Plan) -> OutputDelta:
         self.request.lifecycle.mark(Mark.ADMITTED)
         self.request.lifecycle.to(RequestStatus.PREFILL)
-        first, handle = await self._prefill(plan)
-        if handle is None:
-            return first
         try:
-            return await self._decode(plan, handle)
-        except BaseException:
-            if self.request.lifecycle.status is RequestStatus.TRANSFER:
-                self._dispatcher.give_up_kv(handle)
-            raise
+            first = await self._prefill(plan)
+            return first if self._handle is None else await self._decode(plan, self._handle)
+        finally:
+            if self._handle is not None:
+                self._dispatcher.give_up_kv(self._handle)
+                self._handle = None
 
-    async def _prefill(self, plan: Plan) -> tuple[OutputDelta, kv_pb2.KvHandle | None]:
-        """The first token, delivered, and where the KV is; no handle if that token was the last."""
+    async def _prefill(self, plan: Plan) -> OutputDelta:
+        """The first token, delivered; unless it was the last, `_handle` says where the KV is."""
         work = self._work(plan.prefill)
         first: OutputDelta | None = None
-        handle: kv_pb2.KvHandle | None = None
         async with aclosing(self._dispatcher.links.prefill(plan.prefill).prefill(work)) as events:
             async for event in events:
                 # The call is heard to its end: to leave early says that nobody wants this KV.
                 if isinstance(event, kv_pb2.KvHandle):
-                    handle = event
+                    self._handle = event
                     self.request.lifecycle.mark(Mark.KV_SEALED)
                     self._dispatcher.release_prefill(plan)
                 else:
                     first = event
                     self.request.lifecycle.mark(Mark.FIRST_TOKEN)
                     self._deliver(first)
-        if first is None or (first.finish is None) == (handle is None):
+        if first is None or (first.finish is None) == (self._handle is None):
             raise no_prefill()
-        return first, handle
+        return first
 
     async def _decode(self, plan: Plan, handle: kv_pb2.KvHandle) -> OutputDelta:
         """Tokens until the last one, each delivered as it comes."""
@@ -248,6 +246,7 @@ class Flight:
         lifecycle.mark(Mark.KV_READ_STARTED, asyncio.get_running_loop().time() - started.kv_read_ns / 1e9)
         lifecycle.mark(Mark.KV_READ_DONE)
         lifecycle.to(RequestStatus.DECODE)
+        self._handle = None  # the decode worker has read it, and gives it up
         self._dispatcher.release_store(plan)
 
     def _deliver(self, delta: OutputDelta) -> None:
