@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prefill_worker.job import PrefillJob
-from tandem.engine.batch import ForwardBatch, SequenceRows
+from tandem.engine.batch import SequenceRows
+from tandem.engine.decoder import Batch
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import BadLogits, SampledToken, Sampler
 from tandem.engine.work_state import sampling_state
@@ -72,7 +73,7 @@ class PrefillRunner:
             num_logits=1 if chunk.is_last else 0,
         )
 
-    def _count(self, batch: ForwardBatch, chunks: Sequence[Chunk]) -> None:
+    def _count(self, batch: Batch, chunks: Sequence[Chunk]) -> None:
         self.stats.num_batches += 1
         self.stats.num_prompts += sum(chunk.job.num_left == 0 for chunk in chunks)
         self.stats.num_tokens += sum(chunk.num_tokens for chunk in chunks)

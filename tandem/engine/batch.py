@@ -113,9 +113,10 @@ class ForwardBatch:
     def num_rows(self) -> int:
         return self.slot_mapping.shape[0]
 
-    @property
-    def is_decode_only(self) -> bool:
-        return not self.fresh and not self.chunks
+    def clear_new_blocks(self, cache: PagedCache) -> None:
+        """Zero what these rows start: whole blocks are gathered, and nothing stale may be among them."""
+        if self.new_blocks is not None:
+            cache.clear(self.new_blocks)
 
     @classmethod
     def build(

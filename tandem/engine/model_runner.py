@@ -11,8 +11,8 @@ from typing import Self
 
 import torch
 
-from tandem.engine.batch import ForwardBatch, SequenceRows
-from tandem.engine.decoder import Decoder, load_decoder
+from tandem.engine.batch import SequenceRows
+from tandem.engine.decoder import Batch, Decoder, load_decoder
 from tandem.engine.linear import LinearChoice
 from tandem.engine.paged_cache import PagedCache
 from tandem.geometry import ModelGeometry
@@ -66,7 +66,7 @@ class ModelRunner:
 
     @property
     def implementation(self) -> str:
-        """What runs the forward, lean or transformers."""
+        """What runs the forward: native, lean or transformers."""
         return self._model.implementation
 
     @property
@@ -78,15 +78,13 @@ class ModelRunner:
         """The kernel of each linear layer and why, by module name."""
         return dict(self._linears)
 
-    def batch(self, sequences: Sequence[SequenceRows]) -> ForwardBatch:
+    def batch(self, sequences: Sequence[SequenceRows]) -> Batch:
         """Index one forward over these rows."""
-        return ForwardBatch.build(sequences, self.cache)
+        return self._model.batch(sequences, self.cache)
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> torch.Tensor:
         """Fill the cache with the batch's rows; `[num_logits_rows, vocab]` float32 of the rows asked for."""
-        if batch.new_blocks is not None:
-            self.cache.clear(batch.new_blocks)
         return self._model.forward(batch, self.cache).float()
 
     def warm_up(self) -> None:

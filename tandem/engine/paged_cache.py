@@ -51,6 +51,11 @@ class PagedCache:
         return self._data.device
 
     @property
+    def address(self) -> int:
+        """Of the first number, for kernels that index `[layers, 2, kv_heads, blocks, block_size, dim]`."""
+        return self._data.data_ptr()
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one block across all layers."""
         return self._data[:, :, :, 0].numel() * self._data.element_size()

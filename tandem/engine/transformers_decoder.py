@@ -6,7 +6,7 @@ for stable ones. Imported only when a checkpoint needs it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tandem.engine.attention import PagedAttention
-from tandem.engine.batch import ForwardBatch
+from tandem.engine.batch import ForwardBatch, SequenceRows
 from tandem.engine.linear import LinearChoice, common_table, swap_linears
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import ConfigError
@@ -52,7 +52,12 @@ class TransformersDecoder:
         """Open a checkpoint whose files were checked. Raises `ConfigError`."""
         return cls(_load_model(path, dtype, device), linear, reason)
 
+    def batch(self, sequences: Sequence[SequenceRows], cache: PagedCache) -> ForwardBatch:
+        """Index one forward over these rows."""
+        return ForwardBatch.build(sequences, cache)
+
     def forward(self, batch: ForwardBatch, cache: PagedCache) -> torch.Tensor:
+        batch.clear_new_blocks(cache)
         padding = self._table.padded(batch.num_rows) - batch.num_rows if self._table else 0
         token_ids, positions = batch.token_ids, batch.positions
         if padding:

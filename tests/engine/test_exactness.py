@@ -20,7 +20,8 @@ TRANSFORMERS = ("llama2-auto", "llama3-auto", "llama3-fp32", "llama3-plain", "mi
 
 @pytest.fixture(
     scope="module",
-    params=[f"{name}-lean" for name in LEAN] + [f"{name}-transformers" for name in TRANSFORMERS],
+    params=[f"{name}-{own}" for own in ("native", "lean") for name in LEAN]
+    + [f"{name}-transformers" for name in TRANSFORMERS],
 )
 def runner(request, make_runner):
     name, linear, implementation = request.param.rsplit("-", 2)
@@ -115,7 +116,8 @@ def test_poisoned_pool_changes_no_bit(runner, alone):
         (tokens[3:4], 3, table(2)),
     )
     assert torch.equal(second, logits[[35, 36, 99, 3]])
-    assert runner.cache.check_finite(table(1), 112)  # the rest of the last block was cleared
+    if runner.implementation != "native":  # it reads tokens, the others whole blocks
+        assert runner.cache.check_finite(table(1), 112)  # the rest of the last block was cleared
     assert not runner.cache.check_finite(table(1), 113)
 
 

@@ -17,7 +17,11 @@ TABLE = [9, 4, 31, 2, 17, 50, 8]
 
 
 PAIRS = [(name, "transformers") for name in sorted(ARCHITECTURES)]
-PAIRS += [(name, "lean") for name in sorted(ARCHITECTURES.keys() - set(ONLY_TRANSFORMERS))]
+PAIRS += [
+    (name, own)
+    for own in ("lean", "native")
+    for name in sorted(ARCHITECTURES.keys() - set(ONLY_TRANSFORMERS))
+]
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)
@@ -97,7 +101,7 @@ def test_report_vocabulary_and_warm_up(make_runner):
     runner.warm_up()
     assert runner.vocab_size == 160
     assert runner.eos_token_ids == {2}
-    assert {choice.kernel for choice in runner.linear_report().values()} <= {"fp16", "fp32", "plain"}
+    assert {choice.kernel for choice in runner.linear_report().values()} == {"native-fp32"}
     assert "lm_head" in runner.linear_report()
 
 

@@ -6,7 +6,7 @@ Rows are independent by construction. Linear kernels run only at row counts wher
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,16 @@ import torch
 import torch.nn.functional as F
 
 from tandem.engine.attention import PagedAttention
-from tandem.engine.batch import ForwardBatch
+from tandem.engine.batch import ForwardBatch, SequenceRows
 from tandem.engine.checkpoint import eos_token_ids
 from tandem.engine.lean.config import LeanConfig
 from tandem.engine.lean.layer import Layer
 from tandem.engine.lean.norm import Norm, PlainNorm, RmsNorm
 from tandem.engine.lean.rope import Rope
+from tandem.engine.lean.shapes import EMBEDDING, HEAD, tensor_shapes
 from tandem.engine.lean.weights import Weights
 from tandem.engine.linear import TILE, Kernel, LinearChoice, Probes, RowTable, choose, common_table
 from tandem.engine.paged_cache import PagedCache
-
-HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 class LeanDecoder:
@@ -54,12 +52,17 @@ class LeanDecoder:
     ) -> LeanDecoder:
         """Open a checkpoint whose config was parsed. Raises `ConfigError` for weights that do not fit it."""
         with Weights(path) as weights:
-            weights.check(dict(_shapes(config)), frozenset({HEAD}) if config.tied else frozenset())
+            weights.check(dict(tensor_shapes(config)), frozenset({HEAD}) if config.tied else frozenset())
             eos = eos_token_ids(path, raw, config.architecture.eos_token_id)
             return cls(_Loader(config, weights, linear), eos, reason)
 
+    def batch(self, sequences: Sequence[SequenceRows], cache: PagedCache) -> ForwardBatch:
+        """Index one forward over these rows."""
+        return ForwardBatch.build(sequences, cache)
+
     def forward(self, batch: ForwardBatch, cache: PagedCache) -> torch.Tensor:
         """Fill the cache and return `[num_logits_rows, vocab]` float32."""
+        batch.clear_new_blocks(cache)
         rows, token_ids, positions = batch.num_rows, batch.token_ids[0], batch.positions[0]
         padding = self._table.padded(rows) - rows
         if padding:
@@ -107,7 +110,7 @@ class _Loader:
         self.linears: dict[str, LinearChoice] = {}
         self._wanted = wanted
         self._probes: Probes = {}
-        self._names = {name for name, _ in _shapes(config)}
+        self._names = {name for name, _ in tensor_shapes(config)}
 
     def layer(self, index: int) -> Layer:
         config, at = self.config, f"model.layers.{index}"
@@ -159,43 +162,3 @@ class _Loader:
         query, key = (self.weights.get(f"{attention}.{x}_norm.weight") for x in "qk")
         weight = [query.expand(geometry.num_heads, -1), key.expand(geometry.num_kv_heads, -1)]
         return RmsNorm(torch.cat(weight), self.config.norm_eps)
-
-
-def _shapes(config: LeanConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every tensor of the checkpoint."""
-    geometry = config.geometry
-    hidden = geometry.hidden_size
-    yield EMBEDDING, (geometry.vocab_size, hidden)
-    if not config.tied:
-        yield HEAD, (geometry.vocab_size, hidden)
-    if not config.architecture.plain_norm:
-        yield "model.norm.weight", (hidden,)
-    for index in range(geometry.num_layers):
-        for name, shape in _layer_shapes(config):
-            yield f"model.layers.{index}.{name}", shape
-
-
-def _layer_shapes(config: LeanConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    geometry, known = config.geometry, config.architecture
-    hidden, ffn, dim = geometry.hidden_size, config.intermediate_size, geometry.head_dim
-    query, key = geometry.num_heads * dim, geometry.num_kv_heads * dim
-    for name, rows, columns, biased in (
-        ("self_attn.q_proj", query, hidden, config.qkv_bias),
-        ("self_attn.k_proj", key, hidden, config.qkv_bias),
-        ("self_attn.v_proj", key, hidden, config.qkv_bias),
-        ("self_attn.o_proj", hidden, query, config.output_bias),
-        ("mlp.gate_proj", ffn, hidden, config.mlp_bias),
-        ("mlp.up_proj", ffn, hidden, config.mlp_bias),
-        ("mlp.down_proj", hidden, ffn, config.mlp_bias),
-    ):
-        yield f"{name}.weight", (rows, columns)
-        if biased:
-            yield f"{name}.bias", (rows,)
-    if not known.plain_norm:
-        yield "post_attention_layernorm.weight", (hidden,)
-        other = "post_feedforward_layernorm" if known.norm_after else "input_layernorm"
-        yield f"{other}.weight", (hidden,)
-    if known.qk_norm:
-        alike = known.qk_norm == "head"
-        yield "self_attn.q_norm.weight", (dim if alike else query,)
-        yield "self_attn.k_norm.weight", (dim if alike else key,)

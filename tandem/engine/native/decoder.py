@@ -1,0 +1,183 @@
+"""The Llama family by own C++ kernels: one call per forward, whatever rows the batch brings.
+
+Every sum has one order, fixed by the position of a token and the index of a number and by nothing else, so
+a row's bits do not depend on its batch, on how its prompt was cut, on threads, or on the instruction set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tandem.engine.batch import SequenceRows
+from tandem.engine.checkpoint import eos_token_ids
+from tandem.engine.lean.config import LeanConfig
+from tandem.engine.lean.rope import inverse_frequencies
+from tandem.engine.lean.shapes import EMBEDDING, HEAD, tensor_shapes
+from tandem.engine.lean.weights import Weights
+from tandem.engine.linear import LinearChoice, fits_fp16
+from tandem.engine.native import build, library
+from tandem.engine.native.batch import NativeBatch
+from tandem.engine.paged_cache import PagedCache
+
+ANGLE_PAGE = 512  # positions whose angles are added at once
+QK_NORM = {"": 0, "head": 1, "all": 2}
+
+
+class NativeDecoder:
+    """A loaded model. Holds no state of a forward, so several caches and threads may share it."""
+
+    implementation = "native"
+
+    def __init__(self, loader: _Loader, eos: frozenset[int], isa: str) -> None:
+        self.reason = f"kernels for {isa}"
+        self.eos_token_ids = eos
+        self.linears = loader.choices
+        self._loader = loader  # owns what the structs point to
+        self._model = loader.model()
+        self._vocab = loader.config.geometry.vocab_size
+        self._width = -(-self._vocab // library.PANEL) * library.PANEL
+        self._isa = isa
+        self._inv_freq = inverse_frequencies(loader.config.rope, loader.config.geometry.head_dim).double()
+        self._angles = torch.empty(0, 2, loader.config.geometry.head_dim // 2)
+
+    @classmethod
+    def load(cls, path: Path, config: LeanConfig, raw: dict[str, Any], linear: str) -> NativeDecoder:
+        """Open a checkpoint whose config was parsed.
+
+        Raises `ConfigError` for weights that do not fit it, `NotNativeError` if the kernels cannot run here.
+        """
+        isa = build.instruction_set()
+        if config.geometry.head_dim % 8:
+            raise build.NotNativeError(f"head_dim {config.geometry.head_dim} is no multiple of 8")
+        library.load(isa)
+        with Weights(path) as weights:
+            weights.check(dict(tensor_shapes(config)), frozenset({HEAD}) if config.tied else frozenset())
+            eos = eos_token_ids(path, raw, config.architecture.eos_token_id)
+            return cls(_Loader(config, weights, linear), eos, isa)
+
+    def batch(self, sequences: Sequence[SequenceRows], cache: PagedCache) -> NativeBatch:
+        """Index one forward over these rows."""
+        return NativeBatch.build(sequences, cache.block_size, cache.num_blocks)
+
+    def forward(self, batch: NativeBatch, cache: PagedCache) -> torch.Tensor:
+        """Fill the cache and return `[num_logits_rows, vocab]` float32."""
+        if batch.token_ids.min() < 0 or batch.token_ids.max() >= self._vocab:
+            raise ValueError(f"token ids must be in [0, {self._vocab})")
+        angles = self._reach(batch.num_positions)
+        logits = torch.empty(len(batch.logits_rows), self._width)
+        arrays = (batch.token_ids, batch.positions, batch.first_rows, batch.tables, batch.first_blocks)
+        library.engine(self._isa).forward(
+            self._model,
+            library.Cache(cache.address, cache.num_blocks + 1, cache.block_size),
+            library.Batch(
+                batch.num_rows,
+                len(batch.first_blocks),
+                len(batch.logits_rows),
+                *(array.ctypes.data for array in arrays),
+                batch.logits_rows.ctypes.data,
+                angles.data_ptr(),
+                logits.data_ptr(),
+            ),
+        )
+        return logits[:, : self._vocab]
+
+    def _reach(self, num_positions: int) -> torch.Tensor:
+        """Cosines and sines of at least the positions below `num_positions`, `[positions, 2, dim / 2]`."""
+        angles = self._angles
+        known = len(angles)
+        if known < num_positions:
+            stop = -(-num_positions // ANGLE_PAGE) * ANGLE_PAGE
+            # In double precision, so that every libm rounds to the same floats.
+            angle = torch.arange(known, stop).double()[:, None] * self._inv_freq
+            more = torch.stack((angle.cos(), angle.sin()), 1).float()
+            angles = self._angles = torch.cat((angles, more))
+        return angles
+
+
+class _Loader:
+    """Turns named tensors into structs, and keeps what they point to."""
+
+    def __init__(self, config: LeanConfig, weights: Weights, wanted: str) -> None:
+        self.config = config
+        self.choices: dict[str, LinearChoice] = {}
+        self._weights = weights
+        self._wanted = wanted
+        self._kept: list[torch.Tensor] = []
+        self._names = {name for name, _ in tensor_shapes(config)}
+        layers = [self._layer(index) for index in range(config.geometry.num_layers)]
+        self._layers = (library.Layer * len(layers))(*layers)
+        self._embedding = self._stored(weights.get(EMBEDDING)).clone()
+        self._norm = self._vector("model.norm")
+        tied = [EMBEDDING.removesuffix(".weight")] if config.tied else None
+        self._head = self._linear("lm_head", tied)
+
+    def model(self) -> library.Model:
+        geometry, config = self.config.geometry, self.config
+        return library.Model(
+            num_layers=geometry.num_layers,
+            hidden=geometry.hidden_size,
+            heads=geometry.num_heads,
+            kv_heads=geometry.num_kv_heads,
+            dim=geometry.head_dim,
+            ffn=config.intermediate_size,
+            vocab=geometry.vocab_size,
+            plain_norm=config.architecture.plain_norm,
+            qk_norm=QK_NORM[config.architecture.qk_norm],
+            is_embedding_half=self._embedding.dtype == torch.float16,
+            eps=config.norm_eps,
+            clip_qkv=config.clip_qkv or 0.0,
+            embedding=self._embedding.data_ptr(),
+            norm=self._norm,
+            head=self._head,
+            layers=self._layers,
+        )
+
+    def _layer(self, index: int) -> library.Layer:
+        at, known = f"model.layers.{index}", self.config.architecture
+        attention, mlp = f"{at}.self_attn", f"{at}.mlp"
+        before, after = not known.norm_after, known.norm_after
+        return library.Layer(
+            qkv=self._linear(f"{attention}.qkv_proj", [f"{attention}.{x}_proj" for x in "qkv"]),
+            output=self._linear(f"{attention}.o_proj"),
+            gate_up=self._linear(f"{mlp}.gate_up_proj", [f"{mlp}.gate_proj", f"{mlp}.up_proj"]),
+            down=self._linear(f"{mlp}.down_proj"),
+            input_norm=self._vector(f"{at}.input_layernorm") if before else None,
+            query_norm=self._vector(f"{attention}.q_norm") if known.qk_norm else None,
+            key_norm=self._vector(f"{attention}.k_norm") if known.qk_norm else None,
+            attended_norm=self._vector(f"{at}.post_attention_layernorm") if after else None,
+            ffn_norm=self._vector(f"{at}.post_attention_layernorm") if before else None,
+            ffn_out_norm=self._vector(f"{at}.post_feedforward_layernorm") if after else None,
+            window=self.config.windows[index] or 0,
+        )
+
+    def _vector(self, name: str) -> int | None:
+        """The address of a norm's weights, if it has any."""
+        if self.config.architecture.plain_norm:
+            return None
+        self._kept.append(self._weights.get(f"{name}.weight").clone())
+        return self._kept[-1].data_ptr()
+
+    def _linear(self, name: str, parts: list[str] | None = None) -> library.Linear:
+        """The weights of `parts` on top of each other; `name` is what the report says."""
+        parts = parts or [name]
+        weight = self._stored(torch.cat([self._weights.get(f"{part}.weight") for part in parts]))
+        biased = f"{parts[0]}.bias" in self._names
+        bias = torch.cat([self._weights.get(f"{part}.bias") for part in parts]) if biased else None
+        reason = "asked for" if self._wanted != "auto" else "exact in half precision"
+        if weight.dtype == torch.float16:
+            self.choices[name] = LinearChoice("native-fp16", reason)
+        else:
+            self.choices[name] = LinearChoice(
+                "native-fp32", "weights need single precision" if self._wanted == "auto" else reason
+            )
+        packed = library.pack_linear(weight, bias)
+        self._kept.extend(packed.tensors)
+        return packed.struct
+
+    def _stored(self, weight: torch.Tensor) -> torch.Tensor:
+        half = self._wanted == "fp16" or (self._wanted == "auto" and fits_fp16(weight))
+        return weight.half() if half else weight

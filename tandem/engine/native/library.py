@@ -1,0 +1,203 @@
+"""The C++ kernels as Python sees them: structs, functions, and the packed weights they read."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from tandem.engine.native import build
+
+PANEL = 16  # outputs that lie together
+ABI = 1
+FORMATS = {torch.float32: 0, torch.float16: 1}
+CHECK_TOLERANCE = 1e-5
+
+
+class Linear(ctypes.Structure):
+    _fields_ = (
+        ("format", ctypes.c_int32),
+        ("activation_bits", ctypes.c_int32),
+        ("in_features", ctypes.c_int32),
+        ("out_features", ctypes.c_int32),
+        ("group", ctypes.c_int32),
+        ("weights", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("codebook", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, Linear) for name in ("qkv", "output", "gate_up", "down")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "input_norm",
+                "query_norm",
+                "key_norm",
+                "attended_norm",
+                "ffn_norm",
+                "ffn_out_norm",
+            )
+        ),
+        ("window", ctypes.c_int32),
+    )
+
+
+class Model(ctypes.Structure):
+    _fields_ = (
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "num_layers",
+                "hidden",
+                "heads",
+                "kv_heads",
+                "dim",
+                "ffn",
+                "vocab",
+                "plain_norm",
+                "qk_norm",
+                "is_embedding_half",
+            )
+        ),
+        ("eps", ctypes.c_float),
+        ("clip_qkv", ctypes.c_float),
+        ("embedding", ctypes.c_void_p),
+        ("norm", ctypes.c_void_p),
+        ("head", Linear),
+        ("layers", ctypes.POINTER(Layer)),
+    )
+
+
+class Cache(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("num_blocks", ctypes.c_int64), ("block_size", ctypes.c_int32))
+
+
+class Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("rows", "sequences", "num_logits")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "token_ids",
+                "positions",
+                "first_rows",
+                "tables",
+                "first_blocks",
+                "logits_rows",
+                "angles",
+                "logits",
+            )
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLinear:
+    """Weights as the kernels read them. `struct` points into the tensors, which live as long as this."""
+
+    struct: Linear
+    tensors: tuple[torch.Tensor, ...]
+    out_features: int
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+
+def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
+    """`weight` [out, in] float32 or float16, to panels `[out / 16, in, 16]` of the same type."""
+    out_features, in_features = weight.shape
+    padded = F.pad(weight, (0, 0, 0, -out_features % PANEL))
+    panels = padded.view(-1, PANEL, in_features).transpose(1, 2).contiguous()
+    kept = None if bias is None else bias.float().contiguous()
+    struct = Linear(
+        format=FORMATS[weight.dtype],
+        activation_bits=32,
+        in_features=in_features,
+        out_features=out_features,
+        weights=panels.data_ptr(),
+        bias=None if kept is None else kept.data_ptr(),
+    )
+    return PackedLinear(struct, (panels,) if kept is None else (panels, kept), out_features)
+
+
+class Engine:
+    """A team of threads and the buffers of one forward. One call at a time."""
+
+    def __init__(self, library: ctypes.CDLL, threads: int) -> None:
+        self._library = library
+        self._handle: int | None = library.tandem_engine_new(threads)
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.tandem_engine_delete(self._handle)
+            self._handle = None
+
+    def forward(self, model: Model, cache: Cache, batch: Batch) -> None:
+        """Fill the cache and the logits. Other threads run meanwhile."""
+        self._library.tandem_forward(
+            self._handle, ctypes.byref(model), ctypes.byref(cache), ctypes.byref(batch)
+        )
+
+    def linear(self, packed: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+        """`x` [rows, in] float32 contiguous → [rows, out] float32."""
+        width = -(-packed.out_features // PANEL) * PANEL
+        y = torch.empty(x.shape[0], width)
+        self._library.tandem_linear(
+            self._handle, ctypes.byref(packed.struct), x.data_ptr(), x.shape[0], y.data_ptr()
+        )
+        return y[:, : packed.out_features]
+
+
+_engines = threading.local()
+
+
+def engine(isa: str) -> Engine:
+    """This thread's engine, with as many threads as torch uses. Models take turns on its buffers."""
+    wanted = (isa, torch.get_num_threads())
+    if getattr(_engines, "key", None) != wanted:
+        _engines.key, _engines.value = wanted, Engine(load(isa), wanted[1])
+    found: Engine = _engines.value
+    return found
+
+
+@cache
+def load(isa: str) -> ctypes.CDLL:
+    """The checked library. Raises `NotNativeError` if it cannot be built or computes something else."""
+    found = ctypes.CDLL(str(build.library(isa)))
+    handle = ctypes.c_void_p
+    found.tandem_engine_new.restype = handle
+    found.tandem_engine_new.argtypes = (ctypes.c_int32,)
+    found.tandem_engine_delete.argtypes = (handle,)
+    found.tandem_engine_delete.restype = None
+    found.tandem_forward.argtypes = (handle, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    found.tandem_forward.restype = None
+    found.tandem_linear.argtypes = (handle, handle, handle, ctypes.c_int32, handle)
+    found.tandem_linear.restype = None
+    if found.tandem_abi() != ABI:
+        raise build.NotNativeError(f"the library has interface {found.tandem_abi()}, not {ABI}")
+    _check(found, isa)
+    return found
+
+
+def _check(library: ctypes.CDLL, isa: str) -> None:
+    """Every tile shape against torch: a kernel that is wrong on this CPU is not used."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(70, 300, generator=generator).half().float()
+    x = torch.randn(19, 300, generator=generator)
+    engine = Engine(library, 1)
+    for stored in (weight, weight.half()):
+        packed = pack_linear(stored)
+        expected = (x.double() @ weight.double().T).float()
+        for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 19):
+            got = engine.linear(packed, x[:rows].contiguous())
+            if not torch.allclose(got, expected[:rows], rtol=CHECK_TOLERANCE, atol=CHECK_TOLERANCE * 100):
+                raise build.NotNativeError(f"the {isa} kernel fails its check at {rows} rows")

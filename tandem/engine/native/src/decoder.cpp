@@ -1,0 +1,362 @@
+// A decoder of the Llama family in one call: every layer over the packed rows of a ragged batch.
+//
+// All members of the team run `forward` together: norms and rope go by rows, linear layers by outputs,
+// attention by (sequence, KV head, rows). No sum is ever split, so the team's size changes no bit.
+
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <vector>
+
+#include "attention.h"
+#include "linear.h"
+#include "pool.h"
+
+#if __has_include("quantized.h")
+#include "quantized.h"
+#endif
+
+namespace tandem {
+
+enum QkNorm : int32_t { NO_QK_NORM = 0, PER_HEAD = 1, ALL_HEADS = 2 };
+
+struct Layer {
+    Linear qkv, output, gate_up, down;
+    const float *input_norm, *query_norm, *key_norm, *attended_norm, *ffn_norm, *ffn_out_norm;  // or null
+    int32_t window;  // 0: all
+};
+
+struct Model {
+    int32_t num_layers, hidden, heads, kv_heads, dim, ffn, vocab;
+    int32_t plain_norm;  // LayerNorm without weights instead of RMSNorm
+    int32_t qk_norm;
+    int32_t is_embedding_half;
+    float eps, clip_qkv;  // clip_qkv 0: none
+    const void* embedding;  // [vocab, hidden], float or half
+    const float* norm;
+    Linear head;
+    const Layer* layers;
+};
+
+struct Cache {
+    float* data;  // [layers, 2, kv_heads, blocks, block_size, dim]
+    int64_t num_blocks;
+    int32_t block_size;
+};
+
+struct Batch {
+    int32_t rows, sequences, num_logits;
+    const int32_t* token_ids;      // [rows]
+    const int32_t* positions;      // [rows]
+    const int32_t* first_rows;     // [sequences + 1]
+    const int32_t* tables;         // block tables behind each other
+    const int32_t* first_blocks;   // [sequences]: where a sequence's table begins
+    const int32_t* logits_rows;    // [num_logits]
+    const float* angles;           // [positions, 2, dim / 2]: cosines, then sines
+    float* logits;                 // [num_logits, vocab rounded up to a panel]
+};
+
+// What a forward works in; grows to the largest batch seen.
+struct Buffers {
+    std::vector<float> x, normed, qkv, attended, projected, gate_up, activated, last;
+    std::vector<std::vector<float>> scores;  // per member
+
+    static float* grow(std::vector<float>& buffer, size_t size) {
+        if (buffer.size() < size) buffer.resize(size);
+        return buffer.data();
+    }
+};
+
+struct Work {  // some vectors of one sequence and KV head
+    int sequence, kv_head, row, rows;
+};
+
+void multiply_rows(const Linear& linear, const float* x, int ldx, int rows, float* y, int ldy, int first, int last) {
+    switch (linear.format) {
+        case F32: multiply<float>(linear, x, ldx, rows, y, ldy, first, last); break;
+        case F16: multiply<uint16_t>(linear, x, ldx, rows, y, ldy, first, last); break;
+#ifdef TANDEM_QUANTIZED
+        default: multiply_quantized(linear, x, ldx, rows, y, ldy, first, last); break;
+#endif
+    }
+    add_bias(linear, rows, y, ldy, first, last);
+}
+
+inline float sum_of_squares(const float* x, int n) {
+    f8 total = zero();
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) total = fma(load(x + i), load(x + i), total);
+    if (i < n) {
+        f8 rest = load_some(x + i, n - i);
+        total = fma(rest, rest, total);
+    }
+    return sum(total);
+}
+
+// y = x / sqrt(mean(x²) + eps) · weight; x and y may be the same.
+inline void rms_norm(const float* x, const float* weight, int n, float eps, float* y) {
+    float scale = 1.0f / std::sqrt(sum_of_squares(x, n) / float(n) + eps);
+    for (int i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
+}
+
+inline void layer_norm(const float* x, int n, float eps, float* y) {
+    float mean = 0.0f, variance = 0.0f;
+    for (int i = 0; i < n; i++) mean += x[i];
+    mean /= float(n);
+    for (int i = 0; i < n; i++) variance += (x[i] - mean) * (x[i] - mean);
+    float scale = 1.0f / std::sqrt(variance / float(n) + eps);
+    for (int i = 0; i < n; i++) y[i] = (x[i] - mean) * scale;
+}
+
+class Forward {
+   public:
+    Forward(const Model& model, const Cache& cache, const Batch& batch, Team& team, Buffers& buffers)
+        : m(model), cache(cache), b(batch), team(team), buffers(buffers) {
+        hidden = round_up(m.hidden, PANEL);
+        query = m.heads * m.dim, kv = m.kv_heads * m.dim;
+        qkv_width = round_up(query + 2 * kv, PANEL), attended_width = round_up(query, PANEL);
+        gate_up_width = round_up(2 * m.ffn, PANEL), ffn_width = round_up(m.ffn, PANEL);
+        const size_t block = std::min(b.rows, ROW_BLOCK), rows = b.rows;
+        x = Buffers::grow(buffers.x, rows * hidden);
+        qkv = Buffers::grow(buffers.qkv, rows * qkv_width);
+        attended = Buffers::grow(buffers.attended, rows * attended_width);
+        normed = Buffers::grow(buffers.normed, block * hidden);
+        projected = Buffers::grow(buffers.projected, block * hidden);
+        gate_up = Buffers::grow(buffers.gate_up, block * gate_up_width);
+        activated = Buffers::grow(buffers.activated, block * ffn_width);
+        last = Buffers::grow(buffers.last, size_t(b.num_logits) * hidden);
+        int longest = 0;
+        for (int i = 0; i < b.rows; i++) longest = std::max(longest, b.positions[i] + 1);
+        scores_stride = round_up(longest, LANES);
+        buffers.scores.resize(team.size());
+        for (auto& scores : buffers.scores) Buffers::grow(scores, MAX_VECTORS * scores_stride);
+        plan_attention();
+    }
+
+    void run(int member) {
+        embed(member);
+        for (int layer = 0; layer < m.num_layers; layer++) {
+            const Layer& l = m.layers[layer];
+            for (int row = 0; row < b.rows; row += ROW_BLOCK) project(l, layer, row, block_rows(row), member);
+            team.barrier();
+            for (size_t i = member; i < work.size(); i += team.size()) attend_some(l, layer, work[i], member);
+            team.barrier();
+            for (int row = 0; row < b.rows; row += ROW_BLOCK) finish(l, row, block_rows(row), member);
+        }
+        judge(member);
+    }
+
+   private:
+    const Model& m;
+    const Cache& cache;
+    const Batch& b;
+    Team& team;
+    Buffers& buffers;
+    int hidden, query, kv, qkv_width, attended_width, gate_up_width, ffn_width;
+    size_t scores_stride;
+    float *x, *qkv, *attended, *normed, *projected, *gate_up, *activated, *last;
+    std::vector<Work> work;
+
+    int block_rows(int row) const { return std::min(ROW_BLOCK, b.rows - row); }
+    Share rows_of(int rows, int member) const { return Share(rows, member, team.size()); }
+
+    void plan_attention() {
+        const int rows_at_once = std::max(1, 16 / (m.heads / m.kv_heads));
+        for (int s = 0; s < b.sequences; s++)
+            for (int head = 0; head < m.kv_heads; head++)
+                for (int row = b.first_rows[s]; row < b.first_rows[s + 1]; row += rows_at_once)
+                    work.push_back({s, head, row, std::min(rows_at_once, b.first_rows[s + 1] - row)});
+    }
+
+    void linear(const Linear& l, const float* from, int ld_from, int rows, float* to, int ld_to, int member) {
+        Share panels(round_up(l.out, PANEL) / PANEL, member, team.size(), 4);
+        multiply_rows(l, from, ld_from, rows, to, ld_to, panels.first, panels.last);
+    }
+
+    void norm(const float* from, const float* weight, float* to) const {
+        if (m.plain_norm) layer_norm(from, m.hidden, m.eps, to);
+        else rms_norm(from, weight, m.hidden, m.eps, to);
+    }
+
+    bool has(const float* weight) const { return weight != nullptr; }
+
+    void embed(int member) {
+        Share rows = rows_of(b.rows, member);
+        for (int row = rows.first; row < rows.last; row++) {
+            float* to = x + size_t(row) * hidden;
+            const size_t from = size_t(b.token_ids[row]) * m.hidden;
+            if (!m.is_embedding_half) {
+                std::copy_n(static_cast<const float*>(m.embedding) + from, m.hidden, to);
+                continue;
+            }
+            uint16_t padded[LANES] = {};
+            const uint16_t* half = static_cast<const uint16_t*>(m.embedding) + from;
+            int i = 0;
+            for (; i + LANES <= m.hidden; i += LANES) store(to + i, load_half(half + i));
+            std::copy_n(half + i, m.hidden - i, padded);
+            float rest[LANES];
+            store(rest, load_half(padded));
+            std::copy_n(rest, m.hidden - i, to + i);
+        }
+        team.barrier();
+    }
+
+    // Queries, keys and values of some rows; keys and values go to the cache.
+    void project(const Layer& l, int layer, int row, int rows, int member) {
+        const float* from = x + size_t(row) * hidden;
+        Share mine = rows_of(rows, member);
+        if (m.plain_norm || has(l.input_norm)) {
+            for (int r = mine.first; r < mine.last; r++)
+                norm(from + size_t(r) * hidden, l.input_norm, normed + size_t(r) * hidden);
+            team.barrier();
+            from = normed;
+        }
+        linear(l.qkv, from, hidden, rows, qkv + size_t(row) * qkv_width, qkv_width, member);
+        team.barrier();
+        for (int r = row + mine.first; r < row + mine.last; r++) place(l, layer, r);
+    }
+
+    // Normalize, turn and store one row's heads.
+    void place(const Layer& l, int layer, int row) {
+        float *q = qkv + size_t(row) * qkv_width, *k = q + query, *v = k + kv;
+        if (m.clip_qkv > 0)
+            for (int i = 0; i < query + 2 * kv; i++) q[i] = std::min(std::max(q[i], -m.clip_qkv), m.clip_qkv);
+        if (m.qk_norm == ALL_HEADS) {
+            rms_norm(q, l.query_norm, query, m.eps, q);
+            rms_norm(k, l.key_norm, kv, m.eps, k);
+        }
+        for (int h = 0; h < m.heads + m.kv_heads; h++) {
+            float* head = q + h * m.dim;
+            if (m.qk_norm == PER_HEAD) rms_norm(head, h < m.heads ? l.query_norm : l.key_norm, m.dim, m.eps, head);
+            turn(head, b.positions[row]);
+        }
+        const float scale = 1.0f / std::sqrt(float(m.dim));
+        for (int i = 0; i < query; i++) q[i] *= scale;
+        const size_t slot = slot_of(row);
+        for (int h = 0; h < m.kv_heads; h++) {
+            std::copy_n(k + h * m.dim, m.dim, head_data(layer, 0, h) + slot * m.dim);
+            std::copy_n(v + h * m.dim, m.dim, head_data(layer, 1, h) + slot * m.dim);
+        }
+    }
+
+    void turn(float* head, int position) const {
+        const int half = m.dim / 2;
+        const float *cos = b.angles + size_t(position) * m.dim, *sin = cos + half;
+        for (int i = 0; i < half; i++) {
+            float a = head[i], c = head[i + half];
+            head[i] = a * cos[i] - c * sin[i];
+            head[i + half] = c * cos[i] + a * sin[i];
+        }
+    }
+
+    size_t slot_of(int row) const {
+        int s = std::upper_bound(b.first_rows, b.first_rows + b.sequences, row) - b.first_rows - 1;
+        int position = b.positions[row];
+        return size_t(b.tables[b.first_blocks[s] + position / cache.block_size]) * cache.block_size +
+               position % cache.block_size;
+    }
+
+    float* head_data(int layer, int which, int head) const {
+        size_t index = (size_t(layer) * 2 + which) * m.kv_heads + head;
+        return cache.data + index * cache.num_blocks * cache.block_size * m.dim;
+    }
+
+    void attend_some(const Layer& l, int layer, const Work& w, int member) {
+        const int group = m.heads / m.kv_heads;
+        Context context{head_data(layer, 0, w.kv_head), head_data(layer, 1, w.kv_head),
+                        b.tables + b.first_blocks[w.sequence], cache.block_size, m.dim};
+        for (int first = 0; first < group; first += MAX_VECTORS) {  // a group larger than a tile goes in parts
+            const size_t head = size_t(w.kv_head * group + first) * m.dim;
+            Queries queries{w.rows, std::min(MAX_VECTORS, group - first), b.positions[w.row], l.window,
+                            qkv + size_t(w.row) * qkv_width + head, attended + size_t(w.row) * attended_width + head,
+                            size_t(qkv_width), size_t(attended_width)};
+            attend(context, queries, buffers.scores[member].data(), scores_stride);
+        }
+    }
+
+    // Add what attention found to some rows, then the FFN's answer.
+    void finish(const Layer& l, int row, int rows, int member) {
+        float* to = x + size_t(row) * hidden;
+        linear(l.output, attended + size_t(row) * attended_width, attended_width, rows, projected, hidden, member);
+        add_projected(l.attended_norm, to, rows, member);
+        const float* from = to;
+        Share mine = rows_of(rows, member);
+        if (m.plain_norm || has(l.ffn_norm)) {
+            for (int r = mine.first; r < mine.last; r++)
+                norm(to + size_t(r) * hidden, l.ffn_norm, normed + size_t(r) * hidden);
+            team.barrier();
+            from = normed;
+        }
+        linear(l.gate_up, from, hidden, rows, gate_up, gate_up_width, member);
+        team.barrier();
+        for (int r = mine.first; r < mine.last; r++) activate(r);
+        team.barrier();
+        linear(l.down, activated, ffn_width, rows, projected, hidden, member);
+        add_projected(l.ffn_out_norm, to, rows, member);
+    }
+
+    // x += projected, or its norm.
+    void add_projected(const float* weight, float* to, int rows, int member) {
+        team.barrier();
+        Share mine = rows_of(rows, member);
+        for (int r = mine.first; r < mine.last; r++) {
+            float *from = projected + size_t(r) * hidden, *sum = to + size_t(r) * hidden;
+            if (has(weight)) rms_norm(from, weight, m.hidden, m.eps, from);
+            for (int i = 0; i < m.hidden; i++) sum[i] += from[i];
+        }
+        team.barrier();
+    }
+
+    // silu(gate) · up. A run's last lanes may reach into what follows; nobody reads what they give.
+    void activate(int row) {
+        const float *gate = gate_up + size_t(row) * gate_up_width, *up = gate + m.ffn;
+        float* to = activated + size_t(row) * ffn_width;
+        for (int i = 0; i < m.ffn; i += LANES) {
+            f8 g = load(gate + i);
+            f8 e = exp(sub(zero(), g));
+            store(to + i, mul(div(g, add(set1(1.0f), e)), load(up + i)));
+        }
+    }
+
+    void judge(int member) {
+        Share mine = rows_of(b.num_logits, member);
+        for (int i = mine.first; i < mine.last; i++)
+            norm(x + size_t(b.logits_rows[i]) * hidden, m.norm, last + size_t(i) * hidden);
+        team.barrier();
+        linear(m.head, last, hidden, b.num_logits, b.logits, round_up(m.vocab, PANEL), member);
+    }
+};
+
+struct Engine {
+    explicit Engine(int threads) : team(threads) {}
+    Team team;
+    Buffers buffers;
+};
+
+}  // namespace tandem
+
+extern "C" {
+
+// Bumped with every change of a struct or function below.
+int32_t tandem_abi() { return 1; }
+
+void* tandem_engine_new(int32_t threads) { return new tandem::Engine(threads); }
+void tandem_engine_delete(void* engine) { delete static_cast<tandem::Engine*>(engine); }
+
+// One forward at a time per engine. Arguments must be in range; nothing is checked here.
+void tandem_forward(void* engine, const tandem::Model* model, const tandem::Cache* cache, const tandem::Batch* batch) {
+    auto& e = *static_cast<tandem::Engine*>(engine);
+    tandem::Forward forward(*model, *cache, *batch, e.team, e.buffers);
+    e.team.run([&](int member) { forward.run(member); });
+}
+
+// y [rows, out rounded up to a panel] = x [rows, in] · weightsᵀ + bias.
+void tandem_linear(void* engine, const tandem::Linear* linear, const float* x, int32_t rows, float* y) {
+    auto& team = static_cast<tandem::Engine*>(engine)->team;
+    const int width = tandem::round_up(linear->out, tandem::PANEL);
+    team.run([&](int member) {
+        tandem::Share panels(width / tandem::PANEL, member, team.size(), 4);
+        tandem::multiply_rows(*linear, x, linear->in, rows, y, width, panels.first, panels.last);
+    });
+}
+}

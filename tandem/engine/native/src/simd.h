@@ -1,0 +1,156 @@
+// Lanes of floats with the same bits on every machine.
+//
+// All arithmetic here is IEEE single precision in an order fixed by the code, with explicit fused
+// multiply-adds, so AVX-512, AVX2 and plain C++ give equal results (compile with -ffp-contract=off).
+//
+//   f8    8 lanes   attention, norms, activations
+//   p16   16 lanes  one panel of a linear layer's outputs
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define TANDEM_AVX2 1
+#include <immintrin.h>
+#if defined(__AVX512F__)
+#define TANDEM_AVX512 1
+#endif
+#endif
+
+namespace tandem {
+
+constexpr int LANES = 8;
+constexpr int PANEL = 16;
+
+inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+#if TANDEM_AVX2
+
+struct f8 { __m256 v; };
+inline f8 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline void store(float* p, f8 a) { _mm256_storeu_ps(p, a.v); }
+inline f8 set1(float x) { return {_mm256_set1_ps(x)}; }
+inline f8 add(f8 a, f8 b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline f8 sub(f8 a, f8 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline f8 mul(f8 a, f8 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline f8 div(f8 a, f8 b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline f8 fma(f8 a, f8 b, f8 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+// If `b` is not a number these return it, as minps and maxps do.
+inline f8 max(f8 a, f8 b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline f8 min(f8 a, f8 b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline f8 round_even(f8 a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// Lanes of `a` where x < limit become zero.
+inline f8 zero_below(f8 a, f8 x, f8 limit) {
+    return {_mm256_andnot_ps(_mm256_cmp_ps(x.v, limit.v, _CMP_LT_OQ), a.v)};
+}
+// a · 2^n for whole n in [-126, 127].
+inline f8 scale_by_power(f8 a, f8 n) {
+    __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+    return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(bits))};
+}
+inline f8 load_half(const uint16_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+// ((0+1)+(2+3)) + ((4+5)+(6+7)) of four vectors at once, to four floats.
+inline void sum4(f8 a, f8 b, f8 c, f8 d, float* out) {
+    __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
+#else
+
+struct f8 { float v[LANES]; };
+#define TANDEM_EACH(expression) f8 r; for (int i = 0; i < LANES; i++) r.v[i] = (expression); return r
+inline f8 load(const float* p) { f8 r; std::memcpy(r.v, p, sizeof r.v); return r; }
+inline void store(float* p, f8 a) { std::memcpy(p, a.v, sizeof a.v); }
+inline f8 set1(float x) { TANDEM_EACH(x); }
+inline f8 add(f8 a, f8 b) { TANDEM_EACH(a.v[i] + b.v[i]); }
+inline f8 sub(f8 a, f8 b) { TANDEM_EACH(a.v[i] - b.v[i]); }
+inline f8 mul(f8 a, f8 b) { TANDEM_EACH(a.v[i] * b.v[i]); }
+inline f8 div(f8 a, f8 b) { TANDEM_EACH(a.v[i] / b.v[i]); }
+inline f8 fma(f8 a, f8 b, f8 c) { TANDEM_EACH(std::fma(a.v[i], b.v[i], c.v[i])); }
+inline f8 max(f8 a, f8 b) { TANDEM_EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+inline f8 min(f8 a, f8 b) { TANDEM_EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+inline f8 round_even(f8 a) { TANDEM_EACH(std::nearbyint(a.v[i])); }
+inline f8 zero_below(f8 a, f8 x, f8 limit) { TANDEM_EACH(x.v[i] < limit.v[i] ? 0.0f : a.v[i]); }
+inline f8 scale_by_power(f8 a, f8 n) { TANDEM_EACH(std::isnan(n.v[i]) ? n.v[i] : std::ldexp(a.v[i], int(n.v[i]))); }
+inline float half_to_float(uint16_t h) {
+    uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023;
+    if (exponent == 0) return (sign ? -1.0f : 1.0f) * std::ldexp(float(mantissa), -24);
+    uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+    float f;
+    std::memcpy(&f, &bits, sizeof f);
+    return f;
+}
+inline f8 load_half(const uint16_t* p) { TANDEM_EACH(half_to_float(p[i])); }
+inline float sum_of(f8 a) {
+    return ((a.v[0] + a.v[1]) + (a.v[2] + a.v[3])) + ((a.v[4] + a.v[5]) + (a.v[6] + a.v[7]));
+}
+inline void sum4(f8 a, f8 b, f8 c, f8 d, float* out) {
+    out[0] = sum_of(a), out[1] = sum_of(b), out[2] = sum_of(c), out[3] = sum_of(d);
+}
+#undef TANDEM_EACH
+
+#endif
+
+inline f8 zero() { return set1(0.0f); }
+
+inline float sum(f8 a) {
+    float out[4];
+    sum4(a, a, a, a, out);
+    return out[0];
+}
+
+// The first `n` < 8 floats, then zeros.
+inline f8 load_some(const float* p, int n) {
+    float padded[LANES] = {};
+    std::memcpy(padded, p, n * sizeof(float));
+    return load(padded);
+}
+
+// e^x within 2 units in the last place; 0 below -87.3; x above 88 counts as 88; NaN stays.
+inline f8 exp(f8 x) {
+    const f8 low = set1(-87.3f);
+    f8 clamped = min(set1(88.0f), max(low, x));
+    f8 n = round_even(mul(clamped, set1(1.44269504f)));
+    f8 r = fma(n, set1(-0.693359375f), clamped);
+    r = fma(n, set1(2.12194440e-4f), r);
+    f8 p = set1(1.9875691500e-4f);
+    p = fma(p, r, set1(1.3981999507e-3f));
+    p = fma(p, r, set1(8.3334519073e-3f));
+    p = fma(p, r, set1(4.1665795894e-2f));
+    p = fma(p, r, set1(1.6666665459e-1f));
+    p = fma(p, r, set1(5.0000001201e-1f));
+    p = fma(mul(r, r), p, add(r, set1(1.0f)));
+    return zero_below(scale_by_power(p, n), x, low);
+}
+
+#if TANDEM_AVX512
+
+struct p16 { __m512 v; };
+struct b16 { __m512 v; };  // one number in every lane
+inline p16 load16(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline p16 load16(const uint16_t* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void store16(float* p, p16 a) { _mm512_storeu_ps(p, a.v); }
+inline p16 zero16() { return {_mm512_setzero_ps()}; }
+inline b16 broadcast16(const float* p) { return {_mm512_set1_ps(*p)}; }
+inline p16 fma(p16 w, b16 x, p16 acc) { return {_mm512_fmadd_ps(w.v, x.v, acc.v)}; }
+
+#else
+
+struct p16 { f8 lo, hi; };
+struct b16 { f8 v; };
+inline p16 load16(const float* p) { return {load(p), load(p + LANES)}; }
+inline p16 load16(const uint16_t* p) { return {load_half(p), load_half(p + LANES)}; }
+inline void store16(float* p, p16 a) { store(p, a.lo), store(p + LANES, a.hi); }
+inline p16 zero16() { return {zero(), zero()}; }
+inline b16 broadcast16(const float* p) { return {set1(*p)}; }
+inline p16 fma(p16 w, b16 x, p16 acc) { return {fma(w.lo, x.v, acc.lo), fma(w.hi, x.v, acc.hi)}; }
+
+#endif
+
+}  // namespace tandem

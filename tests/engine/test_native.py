@@ -1,0 +1,177 @@
+"""The C++ kernels:  same bits from every instruction set and team, and a clear word where they cannot run."""
+
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.engine.batch import SequenceRows
+from tandem.engine.model_runner import ModelRunner
+from tandem.engine.native import build, library
+from tandem.engine.native.build import NotNativeError
+from tandem.engine.paged_cache import PagedCache
+from tandem.errors import ConfigError
+
+PROMPT = torch.randint(3, 160, (60,), generator=torch.Generator().manual_seed(5)).tolist()
+BEST = build.instruction_set()
+
+
+@pytest.fixture(scope="module")
+def engines():
+    """One per team: a lone thread, and three on whatever cores there are."""
+    return [library.Engine(library.load(BEST), threads) for threads in (1, 3)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 130),
+    out_features=st.integers(1, 100),
+    in_features=st.integers(1, 600),
+    half=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_row_has_the_same_bits_in_every_batch(engines, rows, out_features, in_features, half, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator).half()
+    packed = library.pack_linear(weight if half else weight.float(), torch.randn(out_features))
+    x = torch.randn(rows, in_features, generator=generator)
+    alone, team = engines
+    together = alone.linear(packed, x)
+    assert torch.equal(team.linear(packed, x), together)
+    row = seed % rows
+    assert torch.equal(alone.linear(packed, x[row : row + 1].contiguous())[0], together[row])
+
+
+def test_storage_changes_no_bit(engines):
+    """Half-precision weights are converted exactly."""
+    weight, x = torch.randn(33, 257).half(), torch.randn(9, 257)
+    half, single = (library.pack_linear(stored) for stored in (weight, weight.float()))
+    assert torch.equal(engines[0].linear(half, x), engines[0].linear(single, x))
+    assert half.num_bytes * 2 == single.num_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama3", "llama-linear", "mistral", "qwen3", "olmo", "olmo2"])
+def test_plain_and_vector_code_give_the_same_bits(saved_model, monkeypatch, name):
+    path = saved_model(name, True)[1]
+    logits = []
+    for isa in ("plain", BEST):
+        monkeypatch.setenv("TANDEM_NATIVE", isa)
+        runner = ModelRunner.load(path, num_blocks=8, block_size=16, implementation="native")
+        assert runner.implementation_reason == f"kernels for {isa}"
+        first = runner.forward(runner.batch([SequenceRows(PROMPT[:50], 0, range(4), 50)]))
+        second = runner.forward(runner.batch([SequenceRows(PROMPT[50:], 50, range(4), 10)]))
+        logits.append(torch.cat([first, second]))
+    assert BEST != "plain"
+    assert torch.equal(*logits)
+
+
+def test_an_extreme_row_is_not_hidden(make_runner):
+    """NaN and infinity in the cache reach the logits, where they are noticed, and no other sequence."""
+    runner = make_runner("llama3", implementation="native")
+    rows = [SequenceRows(PROMPT[:20], 0, [i * 2, i * 2 + 1]) for i in range(2)]
+    runner.forward(runner.batch(rows))
+    step = runner.batch([SequenceRows([7], 20, [i * 2, i * 2 + 1]) for i in range(2)])
+    good = runner.forward(step)[1]
+    for poison in (b"\xff\xff\xff\xff", b"\x00\x00\x80\x7f"):
+        runner.cache.write_blocks([0], poison * (runner.cache.block_bytes // 4))
+        spoiled = runner.forward(step)
+        assert not spoiled[0].isfinite().all()
+        assert torch.equal(spoiled[1], good)
+
+
+@pytest.mark.parametrize("tokens", [[160], [-1], [3, 1 << 20]])
+def test_tokens_outside_the_vocabulary_are_refused(make_runner, tokens):
+    runner = make_runner("llama3", implementation="native")
+    with pytest.raises(ValueError, match=r"token ids must be in \[0, 160\)"):
+        runner.forward(runner.batch([SequenceRows(tokens, 0, [0])]))
+
+
+@pytest.mark.parametrize(("start", "table"), [(15, [0]), (0, []), (0, [64]), (0, [-1])])
+def test_rows_without_blocks_are_refused(make_runner, start, table):
+    runner = make_runner("llama3", implementation="native")
+    with pytest.raises(ValueError, match=r"do not fit in|block ids must be in"):
+        runner.batch([SequenceRows([5, 6], start, table)])
+
+
+def load(path, implementation="auto"):
+    return ModelRunner.load(path, num_blocks=8, block_size=16, implementation=implementation)
+
+
+def test_without_a_compiler_torch_runs_and_says_so(saved_model, monkeypatch, tmp_path):
+    path = saved_model("llama3")[1]
+    library.load.cache_clear()
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    runner = load(path)
+    assert runner.implementation == "lean"
+    assert "no C++ compiler" in runner.implementation_reason
+    with pytest.raises(
+        ConfigError, match="implementation native cannot run here: there is no C\\+\\+ compiler"
+    ):
+        load(path, "native")
+
+
+def test_a_compiler_that_fails_is_quoted(saved_model, monkeypatch, tmp_path):
+    compiler = tmp_path / "cxx"
+    compiler.write_text("#!/bin/sh\necho cannot do that >&2\nexit 3\n")
+    compiler.chmod(0o700)
+    library.load.cache_clear()
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(compiler))
+    assert "failed: cannot do that" in load(saved_model("llama3")[1]).implementation_reason
+
+
+def test_off_means_torch(saved_model, monkeypatch):
+    monkeypatch.setenv("TANDEM_NATIVE", "off")
+    assert load(saved_model("llama3")[1]).implementation == "lean"
+    monkeypatch.setenv("TANDEM_NATIVE", "sse9")
+    with pytest.raises(ConfigError, match="TANDEM_NATIVE must be auto, off, avx512, avx2, plain, not sse9"):
+        load(saved_model("llama3")[1])
+
+
+def test_a_cache_that_others_can_write_is_not_used(monkeypatch, tmp_path):
+    """What lies there is run."""
+    folder = tmp_path / "open"
+    folder.mkdir()
+    folder.chmod(0o777)
+    monkeypatch.setenv("TANDEM_CACHE", str(folder))
+    with pytest.raises(NotNativeError, match="writable by nobody else"):
+        build.library(BEST)
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "new"))
+    assert stat.S_IMODE(build.cache_folder().stat().st_mode) == 0o700
+    assert build.cache_folder().stat().st_uid == os.getuid()
+
+
+def test_a_library_is_built_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "_compile", lambda compiler, isa, file: file.write_bytes(b"built"))
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
+    first = build.library("plain")
+    monkeypatch.setattr(build, "_compile", lambda *_: pytest.fail("built again"))
+    assert build.library("plain") == first
+    monkeypatch.setattr(build, "FLAGS", (*build.FLAGS, "-DCHANGED"))
+    assert first not in (first.parent / f"native-plain-{build._recipe('g++', 'plain')}.so",)
+
+
+def test_threads_share_a_model(make_runner):
+    """Two workers in one process, each with its own cache, at the same time."""
+    shared = make_runner("qwen3", implementation="native")
+    runners = [
+        ModelRunner(shared._model, shared.geometry, PagedCache(shared.geometry, 8, 16), {}) for _ in range(2)
+    ]
+
+    def complete(runner, prompt):
+        for _ in range(30):
+            logits = runner.forward(runner.batch([SequenceRows(prompt, 0, range(4))]))
+        return logits
+
+    prompts = PROMPT, PROMPT[::-1]
+    expected = [complete(*pair) for pair in zip(runners, prompts, strict=True)]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(complete, runners, prompts))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
