@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 
 from deploy.models import resolve_model
 from tandem.config import BUNDLED_MODELS, ClusterConfig
+from tandem.engine.implementation import settle
 from tandem.errors import ConfigError
 
 
@@ -32,7 +34,8 @@ def load_config(
     router = values.setdefault("router", {})
     router.setdefault("host", host)
     router.setdefault("port", port)
-    return ClusterConfig.from_dict(values)
+    config = ClusterConfig.from_dict(values)
+    return replace(config, model=settle(config.model))
 
 
 def _speculation(draft: str | None, is_bundled: bool) -> dict[str, Any]:

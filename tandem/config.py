@@ -24,6 +24,7 @@ from tandem.errors import ConfigError
 from tandem.geometry import DTYPE_BYTES
 
 MIB = 1 << 20
+IMPLEMENTATIONS = ("auto", "native", "lean", "transformers")
 BUNDLED_MODELS = Path(__file__).parent / "models"
 
 
@@ -45,12 +46,17 @@ class ModelConfig:
     path: Path = BUNDLED_MODELS / "target"
     name: str = ""  # what clients call it; the folder's name by default
     dtype: str = "float32"  # of activations and KV
+    implementation: str = "auto"  # auto | native | lean | transformers (tandem.engine.implementation)
     linear: str = "auto"  # auto | fp32 | fp16: storage of linear weights on a CPU (tandem.engine.linear)
 
     def __post_init__(self) -> None:
         _check(
             self.dtype in DTYPE_BYTES,
             f"model dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype}",
+        )
+        _check(
+            self.implementation in IMPLEMENTATIONS,
+            f"model implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {self.implementation}",
         )
         _check(
             self.linear in ("auto", "fp32", "fp16"),

@@ -17,13 +17,13 @@ SAMPLE_BYTES = 4096
 
 
 def model_fingerprint(config: ClusterConfig) -> bytes:
-    """SHA-256 over configuration, tokenizer, weights, their storage, dtype, KV layout and block size.
+    """SHA-256 over configuration, tokenizer, weights, what runs them, dtype, KV layout and block size.
 
     Weights count by their size, their header and 64 evenly spread samples of 4 KiB, so that a
     checkpoint of many gigabytes is named in milliseconds.
     """
-    model = f"{config.model.dtype}|{config.model.linear}"
-    digest = hashlib.sha256(f"v2|{model}|{config.cache.block_size}|{KV_LAYOUT}".encode())
+    model = f"{config.model.dtype}|{config.model.implementation}|{config.model.linear}"
+    digest = hashlib.sha256(f"v3|{model}|{config.cache.block_size}|{KV_LAYOUT}".encode())
     digest.update(checkpoint_digest(config.model.path))
     if config.speculation.draft_path is not None:
         digest.update(checkpoint_digest(config.speculation.draft_path))

@@ -12,15 +12,12 @@ import torch
 
 from tandem.engine.batch import SequenceRows
 from tandem.engine.checkpoint import read_config
-from tandem.engine.lean.config import LeanConfig, NotLeanError
+from tandem.engine.implementation import choose
+from tandem.engine.lean.config import LeanConfig
 from tandem.engine.lean.decoder import LeanDecoder
 from tandem.engine.linear import LinearChoice
-from tandem.engine.native.build import NotNativeError
 from tandem.engine.native.decoder import NativeDecoder
 from tandem.engine.paged_cache import PagedCache
-from tandem.errors import ConfigError
-
-IMPLEMENTATIONS = ("auto", "native", "lean", "transformers")
 
 
 class Batch(Protocol):
@@ -53,36 +50,13 @@ def load_decoder(
     path: Path, dtype: torch.dtype, linear: str, device: torch.device | str, implementation: str
 ) -> Decoder:
     """Open a local checkpoint. Raises `ConfigError` for what cannot be served."""
-    if implementation not in IMPLEMENTATIONS:
-        raise ConfigError(f"implementation must be one of {IMPLEMENTATIONS}, not {implementation}")
     raw = read_config(path)
-    reason = "asked for"
-    if implementation != "transformers":
-        try:
-            if dtype != torch.float32 or torch.device(device).type != "cpu":
-                raise NotLeanError("the lean decoder computes in float32 on a CPU")
-            config = LeanConfig.parse(raw)
-        except NotLeanError as error:
-            if implementation != "auto":
-                raise ConfigError(f"{path} needs implementation transformers: {error}") from error
-            reason = str(error)
-        else:
-            return _known_family(path, config, raw, linear, implementation)
+    dtype_name, device_name = str(dtype).removeprefix("torch."), torch.device(device).type
+    name, reason = choose(path, raw, implementation, dtype_name, device_name)
+    if name == "native":
+        return NativeDecoder.load(path, LeanConfig.parse(raw), raw, linear)
+    if name == "lean":
+        return LeanDecoder.load(path, LeanConfig.parse(raw), raw, linear, reason)
     from tandem.engine.transformers_decoder import TransformersDecoder  # two seconds and more to import
 
     return TransformersDecoder.load(path, dtype, linear, device, reason)
-
-
-def _known_family(
-    path: Path, config: LeanConfig, raw: dict[str, Any], linear: str, implementation: str
-) -> Decoder:
-    """By own kernels where they can run, else by torch's."""
-    reason = "asked for"
-    if implementation != "lean":
-        try:
-            return NativeDecoder.load(path, config, raw, linear)
-        except NotNativeError as error:
-            if implementation == "native":
-                raise ConfigError(f"implementation native cannot run here: {error}") from error
-            reason = f"no own kernels: {error}"
-    return LeanDecoder.load(path, config, raw, linear, reason)

@@ -53,6 +53,7 @@ def _load(config: ClusterConfig, path: Path, num_blocks: int) -> ModelRunner:
         path,
         dtype=config.model.dtype,
         linear=config.model.linear,
+        implementation=config.model.implementation if path == config.model.path else "auto",
         num_blocks=num_blocks,
         block_size=config.cache.block_size,
     )

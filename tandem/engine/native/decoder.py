@@ -46,13 +46,11 @@ class NativeDecoder:
 
     @classmethod
     def load(cls, path: Path, config: LeanConfig, raw: dict[str, Any], linear: str) -> NativeDecoder:
-        """Open a checkpoint whose config was parsed.
+        """Open a checkpoint whose config was parsed, where the kernels can run.
 
-        Raises `ConfigError` for weights that do not fit it, `NotNativeError` if the kernels cannot run here.
+        Raises `ConfigError` for weights that do not fit it, or kernels that fail their check.
         """
         isa = build.instruction_set()
-        if config.geometry.head_dim % 8:
-            raise build.NotNativeError(f"head_dim {config.geometry.head_dim} is no multiple of 8")
         library.load(isa)
         with Weights(path) as weights:
             weights.check(dict(tensor_shapes(config)), frozenset({HEAD}) if config.tied else frozenset())

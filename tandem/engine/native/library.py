@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tandem.engine.native import build
+from tandem.errors import ConfigError
 
 PANEL = 16  # outputs that lie together
 ABI = 1
@@ -171,7 +172,7 @@ def engine(isa: str) -> Engine:
 
 @cache
 def load(isa: str) -> ctypes.CDLL:
-    """The checked library. Raises `NotNativeError` if it cannot be built or computes something else."""
+    """The library. Raises `NotNativeError` if it cannot be built, `ConfigError` if it fails its check."""
     found = ctypes.CDLL(str(build.library(isa)))
     handle = ctypes.c_void_p
     found.tandem_engine_new.restype = handle
@@ -183,7 +184,7 @@ def load(isa: str) -> ctypes.CDLL:
     found.tandem_linear.argtypes = (handle, handle, handle, ctypes.c_int32, handle)
     found.tandem_linear.restype = None
     if found.tandem_abi() != ABI:
-        raise build.NotNativeError(f"the library has interface {found.tandem_abi()}, not {ABI}")
+        raise ConfigError(f"the library has interface {found.tandem_abi()}, not {ABI}")
     _check(found, isa)
     return found
 
@@ -200,4 +201,6 @@ def _check(library: ctypes.CDLL, isa: str) -> None:
         for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 19):
             got = engine.linear(packed, x[:rows].contiguous())
             if not torch.allclose(got, expected[:rows], rtol=CHECK_TOLERANCE, atol=CHECK_TOLERANCE * 100):
-                raise build.NotNativeError(f"the {isa} kernel fails its check at {rows} rows")
+                raise ConfigError(
+                    f"the {isa} kernels fail their check at {rows} rows on this CPU; set TANDEM_NATIVE=off"
+                )

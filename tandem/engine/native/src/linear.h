@@ -27,7 +27,7 @@ struct Linear {
 
 constexpr int K_CHUNK = 256;       // inputs of a panel that are unpacked at once: 16 KiB
 constexpr int ROW_BLOCK = 96;      // rows that share an unpacked panel
-constexpr int FEW_ROWS = 8;        // up to here weights are converted in registers, row tile by row tile
+constexpr int FEW_ROWS = 12;       // up to here weights are converted in registers, row tile by row tile
 
 // R rows against P panels; `w` is [P][k_count][16] with `panel_stride` elements from panel to panel.
 template <int R, int P, class W>

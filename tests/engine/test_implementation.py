@@ -1,0 +1,48 @@
+"""What runs a checkpoint is settled once, before any worker starts, and is part of the model's name."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tandem.config import ClusterConfig, ModelConfig
+from tandem.engine.implementation import settle
+from tandem.errors import ConfigError
+from tandem.fingerprint import model_fingerprint
+
+
+def model(path, **changes):
+    return ModelConfig(path=path, **changes)
+
+
+def test_auto_becomes_what_runs_here(saved_model, monkeypatch):
+    llama, gemma = saved_model("llama3")[1], saved_model("gemma2")[1]
+    assert settle(model(llama)).implementation == "native"
+    assert settle(model(llama, dtype="bfloat16")).implementation == "transformers"
+    assert settle(model(gemma)).implementation == "transformers"
+    assert settle(model(llama, implementation="lean")).implementation == "lean"
+    monkeypatch.setenv("TANDEM_NATIVE", "off")
+    assert settle(model(llama)).implementation == "lean"
+
+
+def test_unlike_implementations_never_share_kv(saved_model):
+    """Their sums differ in the last bits, so a pair of unlike workers would not be exact."""
+    base = ClusterConfig(model=model(saved_model("llama3")[1]))
+    names = [
+        model_fingerprint(replace(base, model=replace(base.model, implementation=name)))
+        for name in ("native", "lean", "transformers")
+    ]
+    assert len(set(names)) == 3
+
+
+def test_an_unknown_name_is_refused(saved_model):
+    with pytest.raises(ConfigError, match="must be one of auto, native, lean, transformers, not fast"):
+        model(saved_model("llama3")[1], implementation="fast")
+
+
+def test_settling_does_not_load_torch():
+    """The command line settles it before it starts the workers."""
+    code = "import sys, tandem.engine.implementation; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=Path(__file__).parents[2])
