@@ -20,6 +20,7 @@ from tandem.engine.lean.shapes import EMBEDDING, HEAD, tensor_shapes
 from tandem.engine.lean.weights import Weights
 from tandem.engine.linear import LinearChoice, fits_fp16
 from tandem.engine.native import build, library
+from tandem.engine.native.arena import Arena
 from tandem.engine.native.batch import NativeBatch
 from tandem.engine.paged_cache import PagedCache
 
@@ -104,11 +105,12 @@ class _Loader:
         self.choices: dict[str, LinearChoice] = {}
         self._weights = weights
         self._wanted = wanted
+        self._arena = Arena()
         self._kept: list[torch.Tensor] = []
         self._names = {name for name, _ in tensor_shapes(config)}
         layers = [self._layer(index) for index in range(config.geometry.num_layers)]
         self._layers = (library.Layer * len(layers))(*layers)
-        self._embedding = self._stored(weights.get(EMBEDDING)).clone()
+        self._embedding = self._arena.keep(self._stored(weights.get(EMBEDDING)))
         self._norm = self._vector("model.norm")
         tied = [EMBEDDING.removesuffix(".weight")] if config.tied else None
         self._head = self._linear("lm_head", tied)
@@ -172,7 +174,7 @@ class _Loader:
             self.choices[name] = LinearChoice(
                 "native-fp32", "weights need single precision" if self._wanted == "auto" else reason
             )
-        packed = library.pack_linear(weight, bias)
+        packed = library.pack_linear(weight, bias, self._arena)
         self._kept.extend(packed.tensors)
         return packed.struct
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from tandem.engine.native import build
+from tandem.engine.native.arena import Arena
 from tandem.errors import ConfigError
 
 PANEL = 16  # outputs that lie together
@@ -113,11 +114,13 @@ class PackedLinear:
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
 
-def pack_linear(weight: torch.Tensor, bias: torch.Tensor | None = None) -> PackedLinear:
+def pack_linear(
+    weight: torch.Tensor, bias: torch.Tensor | None = None, arena: Arena | None = None
+) -> PackedLinear:
     """`weight` [out, in] float32 or float16, to panels `[out / 16, in, 16]` of the same type."""
     out_features, in_features = weight.shape
     padded = F.pad(weight, (0, 0, 0, -out_features % PANEL))
-    panels = padded.view(-1, PANEL, in_features).transpose(1, 2).contiguous()
+    panels = (arena or Arena()).keep(padded.view(-1, PANEL, in_features).transpose(1, 2))
     kept = None if bias is None else bias.float().contiguous()
     struct = Linear(
         format=FORMATS[weight.dtype],

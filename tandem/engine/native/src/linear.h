@@ -25,20 +25,24 @@ struct Linear {
     const float* bias;        // [out], or null
 };
 
-constexpr int K_CHUNK = 256;       // inputs of a panel that are unpacked at once: 16 KiB
-constexpr int ROW_BLOCK = 96;      // rows that share an unpacked panel
-constexpr int FEW_ROWS = 12;       // up to here weights are converted in registers, row tile by row tile
+constexpr int ROW_BLOCK = 96;   // rows that go through all panels together
+constexpr int CACHE_LINE = 64;  // bytes
 
-// R rows against P panels; `w` is [P][k_count][16] with `panel_stride` elements from panel to panel.
+// R rows against P panels; `w` is [P][in][16] with `panel_stride` elements from panel to panel. Weights are asked
+// for ahead: with several rows the hardware's own prefetch falls behind.
 template <int R, int P, class W>
-inline void multiply_tile(const float* x, int ldx, const W* w, size_t panel_stride, int k_count, float* y,
-                          int ldy, bool first) {
+inline void multiply_tile(const float* x, int ldx, const W* w, size_t panel_stride, int in, float* y,
+                          int ldy) {
+    constexpr int LINE = CACHE_LINE / (PANEL * sizeof(W)), AHEAD = 16 * CACHE_LINE;
     p16 acc[R][P];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-        for (int p = 0; p < P; p++) acc[r][p] = first ? zero16() : load16(y + r * ldy + p * PANEL);
-    for (int k = 0; k < k_count; k++) {
+        for (int p = 0; p < P; p++) acc[r][p] = zero16();
+    for (int k = 0; k < in; k++) {
+        if (R > 1 && k % LINE == 0)
+            for (int p = 0; p < P; p++)
+                __builtin_prefetch(reinterpret_cast<const char*>(w + p * panel_stride + size_t(k) * PANEL) + AHEAD);
         p16 weights[P];
 #pragma GCC unroll 4
         for (int p = 0; p < P; p++) weights[p] = load16(w + p * panel_stride + size_t(k) * PANEL);
@@ -57,12 +61,11 @@ inline void multiply_tile(const float* x, int ldx, const W* w, size_t panel_stri
 
 // The rows of one panel in tiles of at most six.
 template <class W>
-inline void multiply_panel(const float* x, int ldx, int rows, const W* w, int k_count, float* y, int ldy,
-                           bool first) {
+inline void multiply_panel(const float* x, int ldx, int rows, const W* w, int in, float* y, int ldy) {
     int r = 0;
     auto tile = [&](auto count) {
         constexpr int R = decltype(count)::value;
-        multiply_tile<R, 1>(x + size_t(r) * ldx, ldx, w, 0, k_count, y + size_t(r) * ldy, ldy, first);
+        multiply_tile<R, 1>(x + size_t(r) * ldx, ldx, w, 0, in, y + size_t(r) * ldy, ldy);
         r += R;
     };
     while (rows - r > 8 || rows - r == 6) tile(std::integral_constant<int, 6>());
@@ -76,45 +79,25 @@ inline void multiply_panel(const float* x, int ldx, int rows, const W* w, int k_
     }
 }
 
-// Few rows: memory is what it costs, so every weight is read once and several panels run side by side.
-template <class W>
-inline void multiply_few(const Linear& linear, const float* x, int ldx, int rows, float* y, int ldy, int first_panel,
-                         int last_panel) {
-    const W* weights = static_cast<const W*>(linear.weights);
-    const size_t stride = size_t(linear.in) * PANEL;
-    int panel = first_panel;
-    for (; rows == 1 && panel + 4 <= last_panel; panel += 4)
-        multiply_tile<1, 4>(x, ldx, weights + panel * stride, stride, linear.in, y + panel * PANEL, ldy, true);
-    for (; rows == 2 && panel + 2 <= last_panel; panel += 2)
-        multiply_tile<2, 2>(x, ldx, weights + panel * stride, stride, linear.in, y + panel * PANEL, ldy, true);
-    for (; panel < last_panel; panel++)
-        multiply_panel(x, ldx, rows, weights + panel * stride, linear.in, y + panel * PANEL, ldy, true);
-}
-
-// Many rows: a piece of a panel is unpacked once for a block of rows, then it is all fused multiply-adds.
-template <class Unpack>
-inline void multiply_many(const Linear& linear, const float* x, int ldx, int rows, float* y, int ldy, int first_panel,
-                          int last_panel, Unpack unpack) {
-    alignas(64) float piece[K_CHUNK * PANEL];
-    for (int row = 0; row < rows; row += ROW_BLOCK)
-        for (int panel = first_panel; panel < last_panel; panel++)
-            for (int k = 0; k < linear.in; k += K_CHUNK) {
-                int count = std::min(K_CHUNK, linear.in - k);
-                unpack(panel, k, count, piece);
-                multiply_panel(x + size_t(row) * ldx + k, ldx, std::min(ROW_BLOCK, rows - row), piece, count,
-                               y + size_t(row) * ldy + panel * PANEL, ldy, k == 0);
-            }
-}
-
+// All rows against panels [first_panel, last_panel). Rows go in blocks that stay in the cache; few enough of
+// them run several panels side by side, so that there are chains enough to fill the multipliers.
 template <class W>
 inline void multiply(const Linear& linear, const float* x, int ldx, int rows, float* y, int ldy, int first_panel,
                      int last_panel) {
-    if (rows <= FEW_ROWS) return multiply_few<W>(linear, x, ldx, rows, y, ldy, first_panel, last_panel);
     const W* weights = static_cast<const W*>(linear.weights);
-    multiply_many(linear, x, ldx, rows, y, ldy, first_panel, last_panel, [&](int panel, int k, int count, float* piece) {
-        const W* from = weights + (size_t(panel) * linear.in + k) * PANEL;
-        for (int i = 0; i < count; i++) store16(piece + i * PANEL, load16(from + i * PANEL));
-    });
+    const size_t stride = size_t(linear.in) * PANEL;
+    for (int row = 0; row < rows; row += ROW_BLOCK) {
+        const int count = std::min(ROW_BLOCK, rows - row);
+        const float* from = x + size_t(row) * ldx;
+        float* to = y + size_t(row) * ldy;
+        int panel = first_panel;
+        for (; count == 1 && panel + 4 <= last_panel; panel += 4)
+            multiply_tile<1, 4>(from, ldx, weights + panel * stride, stride, linear.in, to + panel * PANEL, ldy);
+        for (; count == 2 && panel + 2 <= last_panel; panel += 2)
+            multiply_tile<2, 2>(from, ldx, weights + panel * stride, stride, linear.in, to + panel * PANEL, ldy);
+        for (; panel < last_panel; panel++)
+            multiply_panel(from, ldx, count, weights + panel * stride, linear.in, to + panel * PANEL, ldy);
+    }
 }
 
 inline void add_bias(const Linear& linear, int rows, float* y, int ldy, int first_panel, int last_panel) {
