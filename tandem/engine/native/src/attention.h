@@ -14,13 +14,14 @@ namespace tandem {
 
 // Keys and values of one layer and one KV head of one sequence.
 struct Context {
-    const float* keys;         // block 0 of this head; a block is [block_size, dim]
+    const float* keys;      // block 0 of this head; a block is [block_size, dim]
     const float* values;
-    const int32_t* blocks;     // the sequence's block table
-    int block_size, dim;
+    const int32_t* blocks;  // the sequence's block table
+    int block_bits, dim;    // block_size = 1 << block_bits
 
     size_t offset(int position) const {
-        return (size_t(blocks[position / block_size]) * block_size + position % block_size) * dim;
+        const int inside = position & ((1 << block_bits) - 1);
+        return ((size_t(blocks[position >> block_bits]) << block_bits) + inside) * dim;
     }
     const float* key(int position) const { return keys + offset(position); }
     const float* value(int position) const { return values + offset(position); }
@@ -69,6 +70,8 @@ inline void value_tile(const Context& context, const float* const* weights, int 
 template <int V>
 inline void add_values(const Context& context, const float* const* weights, int first, int last, float* const* out) {
     int d = 0;
+    if constexpr (V == 1)  // one vector needs twice the dimensions to fill the multipliers
+        for (; d + 8 * LANES <= context.dim; d += 8 * LANES) value_tile<V, 8>(context, weights, first, last, d, out);
     for (; d + 4 * LANES <= context.dim; d += 4 * LANES) value_tile<V, 4>(context, weights, first, last, d, out);
     for (; d < context.dim; d += LANES) value_tile<V, 1>(context, weights, first, last, d, out);
 }

@@ -41,7 +41,7 @@ struct Model {
 struct Cache {
     float* data;  // [layers, 2, kv_heads, blocks, block_size, dim]
     int64_t num_blocks;
-    int32_t block_size;
+    int32_t block_size;  // a power of two
 };
 
 struct Batch {
@@ -264,7 +264,7 @@ class Forward {
     void attend_some(const Layer& l, int layer, const Work& w, int member) {
         const int group = m.heads / m.kv_heads;
         Context context{head_data(layer, 0, w.kv_head), head_data(layer, 1, w.kv_head),
-                        b.tables + b.first_blocks[w.sequence], cache.block_size, m.dim};
+                        b.tables + b.first_blocks[w.sequence], __builtin_ctz(cache.block_size), m.dim};
         for (int first = 0; first < group; first += MAX_VECTORS) {  // a group larger than a tile goes in parts
             const size_t head = size_t(w.kv_head * group + first) * m.dim;
             Queries queries{w.rows, std::min(MAX_VECTORS, group - first), b.positions[w.row], l.window,
