@@ -126,9 +126,9 @@ inline void attend(const Context& context, const Queries& queries, float* scores
         for (int i = 0; i < 4; i++) keys[i] = context.key(std::min(position + i, last - 1));
         for (int v = 0; v < vectors; v++) to[v] = run[v] + position;
         int v = 0;
-        for (; v + 3 <= vectors; v += 3) dot_tile<3>(q + v, keys, dim, to + v);
-        if (vectors - v == 2) dot_tile<2>(q + v, keys, dim, to + v);
-        if (vectors - v == 1) dot_tile<1>(q + v, keys, dim, to + v);
+        for (; vectors - v == 3 || vectors - v > 4; v += 3) dot_tile<3>(q + v, keys, dim, to + v);
+        for (; vectors - v >= 2; v += 2) dot_tile<2>(q + v, keys, dim, to + v);
+        if (v < vectors) dot_tile<1>(q + v, keys, dim, to + v);
     }
     float total[MAX_VECTORS];
     for (int v = 0; v < vectors; v++) {
