@@ -5,7 +5,8 @@
 A decode step then reads the bytes and does the arithmetic of the larger model, while target and draft
 agree exactly as often as the trained pair does: real acceptance rates at realistic step costs.
 
-    layers      more layers, whose `o_proj` and `down_proj` are zero; their other weights are random
+    layers      more layers, whose `o_proj` and `down_proj` are zero; their other weights are random, and so
+                are the signs of their zeros, lest a runtime store equal matrices once
     FFN         more rows of `gate_proj` and `up_proj`, more columns of `down_proj`, all zero
     heads       more heads, which are zero; where the larger model has fewer query heads per KV head, KV
                 heads are repeated
@@ -38,7 +39,7 @@ from tandem.errors import ConfigError
 from tandem.fingerprint import checkpoint_digest
 from tandem.geometry import ModelGeometry
 
-VERSION = 1  # of what this module writes
+VERSION = 2  # of what this module writes
 SHARD_BYTES = 2 << 30
 RANDOM_STD = 0.02
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -216,9 +217,9 @@ def _idle_layer(at: str, axes: Axes, generator: torch.Generator) -> Iterator[tup
     ):
         for name in names:
             rows, columns = axes.of(name)
-            weight = torch.zeros(rows.size, columns.size)
-            if name not in ("o_proj", "down_proj"):
-                weight.normal_(std=RANDOM_STD, generator=generator)
+            weight = torch.empty(rows.size, columns.size).normal_(std=RANDOM_STD, generator=generator)
+            if name in ("o_proj", "down_proj"):
+                weight *= 0.0  # keeps the signs
             yield f"{at}.{block}.{name}.weight", weight.half()
     for name in ("input_layernorm", "post_attention_layernorm"):
         yield f"{at}.{name}.weight", torch.ones(axes.hidden.size)
