@@ -9,6 +9,7 @@ from typing import Protocol
 from decode_worker.sequence import DecodeSequence
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import BadLogits, SampledToken, Sampler
+from tandem.speculation_usage import SpeculationReport
 
 
 @dataclass(slots=True)
@@ -19,6 +20,7 @@ class Advance:
     is_bad: bool = False  # the model gave no usable distribution
     num_drafted: int = 0
     num_accepted: int = 0
+    is_tau_stop: bool = False
 
 
 class Decoder(Protocol):
@@ -34,6 +36,10 @@ class Decoder(Protocol):
 
     def leave(self, sequence: DecodeSequence) -> None:
         """The sequence has ended."""
+        ...
+
+    def report(self) -> SpeculationReport | None:
+        """What speculation earns here; None without any. May be called from another thread."""
         ...
 
 
@@ -54,6 +60,9 @@ class PlainDecoder:
 
     def leave(self, sequence: DecodeSequence) -> None:
         """Nothing is kept per sequence."""
+
+    def report(self) -> SpeculationReport | None:
+        return None
 
     @staticmethod
     def _advance(sequence: DecodeSequence, token: SampledToken | BadLogits) -> Advance:

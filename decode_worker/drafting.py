@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from decode_worker.auto_lookahead import AutoLookahead
 from decode_worker.decoder import Decoder, PlainDecoder
 from decode_worker.drafts.draft import Draft
 from decode_worker.drafts.model import ModelDraft
 from decode_worker.drafts.ngram import NgramDraft
-from decode_worker.lookahead import AutoLookahead, ConstantLookahead, Lookahead
+from decode_worker.lookahead import ConstantLookahead, HeuristicLookahead, Lookahead
 from decode_worker.speculative import SpeculativeDecoder
+from decode_worker.step_costs import StepCosts
 from tandem.config import ClusterConfig, SpeculationConfig
 from tandem.engine.costs import measure_costs
 from tandem.engine.loading import Engine
@@ -49,15 +51,16 @@ def make_decoder(config: SpeculationConfig, engine: Engine) -> Decoder:
         draft = ModelDraft(engine.draft, config.assistant_confidence_threshold)
     else:
         return PlainDecoder(engine.model)
-    return SpeculativeDecoder(engine.model, draft, _lookahead(config, engine))
+    # Costs are measured now, before anybody owns a block.
+    costs = StepCosts(measure_costs(engine.model), measure_costs(engine.draft) if engine.draft else None)
+    return SpeculativeDecoder(engine.model, draft, _lookahead(config, costs), costs)
 
 
-def _lookahead(config: SpeculationConfig, engine: Engine) -> Lookahead:
-    """Constant if a number is configured; otherwise by costs measured now, before anybody owns a block."""
-    if config.num_assistant_tokens:
-        return ConstantLookahead(config)
-    draft = measure_costs(engine.draft) if engine.draft else None
-    return AutoLookahead(config.max_assistant_tokens, measure_costs(engine.model), draft)
+def _lookahead(config: SpeculationConfig, costs: StepCosts) -> Lookahead:
+    if not config.num_assistant_tokens:
+        return AutoLookahead(config.max_assistant_tokens, costs)
+    is_heuristic = config.num_assistant_tokens_schedule == "heuristic"
+    return HeuristicLookahead(config) if is_heuristic else ConstantLookahead(config)
 
 
 def _check_pair(target: Path, draft: Path) -> None:

@@ -13,6 +13,7 @@ from tandem.engine.sampling_state import SamplingState
 from tandem.errors import TandemError
 from tandem.output import OutputDelta, OutputStream
 from tandem.speculation import SpeculationPolicy
+from tandem.speculation_usage import SpeculationUsage
 from tandem.work import Work
 
 
@@ -48,6 +49,7 @@ class DecodeSequence:
     num_computed: int = field(init=False)
     next_token: int = field(init=False)
     token_ids: list[int] = field(init=False)  # prompt and output; the last one is `next_token`
+    speculated: SpeculationUsage = field(default_factory=SpeculationUsage)
     is_cancelled: bool = False
     is_finished: bool = False
 
@@ -55,6 +57,12 @@ class DecodeSequence:
         self.num_computed = len(self.work.token_ids) - 1
         self.next_token = self.work.token_ids[-1]
         self.token_ids = list(self.work.token_ids)
+
+    @property
+    def is_plainly_greedy(self) -> bool:
+        """Whether its tokens are the arg max of raw logits, and nothing else is asked about them."""
+        params = self.sampling.params
+        return params.is_greedy and not params.changes_logits and params.logprobs is None
 
     @property
     def draft_stream(self) -> Stream | None:

@@ -64,7 +64,9 @@ class DecodeServer:
                 block_bytes=engine.block_bytes,
             ),
             lambda server: worker_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server),
-            lambda: WorkerLoad(engine.pool.num_free, worker.num_running, worker.num_waiting),
+            lambda: WorkerLoad(
+                engine.pool.num_free, worker.num_running, worker.num_waiting, speculation=decoder.report()
+            ),
             worker.audit,
         )
         return cls(host, worker, store_channel)

@@ -18,59 +18,52 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
-from decode_worker import acceptance
 from decode_worker.decoder import Advance
 from decode_worker.drafts.draft import Draft, Proposal
+from decode_worker.earnings import Earnings
 from decode_worker.lookahead import Lookahead, StepOutcome
 from decode_worker.sequence import DecodeSequence
+from decode_worker.step_costs import StepCosts
+from decode_worker.verification import verify
 from tandem.engine.batch import SequenceRows
 from tandem.engine.model_runner import ModelRunner
-from tandem.engine.rng import Stream, uniforms
-from tandem.engine.sampler import BadLogits, Sampler, process_logits, sampled_token
+from tandem.speculation import MAX_ASSISTANT_TOKENS
+from tandem.speculation_usage import SpeculationReport, SpeculationUsage
 
 log = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
 
 
-@dataclass(slots=True)
-class SpeculationStats:
-    """Counts of one decode worker. Acceptance is counted before stops cut the output."""
-
-    num_steps: int = 0
-    num_drafted: int = 0
-    num_accepted: int = 0
-    num_rollbacks: int = 0  # steps of a sequence in which a draft token was rejected
-    num_failures: int = 0  # drafts that raised
-    draft_s: float = 0.0
-    verify_s: float = 0.0
-
-
 class SpeculativeDecoder:
     """A `Decoder` that may bring several tokens per sequence and step."""
 
-    def __init__(self, model: ModelRunner, draft: Draft, lookahead: Lookahead) -> None:
+    def __init__(
+        self, model: ModelRunner, draft: Draft, lookahead: Lookahead, costs: StepCosts | None = None
+    ) -> None:
         self._model = model
         self._draft = draft
         self._lookahead = lookahead
-        self._sampler = Sampler()
+        self._costs = costs
         self._failures_in_a_row = 0
-        self.stats = SpeculationStats()
+        self.earnings = Earnings(costs, MAX_ASSISTANT_TOKENS)
+
+    @property
+    def stats(self) -> SpeculationUsage:
+        """Sums since the start."""
+        return self.earnings.usage
 
     def step(self, sequences: Sequence[DecodeSequence]) -> list[Advance]:
-        began_s = time.perf_counter()
+        began_s, caught_up_s = time.perf_counter(), self._draft.catch_up_s
         proposals = self._propose(sequences)
         drafted_s = time.perf_counter()
         rows = [self._rows(*pair) for pair in zip(sequences, proposals, strict=True)]
         logits = self._model.forward(self._model.batch(rows))
         verified_s = time.perf_counter()
-        advances = self._verify(sequences, proposals, logits)
-        self._count(advances, drafted_s - began_s, verified_s - drafted_s)
+        advances = verify(sequences, proposals, logits)
+        draft_s, catch_up_s = drafted_s - began_s, self._draft.catch_up_s - caught_up_s
+        self._learn(StepOutcome(sequences, advances, draft_s - catch_up_s, verified_s - drafted_s), draft_s)
         return advances
 
     def settle(self, sequences: Sequence[DecodeSequence]) -> None:
@@ -79,6 +72,10 @@ class SpeculativeDecoder:
 
     def leave(self, sequence: DecodeSequence) -> None:
         self._draft.leave(sequence)
+        self._lookahead.leave(sequence)
+
+    def report(self) -> SpeculationReport:
+        return self.earnings.report()
 
     def _propose(self, sequences: Sequence[DecodeSequence]) -> list[Proposal]:
         """Guesses that are safe to verify; none if the draft fails."""
@@ -90,7 +87,7 @@ class SpeculativeDecoder:
             proposals = self._draft.propose(sequences, counts)
             self._failures_in_a_row = 0
         except Exception:  # whatever a draft does, requests go on
-            self.stats.num_failures += 1
+            self.earnings.num_failures += 1
             self._failures_in_a_row += 1
             log.exception("the draft failed (%d in a row)", self._failures_in_a_row)
             proposals = [Proposal() for _ in sequences]
@@ -106,7 +103,9 @@ class SpeculativeDecoder:
             if not 0 <= token_id < self._model.vocab_size:
                 break
             good += 1
-        return Proposal(proposal.token_ids[:good], proposal.probs[:good])
+        if good == len(proposal.token_ids):
+            return proposal
+        return Proposal(proposal.token_ids[:good], proposal.probs[:good], proposal.is_tau_stop)
 
     @staticmethod
     def _rows(sequence: DecodeSequence, proposal: Proposal) -> SequenceRows:
@@ -114,90 +113,9 @@ class SpeculativeDecoder:
         token_ids = [sequence.next_token, *proposal.token_ids]
         return SequenceRows(token_ids, sequence.num_computed, sequence.blocks, num_logits=len(token_ids))
 
-    def _verify(
-        self, sequences: Sequence[DecodeSequence], proposals: Sequence[Proposal], logits: Any
-    ) -> list[Advance]:
-        """Position by position over all sequences that still agree with their draft."""
-        counts = [len(proposal.token_ids) for proposal in proposals]
-        first_row = np.cumsum([0, *(count + 1 for count in counts)])[:-1]
-        advances = [Advance(num_drafted=count) for count in counts]
-        alive = list(range(len(sequences)))
-        for offset in range(max(counts) + 1):
-            rows = [int(first_row[i]) + offset for i in alive]
-            matched = [i for i in alive if sequences[i].draft_stream is not Stream.DRAFT or not counts[i]]
-            tokens = self._sampler.sample(
-                logits[[row for row, i in zip(rows, alive, strict=True) if i in matched]],
-                [sequences[i].sampling for i in matched],
-            )
-            results = dict(zip(matched, tokens, strict=True))
-            following = []
-            for row, i in zip(rows, alive, strict=True):
-                token = (
-                    results[i]
-                    if i in results
-                    else self._judge(sequences[i], proposals[i], offset, logits[row])
-                )
-                if self._take(sequences[i], proposals[i], offset, token, advances[i]):
-                    following.append(i)
-            alive = following
-            if not alive:
-                break
-        return advances
-
-    @staticmethod
-    def _take(
-        sequence: DecodeSequence, proposal: Proposal, offset: int, token: Any, advance: Advance
-    ) -> bool:
-        """Add one token; True if it is the draft's, so that the next row counts too."""
-        if isinstance(token, BadLogits):
-            advance.is_bad = not advance.tokens  # good tokens before it stand; the row comes again next step
-            return False
-        sequence.sampling.append(token.token_id)
-        advance.tokens.append(token)
-        if offset < len(proposal.token_ids) and token.token_id == proposal.token_ids[offset]:
-            advance.num_accepted += 1
-            return True
-        return False
-
-    @staticmethod
-    def _judge(sequence: DecodeSequence, proposal: Proposal, offset: int, row: Any) -> Any:
-        """Speculative sampling of one position: the draft token, or a recovered or bonus token."""
-        state = sequence.sampling
-        scores = process_logits(row[None], [state])
-        target_probs = scores[0].double().softmax(-1).cpu().numpy()
-        if not np.isfinite(target_probs).all():
-            return BadLogits()
-
-        def chance(stream: Stream) -> float:
-            return float(uniforms([state.seed], [state.position], stream)[0])
-
-        if offset == len(proposal.token_ids):
-            return sampled_token(acceptance.draw(target_probs, chance(Stream.TOKEN)), row, state)
-        draft_id = proposal.token_ids[offset]
-        draft_probs = proposal.probs[offset] if proposal.probs else acceptance.point(draft_id, target_probs)
-        if acceptance.is_accepted(draft_id, draft_probs, target_probs, chance(Stream.ACCEPT)):
-            return sampled_token(draft_id, row, state)
-        rest = acceptance.residual(draft_probs, target_probs)
-        return sampled_token(acceptance.draw(rest, chance(Stream.RESIDUAL)), row, state)
-
-    def _count(self, advances: Sequence[Advance], draft_s: float, verify_s: float) -> None:
-        num_drafted = sum(advance.num_drafted for advance in advances)
-        num_accepted = sum(advance.num_accepted for advance in advances)
-        num_rejected = sum(advance.num_accepted < advance.num_drafted for advance in advances)
-        self.stats.num_steps += len(advances)
-        self.stats.num_drafted += num_drafted
-        self.stats.num_accepted += num_accepted
-        self.stats.num_rollbacks += num_rejected
-        self.stats.draft_s += draft_s
-        self.stats.verify_s += verify_s
-        self._lookahead.observe(
-            StepOutcome(
-                num_sequences=len(advances),
-                depth=max(advance.num_drafted for advance in advances),
-                num_rows=num_drafted + len(advances),
-                num_judged=num_accepted + num_rejected,
-                num_accepted=num_accepted,
-                draft_s=draft_s,
-                verify_s=verify_s,
-            )
-        )
+    def _learn(self, outcome: StepOutcome, draft_s: float) -> None:
+        if self._costs is not None:
+            per_forward_s = outcome.draft_s / max(outcome.depth, 1)
+            self._costs.observe(outcome.num_rows, outcome.verify_s, outcome.num_drafting, per_forward_s)
+        self._lookahead.observe(outcome)
+        self.earnings.observe(outcome, draft_s)

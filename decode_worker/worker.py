@@ -78,10 +78,6 @@ class DecodeWorker:
     def num_waiting(self) -> int:
         return self._scheduler.num_waiting + len(self._restoring) + len(self._inbox)
 
-    @property
-    def num_free_blocks(self) -> int:
-        return self._pool.num_free
-
     def audit(self) -> PoolAudit:
         return self._pool.audit()
 
@@ -228,7 +224,8 @@ class DecodeWorker:
                 sequence.is_finished = True
                 break
         assert news is not None
-        return replace(news, drafted=advance.num_drafted, accepted=advance.num_accepted)
+        usage = sequence.speculated if sequence.is_finished and sequence.speculated.num_steps else None
+        return replace(news, drafted=advance.num_drafted, accepted=advance.num_accepted, speculation=usage)
 
     def _drop_departed(self) -> None:
         for sequence in self._scheduler.leave(lambda sequence: sequence.is_cancelled):

@@ -149,6 +149,7 @@ class Flight:
                 completion=self._delivered,
                 drafted=self._drafted,
                 accepted=self._accepted,
+                speculation=last.speculation,
             )
             self._events.put_nowait(Completed(last, usage, lifecycle.timings()))
         except TimeoutError:

@@ -175,7 +175,7 @@ def _finished_to_pb(index: int, completed: Completed) -> pb.Finished:
     message = pb.Finished(
         index=index,
         reason=FINISH_TO_PB[completed.delta.finish],
-        usage=pb.Usage(**asdict(completed.usage)),
+        usage=completed.usage.to_pb(),
         timings=pb.Timings(**asdict(completed.timings)),
     )
     set_matched_stop(message, completed.delta.matched_stop)

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Self
 
 from tandem.errors import FailedPrecondition, InvalidRequest
 from tandem.pb.worker.v1 import worker_pb2
+from tandem.registration import WorkerLoad
 from tandem.request import REQUEST_ID
 
 SUSPECT_AFTER_BEATS = 2.5  # half a beat of slack, so that one late heartbeat never makes a suspect
@@ -91,20 +92,6 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerLoad:
-    """How busy a worker says it is. Shown to operators; the router's own books decide what fits."""
-
-    free_blocks: int = 0
-    num_running: int = 0
-    num_waiting: int = 0
-    draining: bool = False
-
-    @classmethod
-    def from_pb(cls, message: worker_pb2.HeartbeatRequest) -> Self:
-        return cls(message.free_blocks, message.num_running, message.num_waiting, message.draining)
-
-
-@dataclass(frozen=True, slots=True)
 class WorkerView:
     """One worker as the registry sees it now."""
 
@@ -119,7 +106,7 @@ class _Worker:
     info: WorkerInfo
     heard_s: float
     state: WorkerState = WorkerState.READY
-    load: WorkerLoad = WorkerLoad()
+    load: WorkerLoad = field(default_factory=WorkerLoad)
 
 
 class Registry:

@@ -6,9 +6,10 @@ from typing import Any
 
 import grpc
 
-from router.registry import Registry, WorkerInfo, WorkerLoad
+from router.registry import Registry, WorkerInfo
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
+from tandem.registration import WorkerLoad
 
 
 class RegistryServicer(worker_pb2_grpc.RegistryServiceServicer):

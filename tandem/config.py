@@ -116,6 +116,7 @@ class SpeculationConfig:
     draft: str = "none"  # none | ngram | model
     draft_path: Path | None = None  # the draft model's checkpoint
     num_assistant_tokens: int = 0  # draft tokens per step where a request does not say; 0: what pays now
+    num_assistant_tokens_schedule: str = "constant"  # constant | heuristic: how that number changes
     max_assistant_tokens: int = 8  # most a request may ask for
     assistant_confidence_threshold: float = 0.0  # stop drafting below this probability
     required: bool = True  # False: go on without a draft that cannot be used, and say so
@@ -129,6 +130,10 @@ class SpeculationConfig:
             "a draft model needs a checkpoint, and only a draft model has one",
         )
         _check_positive(self, "max_assistant_tokens")
+        _check(
+            self.num_assistant_tokens_schedule in ("constant", "heuristic"),
+            "num_assistant_tokens_schedule must be constant or heuristic",
+        )
         _check(self.num_assistant_tokens >= 0, "num_assistant_tokens must be 0 (what pays now) or more")
         _check(self.max_assistant_tokens <= 15, "at most 15 assistant tokens are checked in one step")
         _check(

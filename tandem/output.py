@@ -13,6 +13,7 @@ from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2
 from tandem.request import FinishReason
 from tandem.sampling import SamplingParams
+from tandem.speculation_usage import SpeculationUsage
 from tandem.tokenizer import Tokenizer, TokenStream
 
 FINISH_TO_PB = {
@@ -50,6 +51,7 @@ class OutputDelta:
     matched_stop: str | int | None = None
     drafted: int = 0  # draft tokens proposed on the way to these tokens
     accepted: int = 0  # draft tokens among those proposed that the target accepted
+    speculation: SpeculationUsage | None = None  # of the whole request, with its last token
 
     def followed_by(self, other: OutputDelta) -> OutputDelta:
         """Both as one."""
@@ -61,6 +63,7 @@ class OutputDelta:
             other.matched_stop,
             self.drafted + other.drafted,
             self.accepted + other.accepted,
+            other.speculation,
         )
 
     def to_pb(self) -> worker_pb2.OutputDelta:
@@ -71,6 +74,7 @@ class OutputDelta:
             finish_reason=FINISH_TO_PB[self.finish],
             drafted=self.drafted,
             accepted=self.accepted,
+            speculation=self.speculation.to_pb() if self.speculation else None,
         )
         set_matched_stop(message, self.matched_stop)
         return message
@@ -86,7 +90,12 @@ class OutputDelta:
             matched_stop=getattr(message, which) if which else None,
             drafted=message.drafted,
             accepted=message.accepted,
+            speculation=_speculation_of(message),
         )
+
+
+def _speculation_of(message: worker_pb2.OutputDelta) -> SpeculationUsage | None:
+    return SpeculationUsage.from_pb(message.speculation) if message.HasField("speculation") else None
 
 
 def set_matched_stop(message: worker_pb2.OutputDelta | pb.Finished, matched_stop: str | int | None) -> None:

@@ -15,6 +15,7 @@ from tandem.errors import Unavailable
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
 from tandem.rpc import to_tandem_error
+from tandem.speculation_usage import SpeculationReport
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +26,24 @@ TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerLoad:
-    """How busy a worker is now."""
+    """How busy a worker says it is. Shown to operators; the router's own books decide what fits."""
 
-    free_blocks: int
-    num_running: int
-    num_waiting: int
+    free_blocks: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
     draining: bool = False
+    speculation: SpeculationReport | None = None
+
+    @classmethod
+    def from_pb(cls, message: pb.HeartbeatRequest) -> WorkerLoad:
+        speculates = message.HasField("speculation")
+        return cls(
+            message.free_blocks,
+            message.num_running,
+            message.num_waiting,
+            message.draining,
+            SpeculationReport.from_pb(message.speculation) if speculates else None,
+        )
 
 
 class RouterLink:
@@ -87,6 +100,7 @@ class RouterLink:
             num_running=load.num_running,
             num_waiting=load.num_waiting,
             draining=load.draining,
+            speculation=load.speculation.to_pb() if load.speculation else None,
         )
         try:
             return bool((await self._stub.Heartbeat(request, timeout=TIMEOUT_S)).known)

@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 
 from tandem.errors import InvalidRequest
+from tandem.pb.v1 import generation_pb2 as pb
 from tandem.sampling import SamplingParams
 from tandem.speculation import SpeculationParams
+from tandem.speculation_usage import SpeculationUsage
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -153,6 +155,17 @@ class Usage:
     cached: int = 0
     drafted: int = 0
     accepted: int = 0
+    speculation: SpeculationUsage | None = None  # of the worker that finished it
+
+    def to_pb(self) -> pb.Usage:
+        return pb.Usage(
+            prompt=self.prompt,
+            completion=self.completion,
+            cached=self.cached,
+            drafted=self.drafted,
+            accepted=self.accepted,
+            speculation=self.speculation.to_pb() if self.speculation else None,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,10 +16,13 @@ class Proposal:
 
     token_ids: list[int] = field(default_factory=list)
     probs: list[Probs] = field(default_factory=list)  # [vocab] each; empty unless drawn for `accept`
+    is_tau_stop: bool = False  # the draft was unsure and stopped before its number
 
 
 class Draft(Protocol):
     """Guesses are free to be wrong: verification alone decides. Called by the step thread only."""
+
+    catch_up_s: float  # time spent so far on reading what it had missed
 
     def propose(self, sequences: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
         """At most `counts[i]` tokens after everything sequence i has, the token not yet computed included."""

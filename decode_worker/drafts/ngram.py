@@ -41,6 +41,8 @@ class _Index:
 class NgramDraft:
     """One index per running sequence; work per step does not grow with its length."""
 
+    catch_up_s = 0.0
+
     def __init__(self) -> None:
         self._indexes: dict[DecodeSequence, _Index] = {}
 

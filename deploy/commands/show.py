@@ -64,8 +64,22 @@ def summary(finished: pb.Finished) -> str:
     reason = FINISH_FROM_PB[finished.reason]
     if usage.drafted:
         rate += f", {usage.accepted} of {usage.drafted} draft tokens accepted"
+    spent_ms = usage.speculation.draft_ms + usage.speculation.verify_ms
+    if usage.drafted and spent_ms:
+        rate += f" ({usage.speculation.plain_ms / spent_ms:.2f}x plain steps)"
     ended = reason.value if reason else "unknown"
     return f"{usage.completion} tokens ({ended}), first after {first_ms:.0f} ms{rate}"
+
+
+def _usage(usage: pb.Usage) -> dict[str, Any]:
+    """Counts by name; what speculation did is an object of its own, or null."""
+    counts = {spec.name: getattr(usage, spec.name) for spec in usage.DESCRIPTOR.fields}
+    speculation = {
+        spec.name: list(value) if spec.is_repeated else value
+        for spec in usage.speculation.DESCRIPTOR.fields
+        for value in [getattr(usage.speculation, spec.name)]
+    }
+    return counts | {"speculation": speculation if usage.HasField("speculation") else None}
 
 
 def as_json(text: str, token_ids: Sequence[int], finished: pb.Finished) -> dict[str, Any]:
@@ -77,7 +91,7 @@ def as_json(text: str, token_ids: Sequence[int], finished: pb.Finished) -> dict[
         "token_ids": list(token_ids),
         "finish_reason": reason.value if reason else None,
         "matched_stop": getattr(finished, which) if which else None,
-        "usage": {spec.name: getattr(finished.usage, spec.name) for spec in finished.usage.DESCRIPTOR.fields},
+        "usage": _usage(finished.usage),
         "timings": {
             spec.name: round(getattr(finished.timings, spec.name), 3)
             for spec in finished.timings.DESCRIPTOR.fields

@@ -56,6 +56,14 @@ class ModelRunner:
             cache = PagedCache(geometry, num_blocks, block_size, torch_dtype, device)
         return cls(model, geometry, cache, model.linears)
 
+    def over(self, cache: PagedCache) -> ModelRunner:
+        """The same weights over another runner's cache. ValueError unless its tokens have the same shape."""
+        mine, theirs = self.cache.geometry, cache.geometry
+        for name in ("num_layers", "num_kv_heads", "head_dim"):
+            if getattr(mine, name) != getattr(theirs, name):
+                raise ValueError(f"the models differ in {name}: they cannot share a cache")
+        return ModelRunner(self._model, self.geometry, cache, self._linears)
+
     @property
     def vocab_size(self) -> int:
         return self.geometry.vocab_size

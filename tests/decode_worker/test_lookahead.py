@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode_worker.lookahead import PROBE_EVERY, AutoLookahead, ConstantLookahead, StepOutcome
+from decode_worker.auto_lookahead import PROBE_AFTER, AutoLookahead
+from decode_worker.decoder import Advance
+from decode_worker.lookahead import ConstantLookahead, HeuristicLookahead, StepOutcome
+from decode_worker.step_costs import StepCosts
 from tandem.config import SpeculationConfig
-from tandem.engine.costs import ForwardCosts
+from tandem.engine.costs import ForwardCosts, LiveCosts
 from tandem.speculation import SpeculationParams, SpeculationPolicy
 
 FLAT = ForwardCosts((1, 64), (1.0, 1.0))  # a forward costs the same whatever it holds
@@ -19,7 +23,7 @@ LINEAR = ForwardCosts((1, 64), (1.0, 64.0))  # each row costs as much as the fir
 CHEAP = ForwardCosts((1, 64), (0.05, 0.05))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sequence:
     """What a look-ahead reads of a sequence."""
 
@@ -35,65 +39,122 @@ class Sequence:
         return SimpleNamespace(num_tokens=0)
 
 
-def judged(accepted: int, rejected: int, *, verify_s: float = 1.0, rows: int = 4) -> StepOutcome:
-    return StepOutcome(1, 3, rows, accepted + rejected, accepted, 0.15, verify_s)
+def auto(most: int, target: ForwardCosts, draft: ForwardCosts | None) -> AutoLookahead:
+    return AutoLookahead(most, StepCosts(target, draft))
+
+
+def tell(lookahead: object, *outcomes: tuple[Sequence, int, int]) -> None:
+    """One step: (sequence, drafted, accepted) each."""
+    advances = [Advance(num_drafted=drafted, num_accepted=accepted) for _, drafted, accepted in outcomes]
+    lookahead.observe(StepOutcome([s for s, _, _ in outcomes], advances, 0.1, 1.0))  # type: ignore[attr-defined]
 
 
 def test_a_cheap_draft_beside_a_flat_target_drafts_far() -> None:
-    assert AutoLookahead(8, FLAT, CHEAP).counts([Sequence()])[0] >= 3
+    assert auto(8, FLAT, CHEAP).counts([Sequence()])[0] >= 3
 
 
 @pytest.mark.parametrize(
     ("target", "draft"), [(FLAT, FLAT), (LINEAR, CHEAP)], ids=["dear draft", "dear rows"]
 )
 def test_where_drafting_cannot_pay_nothing_is_drafted(target: ForwardCosts, draft: ForwardCosts) -> None:
-    lookahead = AutoLookahead(8, target, draft)
-    assert lookahead.counts([Sequence()] * 4) == [0] * 4
-    assert all(lookahead.gain(4, depth) < 1 for depth in range(1, 9))
+    costs = StepCosts(target, draft)
+    assert AutoLookahead(8, costs).counts([Sequence() for _ in range(4)]) == [0] * 4
+    assert costs.best_gain(0.6, 4, 8) == 1
+    assert costs.needed_acceptance(4, 8) > 0.6
 
 
 def test_a_larger_batch_drafts_less() -> None:
     """Rows are free up to 8 and linear from there."""
     target = ForwardCosts((1, 8, 64), (1.0, 1.0, 8.0))
-    depths = [AutoLookahead(8, target, CHEAP).counts([Sequence()] * batch)[0] for batch in (1, 2, 4, 32)]
+    depths = [
+        sum(auto(8, target, CHEAP).counts([Sequence() for _ in range(batch)])) / batch
+        for batch in (1, 2, 4, 32)
+    ]
     assert depths == sorted(depths, reverse=True)
     assert depths[0] > 0 == depths[-1]
 
 
 def test_acceptance_is_learnt_both_ways() -> None:
-    lookahead = AutoLookahead(8, FLAT, CHEAP)
-    before = lookahead.counts([Sequence()])[0]
-    for _ in range(100):
-        lookahead.observe(judged(0, 1))
+    lookahead, sequence = auto(8, FLAT, CHEAP), Sequence()
+    before = lookahead.counts([sequence])[0]
+    for _ in range(200):
+        tell(lookahead, (sequence, 3, 0))
     assert lookahead.acceptance < 0.05
-    assert lookahead.counts([Sequence()])[0] < before
-    for _ in range(100):
-        lookahead.observe(judged(3, 0))
+    lookahead.leave(sequence)
+    assert AutoLookahead.counts(lookahead, [Sequence()])[0] < before
+    for _ in range(200):
+        tell(lookahead, (sequence, 3, 3))
     assert lookahead.acceptance > 0.95
-    assert lookahead.counts([Sequence()])[0] == 8
+    assert lookahead.counts([sequence, Sequence()])[0] == 8
+
+
+def test_rows_go_to_sequences_that_agree_with_their_draft() -> None:
+    """The batch's rows are shared out by what stands, not evenly."""
+    target = ForwardCosts((1, 12, 64), (1.0, 1.0, 8.0))
+    lookahead, good, bad = auto(8, target, CHEAP), Sequence(), Sequence()
+    for _ in range(40):
+        tell(lookahead, (good, 4, 4), (bad, 4, 0))
+    counts = lookahead.counts([bad, good])
+    assert counts[1] >= counts[0] + 4
+    lookahead.counts([good])
+    assert lookahead.counts([good, bad]) == counts[::-1]  # whatever their order
 
 
 def test_costs_that_turn_out_higher_are_corrected() -> None:
-    """Verification of many rows costs far more than measured at start: drafting stops."""
-    lookahead = AutoLookahead(8, FLAT, CHEAP)
-    slow_draft = StepOutcome(1, 3, 4, 2, 1, draft_s=6.0, verify_s=1.0)
+    """The draft takes far longer than measured at start: drafting stops."""
+    costs = StepCosts(FLAT, CHEAP)
+    lookahead = AutoLookahead(8, costs)
+    assert lookahead.counts([Sequence()])[0] > 0
     for _ in range(50):
-        lookahead.observe(slow_draft)
+        costs.observe(4, 1.0, 1, 2.0)
     assert lookahead.counts([Sequence()]) == [0]
 
 
-def test_plain_decoding_is_probed_now_and_then() -> None:
-    lookahead = AutoLookahead(8, FLAT, FLAT)
-    counts = [lookahead.counts([Sequence()])[0] for _ in range(3 * PROBE_EVERY)]
-    assert counts.count(1) == 3
-    assert counts.count(0) == len(counts) - 3
+def test_plain_decoding_is_probed_ever_less_often_by_one_sequence() -> None:
+    lookahead, running = auto(8, FLAT, FLAT), [Sequence(), Sequence()]
+    steps = []
+    for step in range(8 * PROBE_AFTER):
+        counts = lookahead.counts(running)
+        if any(counts):
+            steps.append(step)
+            assert counts == [0, 1]
+            tell(lookahead, (running[0], 0, 0), (running[1], 1, 0))
+    assert len(steps) == 3
+    assert steps[1] - steps[0] > steps[0]
 
 
-def test_a_small_difference_does_not_change_the_depth() -> None:
-    lookahead = AutoLookahead(8, FLAT, CHEAP)
-    depth = lookahead.counts([Sequence()])[0]
-    lookahead.acceptance += 0.005
-    assert lookahead.counts([Sequence()])[0] == depth
+@given(
+    alphas=st.lists(st.floats(0, 0.98), min_size=1, max_size=6),
+    slope=st.floats(0, 1),
+    draft=st.floats(0, 1),
+)
+def test_no_constant_number_is_expected_to_bring_more(
+    alphas: list[float], slope: float, draft: float
+) -> None:
+    """The best division of the rows is at least as good as the same number for everybody."""
+    target = ForwardCosts((1, 64), (1.0, 1 + 63 * slope))
+    costs = StepCosts(target, ForwardCosts((1, 64), (draft, draft)))
+    best, count = max(1.0, costs.best(np.array(alphas), 8).gain), len(alphas)
+    plain = count / LiveCosts(target).at(count)
+    for depth in range(9):
+        tokens = sum(sum(alpha**d for d in range(depth + 1)) for alpha in alphas)
+        seconds = LiveCosts(target).at(count * (1 + depth)) + depth * draft
+        assert tokens / seconds / plain <= best * (1 + 1e-9)
+
+
+def test_the_heuristic_is_that_of_transformers() -> None:
+    lookahead = HeuristicLookahead(SpeculationConfig(num_assistant_tokens=5, max_assistant_tokens=8))
+    sequence = Sequence()
+    seen = []
+    for drafted, accepted in ((5, 5), (7, 7), (8, 2), (7, 0), (6, 6)):
+        seen.append(lookahead.counts([sequence])[0])
+        tell(lookahead, (sequence, drafted, accepted))
+    assert seen == [5, 7, 8, 7, 6]
+    for _ in range(20):
+        tell(lookahead, (sequence, 3, 0))
+    assert lookahead.counts([sequence]) == [1]
+    lookahead.leave(sequence)
+    assert lookahead.counts([sequence]) == [5]
 
 
 @given(
@@ -104,23 +165,33 @@ def test_a_small_difference_does_not_change_the_depth() -> None:
 )
 def test_limits_hold(left: int, asked: int | None, most: int, constant: int) -> None:
     sequence = Sequence(left, SpeculationParams(num_assistant_tokens=asked))
-    fixed = ConstantLookahead(SpeculationConfig(num_assistant_tokens=constant, max_assistant_tokens=most))
-    auto = AutoLookahead(most, FLAT, CHEAP)
-    for lookahead in (fixed, auto):
+    config = SpeculationConfig(num_assistant_tokens=constant, max_assistant_tokens=most)
+    for lookahead in (ConstantLookahead(config), HeuristicLookahead(config), auto(most, FLAT, CHEAP)):
         assert 0 <= lookahead.counts([sequence])[0] <= min(asked or most, most, left - 1)  # type: ignore[list-item]
 
 
 def test_a_request_may_ask_for_drafts_where_auto_would_not_and_refuse_them_where_it_would() -> None:
     asking = Sequence(speculation=SpeculationParams(num_assistant_tokens=2))
     refusing = Sequence(speculation=SpeculationParams(policy=SpeculationPolicy.OFF))
-    assert AutoLookahead(8, FLAT, FLAT).counts([asking, Sequence(), refusing]) == [2, 0, 0]
-    assert AutoLookahead(8, FLAT, CHEAP).counts([refusing]) == [0]
+    assert auto(8, FLAT, FLAT).counts([asking, Sequence(), refusing]) == [2, 0, 0]
+    assert auto(8, FLAT, CHEAP).counts([refusing]) == [0]
 
 
 @given(st.integers(1, 200))
 def test_costs_grow_between_and_beyond_what_was_measured(num_rows: int) -> None:
-    costs = ForwardCosts((1, 4, 16), (1.0, 2.0, 6.0))
+    costs = LiveCosts(ForwardCosts((1, 4, 16), (1.0, 2.0, 6.0)))
     assert costs.at(num_rows) <= costs.at(num_rows + 1)
+    assert costs.at(0) == 0.0
     assert costs.at(4) == 2.0
     assert costs.at(10) == pytest.approx(4.0)
     assert costs.at(32) == pytest.approx(12.0)
+
+
+def test_live_costs_follow_what_is_measured_near_and_far() -> None:
+    costs = LiveCosts(ForwardCosts((1, 4, 16), (1.0, 2.0, 6.0)))
+    for _ in range(100):
+        costs.observe(4, 4.0)
+    assert costs.at(4) == pytest.approx(4.0, rel=0.05)
+    assert 1.0 < costs.at(1) < 4.0
+    costs.observe(4, 1e6)  # a disturbed forward is no news
+    assert costs.at(4) < 8.0

@@ -13,6 +13,7 @@ from decode_worker.decoder import Decoder, PlainDecoder
 from decode_worker.drafts.draft import Proposal
 from decode_worker.drafts.model import ModelDraft
 from decode_worker.drafts.ngram import NgramDraft
+from decode_worker.drafts.shared import SharedDraft
 from decode_worker.lookahead import ConstantLookahead
 from decode_worker.sequence import DecodeSequence
 from decode_worker.speculative import MAX_FAILURES, SpeculativeDecoder
@@ -134,6 +135,69 @@ def test_a_perfect_draft_is_accepted_whole_and_saves_steps(target, twin, params)
     assert decoder.stats.num_steps < 5 * NUM_TOKENS / 3
 
 
+@pytest.mark.parametrize(
+    "params", [GREEDY, SAMPLED, PENALIZED, EVERYTHING], ids=["greedy", "sampled", "pen", "all"]
+)
+@pytest.mark.parametrize("seed", [None, 5], ids=["own-weights", "other-weights"])
+def test_a_draft_on_the_targets_own_cache_changes_nothing(target, tmp_path, params, seed) -> None:
+    """It overwrites KV of places that are not computed yet only; the same weights always agree."""
+    path = tiny_llama() if seed is None else save_llama(tmp_path / "other", seed=seed)
+    draft = ModelRunner.load(path, num_blocks=1, block_size=BLOCK_SIZE).over(target.cache)
+    decoder = speculative(target, SharedDraft(draft), 4)
+    assert run(decoder, sequences(target, params, SpeculationPolicy.EXACT)) == plain(target, params)
+    assert decoder.stats.num_drafted > 0
+    assert (decoder.stats.num_rollbacks == 0) == (seed is None)
+
+
+def test_kv_of_a_shared_draft_that_failed_is_never_read(target) -> None:
+    """The draft writes NaN wherever it may, raises, and leaves: the steps to come overwrite it."""
+
+    class Poisonous(SharedDraft):
+        def propose(self, running: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
+            for sequence, count in zip(running, counts, strict=True):
+                rows = SequenceRows([65] * count, sequence.num_computed, sequence.blocks)
+                self._model.forward(self._model.batch([rows]))
+                poison(target, sequence, count)
+            raise RuntimeError("half-way")
+
+    def poison(model: ModelRunner, sequence: DecodeSequence, count: int) -> None:
+        data = model.cache._data
+        for position in range(sequence.num_computed, sequence.num_computed + count):
+            data[:, :, :, sequence.blocks[position // BLOCK_SIZE], position % BLOCK_SIZE] = float("nan")
+
+    decoder = speculative(target, Poisonous(target), 4)
+    assert run(decoder, sequences(target, GREEDY, SpeculationPolicy.EXACT)) == plain(target, GREEDY)
+    assert decoder.earnings.num_failures == MAX_FAILURES
+
+
+def test_what_speculation_did_is_counted_place_by_place(target, other, twin) -> None:
+    for draft, is_right in ((twin, True), (other, False)):
+        running = sequences(target, GREEDY, SpeculationPolicy.EXACT)
+        decoder = speculative(target, ModelDraft(draft), 4)
+        run(decoder, list(running))
+        stats = decoder.stats
+        assert sum(stats.drafted_at) == stats.num_drafted
+        assert sum(stats.accepted_at) == stats.num_accepted
+        assert (stats.accepted_at[:4] == stats.drafted_at[:4]) is is_right
+        assert stats.num_rolled_back == stats.num_drafted - stats.num_accepted
+        assert sum(s.speculated.num_drafted for s in running) == stats.num_drafted
+        assert sum(s.speculated.num_steps for s in running) == stats.num_steps
+        assert all(s.speculated.verify_s > 0 and s.speculated.draft_s > 0 for s in running)
+
+
+def test_tau_stops_are_counted_and_per_request(target, other) -> None:
+    sure = SpeculationParams(assistant_confidence_threshold=0.0)
+    unsure = SpeculationParams(assistant_confidence_threshold=1.0)
+    running = sequences(target, GREEDY, SpeculationPolicy.EXACT)
+    for index, sequence in enumerate(running):
+        sequence.work = replace(sequence.work, speculation=unsure if index % 2 else sure)
+    decoder = speculative(target, ModelDraft(other, threshold=0.5))
+    assert run(decoder, list(running)) == plain(target, GREEDY)
+    for index, sequence in enumerate(running):
+        assert (sequence.speculated.num_drafted == 0) == bool(index % 2)
+        assert (sequence.speculated.num_tau_stops > 0) == bool(index % 2)
+
+
 def test_prompt_lookup_changes_nothing_and_sometimes_hits(target) -> None:
     decoder = speculative(target, NgramDraft())
     assert run(decoder, sequences(target, GREEDY, SpeculationPolicy.EXACT)) == plain(target, GREEDY)
@@ -170,6 +234,7 @@ class StubbornDraft:
     def __init__(self, propose: Callable[[int], Proposal]) -> None:
         self._propose = propose
         self.num_calls = 0
+        self.catch_up_s = 0.0
 
     def propose(self, running: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
         self.num_calls += 1
@@ -204,7 +269,7 @@ def test_a_draft_that_raises_costs_its_guesses_and_is_switched_off(target, caplo
     draft = StubbornDraft(fail)
     decoder = speculative(target, draft)
     assert run(decoder, sequences(target, SAMPLED, SpeculationPolicy.EXACT)) == plain(target, SAMPLED)
-    assert draft.num_calls == decoder.stats.num_failures == MAX_FAILURES
+    assert draft.num_calls == decoder.earnings.num_failures == MAX_FAILURES
 
 
 def test_a_draft_that_fails_half_way_leaves_no_trace_in_the_history(target, other) -> None:

@@ -505,4 +505,4 @@ async def test_the_books_name_the_pool():
     async with decoding(num_blocks=7) as rig:
         audit = rig.worker.audit()
         assert (audit.pool, audit.unit, audit.total) == ("decode", "blocks", 7)
-        assert rig.worker.num_free_blocks == 7
+        assert rig.pool.num_free == 7

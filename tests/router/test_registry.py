@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from router.registry import Registry, WorkerInfo, WorkerLoad, WorkerRole, WorkerState
+from router.registry import Registry, WorkerInfo, WorkerRole, WorkerState
 from tandem.errors import FailedPrecondition, InvalidRequest
 from tandem.pb.worker.v1 import worker_pb2
+from tandem.registration import WorkerLoad
 from tests.clock import ManualClock
 from tests.router.workers import FINGERPRINT, decode_worker, prefill_worker
 

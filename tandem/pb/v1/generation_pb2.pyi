@@ -707,6 +707,7 @@ class Usage(_message.Message):
     CACHED_FIELD_NUMBER: _builtins.int
     DRAFTED_FIELD_NUMBER: _builtins.int
     ACCEPTED_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
     prompt: _builtins.int
     """Prompt tokens."""
     completion: _builtins.int
@@ -717,6 +718,10 @@ class Usage(_message.Message):
     """Tokens proposed by a draft."""
     accepted: _builtins.int
     """Proposed tokens that the target accepted."""
+    @_builtins.property
+    def speculation(self) -> Global___SpeculationUsage:
+        """What speculation did, where the decode worker speculates."""
+
     def __init__(
         self,
         *,
@@ -725,14 +730,77 @@ class Usage(_message.Message):
         cached: _builtins.int = ...,
         drafted: _builtins.int = ...,
         accepted: _builtins.int = ...,
+        speculation: Global___SpeculationUsage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["speculation", b"speculation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cached", b"cached", "completion", b"completion", "drafted", b"drafted", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cached", b"cached", "completion", b"completion", "drafted", b"drafted", "prompt", b"prompt", "speculation", b"speculation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Usage: _TypeAlias = Usage  # noqa: Y015
+
+@_typing.final
+class SpeculationUsage(_message.Message):
+    """What speculation did for one completion, or on one worker. Counted before stops cut the output."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: _builtins.int
+    DRAFTED_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
+    ROLLBACKS_FIELD_NUMBER: _builtins.int
+    TAU_STOPS_FIELD_NUMBER: _builtins.int
+    DRAFTED_AT_FIELD_NUMBER: _builtins.int
+    ACCEPTED_AT_FIELD_NUMBER: _builtins.int
+    DRAFT_MS_FIELD_NUMBER: _builtins.int
+    VERIFY_MS_FIELD_NUMBER: _builtins.int
+    PLAIN_MS_FIELD_NUMBER: _builtins.int
+    steps: _builtins.int
+    """Verifying forwards, plain ones included."""
+    drafted: _builtins.int
+    """Tokens proposed by a draft."""
+    accepted: _builtins.int
+    """Proposed tokens that the target accepted."""
+    rollbacks: _builtins.int
+    """Steps in which a proposed token was rejected."""
+    tau_stops: _builtins.int
+    """Steps in which drafting ended because the draft was unsure."""
+    draft_ms: _builtins.float
+    """Time of its steps spent drafting."""
+    verify_ms: _builtins.float
+    """Time of its steps spent verifying."""
+    plain_ms: _builtins.float
+    """What plain steps would have taken for the same tokens, estimated from measured costs."""
+    @_builtins.property
+    def drafted_at(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens proposed at each place of a run, the first one first."""
+
+    @_builtins.property
+    def accepted_at(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens accepted at each place of a run."""
+
+    def __init__(
+        self,
+        *,
+        steps: _builtins.int = ...,
+        drafted: _builtins.int = ...,
+        accepted: _builtins.int = ...,
+        rollbacks: _builtins.int = ...,
+        tau_stops: _builtins.int = ...,
+        drafted_at: _abc.Iterable[_builtins.int] | None = ...,
+        accepted_at: _abc.Iterable[_builtins.int] | None = ...,
+        draft_ms: _builtins.float = ...,
+        verify_ms: _builtins.float = ...,
+        plain_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "accepted_at", b"accepted_at", "draft_ms", b"draft_ms", "drafted", b"drafted", "drafted_at", b"drafted_at", "plain_ms", b"plain_ms", "rollbacks", b"rollbacks", "steps", b"steps", "tau_stops", b"tau_stops", "verify_ms", b"verify_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpeculationUsage: _TypeAlias = SpeculationUsage  # noqa: Y015
 
 @_typing.final
 class Timings(_message.Message):

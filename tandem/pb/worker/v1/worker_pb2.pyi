@@ -195,6 +195,7 @@ class OutputDelta(_message.Message):
     STOP_TOKEN_ID_FIELD_NUMBER: _builtins.int
     DRAFTED_FIELD_NUMBER: _builtins.int
     ACCEPTED_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text they add."""
     finish_reason: _generation_pb2.FinishReason.ValueType
@@ -215,6 +216,10 @@ class OutputDelta(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_generation_pb2.TokenLogprobs]:
         """One entry per token when asked for."""
 
+    @_builtins.property
+    def speculation(self) -> _generation_pb2.SpeculationUsage:
+        """With the last token, from a worker that speculates."""
+
     def __init__(
         self,
         *,
@@ -226,10 +231,11 @@ class OutputDelta(_message.Message):
         stop_token_id: _builtins.int = ...,
         drafted: _builtins.int = ...,
         accepted: _builtins.int = ...,
+        speculation: _generation_pb2.SpeculationUsage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["matched_stop", b"matched_stop", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["matched_stop", b"matched_stop", "speculation", b"speculation", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "drafted", b"drafted", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "matched_stop", b"matched_stop", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "drafted", b"drafted", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "matched_stop", b"matched_stop", "speculation", b"speculation", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_matched_stop: _TypeAlias = _typing.Literal["stop_string", "stop_token_id"]  # noqa: Y015
     _WhichOneofArgType_matched_stop: _TypeAlias = _typing.Literal["matched_stop", b"matched_stop"]  # noqa: Y015
@@ -583,6 +589,7 @@ class HeartbeatRequest(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     NUM_WAITING_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    SPECULATION_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Who."""
     incarnation: _builtins.str
@@ -595,6 +602,10 @@ class HeartbeatRequest(_message.Message):
     """Requests waiting inside the worker."""
     draining: _builtins.bool
     """No new work, please."""
+    @_builtins.property
+    def speculation(self) -> Global___SpeculationReport:
+        """From a worker that speculates."""
+
     def __init__(
         self,
         *,
@@ -604,14 +615,51 @@ class HeartbeatRequest(_message.Message):
         num_running: _builtins.int = ...,
         num_waiting: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        speculation: Global___SpeculationReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["speculation", b"speculation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "incarnation", b"incarnation", "num_running", b"num_running", "num_waiting", b"num_waiting", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "incarnation", b"incarnation", "num_running", b"num_running", "num_waiting", b"num_waiting", "speculation", b"speculation", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
+
+@_typing.final
+class SpeculationReport(_message.Message):
+    """What speculation earns on one worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USAGE_FIELD_NUMBER: _builtins.int
+    GAIN_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    ALARM_FIELD_NUMBER: _builtins.int
+    gain: _builtins.float
+    """Tokens per second of late over those of plain decoding, estimated from measured costs."""
+    failures: _builtins.int
+    """Drafts that raised."""
+    alarm: _builtins.str
+    """Why it cannot pay, if it cannot."""
+    @_builtins.property
+    def usage(self) -> _generation_pb2.SpeculationUsage:
+        """Sums since the worker started."""
+
+    def __init__(
+        self,
+        *,
+        usage: _generation_pb2.SpeculationUsage | None = ...,
+        gain: _builtins.float = ...,
+        failures: _builtins.int = ...,
+        alarm: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["usage", b"usage"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alarm", b"alarm", "failures", b"failures", "gain", b"gain", "usage", b"usage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpeculationReport: _TypeAlias = SpeculationReport  # noqa: Y015
 
 @_typing.final
 class HeartbeatResponse(_message.Message):

@@ -1,0 +1,107 @@
+"""As many draft tokens as bring the most tokens per second now, shared out over the batch.
+
+A draft token at place d of a sequence whose tokens are accepted at rate α stands with probability α^d
+(Leviathan et al. 2023). A step that verifies a set of them brings B + Σ α_i^d tokens and takes the
+draft's forwards plus one of B + n rows. Places are taken in order of their probability, over all sequences,
+as many as bring the most per second: sequences that agree with their draft get more rows than those
+that do not, and a full batch gets none. (SmartSpec, Liu et al. 2024, chooses one k for all.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from decode_worker.lookahead import StepOutcome, limit
+from decode_worker.sequence import DecodeSequence
+from decode_worker.step_costs import MAX_ACCEPTANCE, StepCosts
+
+PRIOR_ACCEPTANCE = 0.6
+MEMORY = 64.0  # draft tokens of a sequence that count; older ones fade
+PRIOR_WEIGHT = 8.0  # draft tokens that the worker's own rate counts for in a new sequence
+SMOOTHING = 0.02  # of the newest draft token in the worker's rate
+HYSTERESIS = 1.03  # drafting starts or ends only for a difference larger than this
+PLAN_STEPS = 16  # steps a division of the rows is used for, while the batch stays the same
+PROBE_AFTER = 32  # plain steps after which one sequence drafts one token, to see whether it pays again
+PROBE_TRIES = 8  # steps a probe waits for a draft that has to read what it missed
+FORGET = 0.003  # of the distance to the prior rate, per plain step
+MAX_PROBE_AFTER = 1024  # the wait doubles while it does not
+
+
+class AutoLookahead:
+    """Reads `costs`, which somebody keeps up to date."""
+
+    def __init__(self, most: int, costs: StepCosts) -> None:
+        self.acceptance = PRIOR_ACCEPTANCE
+        self._costs = costs
+        self._most = most
+        self._accepted: dict[DecodeSequence, tuple[float, float]] = {}  # accepted, judged; both fade
+        self._is_drafting = False
+        self._plan: dict[DecodeSequence, int] = {}
+        self._plan_age = 0
+        self._num_plain = 0
+        self._probe_after = PROBE_AFTER
+
+    def counts(self, sequences: Sequence[DecodeSequence]) -> list[int]:
+        """Draft tokens per sequence; those that a request asks for by number are its own choice."""
+        if self._plan_age >= PLAN_STEPS or self._plan.keys() != set(sequences):
+            self._plan, self._plan_age = dict(zip(sequences, self._divide(sequences), strict=True)), 0
+        self._plan_age += 1
+        counts = [self._limited(sequence, self._plan[sequence]) for sequence in sequences]
+        return counts if any(counts) else self._probe(sequences)
+
+    def observe(self, outcome: StepOutcome) -> None:
+        """Learn acceptance, per sequence and overall."""
+        for sequence, advance in zip(outcome.sequences, outcome.advances, strict=True):
+            if not advance.num_drafted:
+                continue
+            judged = min(advance.num_accepted + 1, advance.num_drafted)
+            accepted, seen = self._accepted.get(sequence, (0.0, 0.0))
+            fade = (1 - 1 / MEMORY) ** judged
+            self._accepted[sequence] = (accepted * fade + advance.num_accepted, seen * fade + judged)
+            weight = 1 - (1 - SMOOTHING) ** judged
+            self.acceptance += weight * (advance.num_accepted / judged - self.acceptance)
+        if outcome.depth and self._num_plain >= self._probe_after:
+            self._end_probe()
+
+    def leave(self, sequence: DecodeSequence) -> None:
+        self._accepted.pop(sequence, None)
+
+    def _limited(self, sequence: DecodeSequence, planned: int) -> int:
+        """A request that asks for a number has it even where the plan says none."""
+        asks = sequence.work.speculation.num_assistant_tokens is not None
+        return limit(sequence, planned, self._most) if planned or asks else 0
+
+    def _probe(self, sequences: Sequence[DecodeSequence]) -> list[int]:
+        """Now and then one token for the newest sequence: the cheapest way to learn that times have changed.
+
+        A low acceptance rate is forgotten slowly meanwhile: the next text may be an easier one.
+        """
+        self.acceptance += FORGET * max(PRIOR_ACCEPTANCE - self.acceptance, 0.0)
+        self._num_plain += 1
+        if self._num_plain < self._probe_after:
+            return [0] * len(sequences)
+        if self._num_plain == self._probe_after + PROBE_TRIES:  # the draft has not caught up by then
+            self._end_probe()
+        return [0] * (len(sequences) - 1) + [limit(sequences[-1], 1, self._most)]
+
+    def _end_probe(self) -> None:
+        self._num_plain = 0
+        self._probe_after = min(2 * self._probe_after, MAX_PROBE_AFTER)
+
+    def _rate(self, sequence: DecodeSequence) -> float:
+        accepted, seen = self._accepted.get(sequence, (0.0, 0.0))
+        rate = (accepted + PRIOR_WEIGHT * self.acceptance) / (seen + PRIOR_WEIGHT)
+        return min(rate, MAX_ACCEPTANCE)
+
+    def _divide(self, sequences: Sequence[DecodeSequence]) -> list[int]:
+        """Draft tokens per sequence that bring the most per second; none if plain decoding does."""
+        best = self._costs.best(np.array([self._rate(s) for s in sequences]), self._most)
+        needed = 1 / HYSTERESIS if self._is_drafting else HYSTERESIS
+        was_drafting, self._is_drafting = self._is_drafting, best.gain > needed
+        if not self._is_drafting:
+            return [0] * len(sequences)
+        if not was_drafting:
+            self._probe_after = PROBE_AFTER
+        return list(map(int, best.counts))

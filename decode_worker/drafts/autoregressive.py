@@ -1,0 +1,101 @@
+"""Drafting token by token: what a separate draft model and the target's own quantized weights share.
+
+All sequences draft together, one forward per depth; a sequence leaves when it has its number or when the
+draft is unsure. Under greedy decoding and the `exact` policy a guess is chosen by the very rule the target's
+token will be chosen by, with the same random number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from decode_worker.drafts.draft import Proposal
+from decode_worker.sequence import DecodeSequence
+from tandem.engine.batch import SequenceRows
+from tandem.engine.model_runner import ModelRunner
+from tandem.engine.rng import Stream
+from tandem.engine.sampler import draw, process_logits
+
+
+class AutoregressiveDraft:
+    """Subclasses say which rows a sequence's first forward takes, and what stays in the cache."""
+
+    def __init__(self, model: ModelRunner, threshold: float = 0.0) -> None:
+        self._model = model
+        self._default_threshold = threshold
+        self.catch_up_s = 0.0
+
+    def propose(self, sequences: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
+        proposals = [Proposal() for _ in sequences]
+        wanted = {s: (p, n) for s, p, n in zip(sequences, proposals, counts, strict=True) if n > 0}
+        drafting = self._ready(list(wanted))
+        rows = [self._first_rows(sequence) for sequence in drafting]
+        while drafting:
+            logits = self._model.forward(self._model.batch(rows))
+            for sequence in drafting:
+                self._computed(sequence, len(sequence.token_ids) + len(wanted[sequence][0].token_ids))
+            sure = self._draw(logits, drafting, [wanted[s][0] for s in drafting])
+            drafting = [s for s in sure if len(wanted[s][0].token_ids) < wanted[s][1]]
+            rows = [self._last_guess(s, wanted[s][0]) for s in drafting]
+        for sequence, (proposal, _) in wanted.items():
+            sequence.sampling.rollback(len(proposal.token_ids))
+        return proposals
+
+    def settle(self, sequence: DecodeSequence) -> None:
+        """The step is over and `sequence` holds its new tokens."""
+
+    def leave(self, sequence: DecodeSequence) -> None:
+        """The sequence has ended."""
+
+    def _ready(self, sequences: list[DecodeSequence]) -> list[DecodeSequence]:
+        """Those that can draft in this step."""
+        return sequences
+
+    def _first_rows(self, sequence: DecodeSequence) -> SequenceRows:
+        """What the draft has not computed yet, up to the newest token."""
+        raise NotImplementedError
+
+    def _computed(self, sequence: DecodeSequence, num_tokens: int) -> None:
+        """The draft's KV of so many tokens, guesses included, is in the cache."""
+
+    @staticmethod
+    def _last_guess(sequence: DecodeSequence, proposal: Proposal) -> SequenceRows:
+        start = len(sequence.token_ids) + len(proposal.token_ids) - 1
+        return SequenceRows(proposal.token_ids[-1:], start, sequence.blocks)
+
+    def _draw(
+        self, logits: Any, sequences: list[DecodeSequence], proposals: list[Proposal]
+    ) -> list[DecodeSequence]:
+        """One guess per row; returns the sequences that go on.
+
+        Where the draft gives no token the request's threshold, no guess is made: that is decided before the
+        draw, so it changes no distribution.
+        """
+        states = [sequence.sampling for sequence in sequences]
+        thresholds = [self._threshold(sequence) for sequence in sequences]
+        are_plain = all(sequence.is_plainly_greedy for sequence in sequences)
+        scores = logits if are_plain else process_logits(logits, states)
+        token_ids = scores.argmax(-1)
+        for stream in (Stream.TOKEN, Stream.DRAFT):
+            rows = [i for i, s in enumerate(sequences) if s.draft_stream is stream]
+            if rows:
+                token_ids[rows] = draw(scores[rows], [states[i] for i in rows], stream)
+        needs_probs = any(thresholds) or any(s.draft_stream is Stream.DRAFT for s in sequences)
+        probs = scores.double().softmax(-1) if needs_probs else None
+        confidence = [1.0] * len(sequences) if probs is None else probs.amax(-1).tolist()
+        going_on = []
+        for i, (sequence, token_id) in enumerate(zip(sequences, token_ids.tolist(), strict=True)):
+            if confidence[i] < thresholds[i]:
+                proposals[i].is_tau_stop = True
+                continue
+            if probs is not None and sequence.draft_stream is Stream.DRAFT:
+                proposals[i].probs.append(probs[i].cpu().numpy())
+            proposals[i].token_ids.append(token_id)
+            sequence.sampling.append(token_id)
+            going_on.append(sequence)
+        return going_on
+
+    def _threshold(self, sequence: DecodeSequence) -> float:
+        asked = sequence.work.speculation.assistant_confidence_threshold
+        return self._default_threshold if asked is None else asked

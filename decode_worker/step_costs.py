@@ -1,0 +1,85 @@
+"""What a step costs and brings for every number of draft tokens, from measured forwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tandem.engine.costs import ForwardCosts, LiveCosts
+
+MAX_ACCEPTANCE = 0.98  # a rate of 1 would promise too much of the places far ahead
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """How many tokens each sequence drafts, and tokens per second over those of plain decoding."""
+
+    counts: npt.NDArray[np.int64]  # [sequences]
+    gain: float
+
+
+class StepCosts:
+    """Follows the forwards of target and draft. No draft costs: guesses cost nothing that counts."""
+
+    def __init__(self, target: ForwardCosts, draft: ForwardCosts | None) -> None:
+        self._target = LiveCosts(target)
+        self._draft = LiveCosts(draft) if draft else None
+
+    def plain_s(self, num_sequences: int) -> float:
+        """Seconds of a plain step."""
+        return self._target.at(num_sequences)
+
+    def observe(self, num_rows: int, verify_s: float, num_drafting: int, draft_s: float) -> None:
+        """A forward of the target, and one of the draft if any sequence drafted."""
+        self._target.observe(num_rows, verify_s)
+        if self._draft is not None and num_drafting:
+            self._draft.observe(num_drafting, draft_s)
+
+    def best(self, rates: Floats, most: int) -> Division:
+        """The division of draft tokens that brings the most, at acceptance `rates` [sequences] below 1.
+
+        Each greatest depth is tried by itself, because a deeper place costs one more forward of the draft.
+        """
+        depths = range(1, most + 1) if len(rates) > 1 else (most,)
+        return max((self._best_within(rates, depth) for depth in depths), key=lambda division: division.gain)
+
+    def _best_within(self, rates: Floats, most: int) -> Division:
+        """The most probable places are filled first, up to the number that brings the most per second."""
+        count, depths = len(rates), np.arange(1, most + 1)
+        stands = (rates[None] ** depths[:, None]).ravel()  # place 1 of all sequences, then place 2, …
+        order = np.argsort(-stands, kind="stable")
+        tokens = count + np.cumsum(stands[order])
+        verify_s = self._target.table(count + 1 + np.arange(len(order)))
+        seconds = verify_s + self._draft_seconds(order // count, count, most)
+        taken = int((tokens / seconds).argmax())
+        counts = np.bincount(order[: taken + 1] % count, minlength=count)
+        return Division(counts, float(tokens[taken] / seconds[taken] * self.plain_s(count) / count))
+
+    def best_gain(self, acceptance: float, num_sequences: int, most: int) -> float:
+        """Tokens per second over plain decoding at the best number of draft tokens; 1 where none pays."""
+        rates = np.full(num_sequences, min(acceptance, MAX_ACCEPTANCE))
+        return max(1.0, self.best(rates, most).gain)
+
+    def needed_acceptance(self, num_sequences: int, most: int) -> float:
+        """The lowest acceptance rate at which drafting pays; 1 if none does."""
+        low, high = 0.0, 1.0
+        for _ in range(10):
+            middle = (low + high) / 2
+            if self.best_gain(middle, num_sequences, most) > 1:
+                high = middle
+            else:
+                low = middle
+        return high if high < 1.0 else 1.0
+
+    def _draft_seconds(self, places: npt.NDArray[np.int64], num_sequences: int, most: int) -> Floats:
+        """Seconds of drafting when the first n of these places are filled: one forward per depth."""
+        if self._draft is None:
+            return np.zeros(len(places))
+        forward_s = self._draft.table(np.arange(num_sequences + 1))
+        filled = np.cumsum(places[:, None] == np.arange(most), axis=0)  # [n, depth]: rows of each forward
+        seconds: Floats = forward_s[filled].sum(1)
+        return seconds
