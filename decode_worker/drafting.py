@@ -10,6 +10,7 @@ from decode_worker.decoder import Decoder, PlainDecoder
 from decode_worker.drafts.draft import Draft
 from decode_worker.drafts.model import ModelDraft
 from decode_worker.drafts.ngram import NgramDraft
+from decode_worker.drafts.shared import SharedDraft
 from decode_worker.lookahead import ConstantLookahead, HeuristicLookahead, Lookahead
 from decode_worker.speculative import SpeculativeDecoder
 from decode_worker.step_costs import StepCosts
@@ -47,6 +48,8 @@ def make_decoder(config: SpeculationConfig, engine: Engine) -> Decoder:
     draft: Draft
     if config.draft == "ngram":
         draft = NgramDraft()
+    elif engine.draft is not None and config.draft in ("self", "qspec"):
+        draft = SharedDraft(engine.draft, config.assistant_confidence_threshold)
     elif engine.draft is not None:
         draft = ModelDraft(engine.draft, config.assistant_confidence_threshold)
     else:

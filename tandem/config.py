@@ -24,6 +24,9 @@ from tandem.errors import ConfigError
 from tandem.geometry import DTYPE_BYTES
 
 MIB = 1 << 20
+DRAFTS = ("none", "ngram", "model", "self", "qspec")
+QUANTIZATIONS = ("none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq", "int4")
+FOUR_BITS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int4")
 IMPLEMENTATIONS = ("auto", "native", "lean", "transformers")
 BUNDLED_MODELS = Path(__file__).parent / "models"
 
@@ -39,6 +42,10 @@ def _check_positive(config: object, *names: str) -> None:
         _check(value > 0, f"{type(config).__name__}.{name} must be more than 0, not {value}")
 
 
+def _check_quantization(name: str) -> None:
+    _check(name in QUANTIZATIONS, f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {name}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """Which checkpoint to serve. `path` is a folder; the hub is asked only by `deploy`."""
@@ -47,6 +54,7 @@ class ModelConfig:
     name: str = ""  # what clients call it; the folder's name by default
     dtype: str = "float32"  # of activations and KV
     implementation: str = "auto"  # auto | native | lean | transformers (tandem.engine.implementation)
+    quantization: str = "none"  # of linear weights (tandem.engine.quantization); the output head stays whole
     linear: str = "auto"  # auto | fp32 | fp16: storage of linear weights on a CPU (tandem.engine.linear)
 
     def __post_init__(self) -> None:
@@ -58,6 +66,7 @@ class ModelConfig:
             self.implementation in IMPLEMENTATIONS,
             f"model implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {self.implementation}",
         )
+        _check_quantization(self.quantization)
         _check(
             self.linear in ("auto", "fp32", "fp16"),
             f"model linear must be auto, fp32 or fp16, not {self.linear}",
@@ -113,8 +122,9 @@ class DecodeConfig:
 class SpeculationConfig:
     """What drafts for the decode worker, and how far ahead. Without a draft nothing is speculated."""
 
-    draft: str = "none"  # none | ngram | model
+    draft: str = "none"  # none | ngram | model | self | qspec
     draft_path: Path | None = None  # the draft model's checkpoint
+    draft_quantization: str = "none"  # of a draft model's or a self-draft's linear weights
     num_assistant_tokens: int = 0  # draft tokens per step where a request does not say; 0: what pays now
     num_assistant_tokens_schedule: str = "constant"  # constant | heuristic: how that number changes
     max_assistant_tokens: int = 8  # most a request may ask for
@@ -122,8 +132,15 @@ class SpeculationConfig:
     required: bool = True  # False: go on without a draft that cannot be used, and say so
 
     def __post_init__(self) -> None:
+        _check(self.draft in DRAFTS, f"unknown draft {self.draft}; known: {', '.join(DRAFTS)}")
+        _check_quantization(self.draft_quantization)
         _check(
-            self.draft in ("none", "ngram", "model"), f"unknown draft {self.draft}; known: model, ngram, none"
+            self.draft != "self" or self.draft_quantization != "none",
+            "a self-draft needs speculation.draft_quantization: unquantized it costs what the target costs",
+        )
+        _check(
+            self.draft_quantization == "none" or self.draft in ("model", "self"),
+            f"draft_quantization is for a draft model or a self-draft, not for draft {self.draft}",
         )
         _check(
             (self.draft == "model") == (self.draft_path is not None),
@@ -187,6 +204,13 @@ class ClusterConfig:
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     kvstore: KvStoreConfig = field(default_factory=KvStoreConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+
+    def __post_init__(self) -> None:
+        _check(
+            self.speculation.draft != "qspec" or self.model.quantization in FOUR_BITS,
+            f"draft qspec shares the target's four-bit weights: set model.quantization to one of "
+            f"{', '.join(FOUR_BITS)}",
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ClusterConfig:

@@ -22,8 +22,9 @@ def model_fingerprint(config: ClusterConfig) -> bytes:
     Weights count by their size, their header and 64 evenly spread samples of 4 KiB, so that a
     checkpoint of many gigabytes is named in milliseconds.
     """
-    model = f"{config.model.dtype}|{config.model.implementation}|{config.model.linear}"
-    digest = hashlib.sha256(f"v3|{model}|{config.cache.block_size}|{KV_LAYOUT}".encode())
+    model = config.model
+    storage = f"{model.dtype}|{model.implementation}|{model.linear}|{model.quantization}"
+    digest = hashlib.sha256(f"v4|{storage}|{config.cache.block_size}|{KV_LAYOUT}".encode())
     digest.update(checkpoint_digest(config.model.path))
     if config.speculation.draft_path is not None:
         digest.update(checkpoint_digest(config.speculation.draft_path))

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from tokenizers.decoders import DecodeStream
 
 from tandem.errors import ConfigError, InvalidRequest
+from tandem.token_spelling import Spelling
 
 CONTEXT_TOKENS = 6  # prompt tokens that decide how the first output token is spaced
 INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that are not a character, or not yet
@@ -20,6 +21,8 @@ class Tokenizer:
 
     def __init__(self, tokenizer: HfTokenizer) -> None:
         self._tokenizer = tokenizer
+        self._spelling = Spelling.of(tokenizer)
+        self._added_ids = frozenset(tokenizer.get_added_tokens_decoder())
 
     @classmethod
     def from_dir(cls, path: Path) -> Self:
@@ -39,19 +42,29 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return int(self._tokenizer.get_vocab_size())
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids, with the special tokens the checkpoint's own tokenizer adds.
 
         Raises BAD_PARAM for half a surrogate pair, which JSON can bring and no encoding has bytes for.
         """
         try:
-            return list(self._tokenizer.encode(text).ids)
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
         except TypeError as error:
             raise InvalidRequest("BAD_PARAM", "`prompt` must be valid Unicode text") from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text without special tokens."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for: UTF-8, or a part of a character's. A special token is its name.
+
+        Raises BAD_PARAM for an id outside the vocabulary.
+        """
+        token = self._tokenizer.id_to_token(token_id)
+        if token is None:
+            raise InvalidRequest("BAD_PARAM", f"`tokens` must be in [0, {self.vocab_size})")
+        return token.encode() if token_id in self._added_ids else self._spelling.bytes_of(token)
 
     def stream(self, context: Sequence[int] = ()) -> TokenStream:
         """An incremental decoder whose text continues after the `context` tokens."""

@@ -18,6 +18,8 @@ from tandem.engine.lean.decoder import LeanDecoder
 from tandem.engine.linear import LinearChoice
 from tandem.engine.native.decoder import NativeDecoder
 from tandem.engine.paged_cache import PagedCache
+from tandem.engine.storage import Storage
+from tandem.errors import ConfigError
 
 
 class Batch(Protocol):
@@ -47,16 +49,18 @@ class Decoder(Protocol):
 
 
 def load_decoder(
-    path: Path, dtype: torch.dtype, linear: str, device: torch.device | str, implementation: str
+    path: Path, dtype: torch.dtype, storage: Storage, device: torch.device | str, implementation: str
 ) -> Decoder:
     """Open a local checkpoint. Raises `ConfigError` for what cannot be served."""
     raw = read_config(path)
     dtype_name, device_name = str(dtype).removeprefix("torch."), torch.device(device).type
     name, reason = choose(path, raw, implementation, dtype_name, device_name)
     if name == "native":
-        return NativeDecoder.load(path, LeanConfig.parse(raw), raw, linear)
+        return NativeDecoder.load(path, LeanConfig.parse(raw), raw, storage)
     if name == "lean":
-        return LeanDecoder.load(path, LeanConfig.parse(raw), raw, linear, reason)
+        return LeanDecoder.load(path, LeanConfig.parse(raw), raw, storage, reason)
+    if storage.quantization != "none":
+        raise ConfigError(f"quantization needs an architecture of the Llama family: {reason}")
     from tandem.engine.transformers_decoder import TransformersDecoder  # two seconds and more to import
 
-    return TransformersDecoder.load(path, dtype, linear, device, reason)
+    return TransformersDecoder.load(path, dtype, storage.linear, device, reason)

@@ -13,6 +13,8 @@ from tandem.engine.model_runner import ModelRunner
 from tandem.errors import ConfigError
 from tandem.geometry import ModelGeometry
 
+DRAFT_ACTIVATION_BITS = 8  # what the target's own weights are multiplied with when they draft
+
 
 @dataclass(frozen=True, slots=True)
 class Engine:
@@ -22,7 +24,7 @@ class Engine:
     pool: BlockPool
     num_blocks: int
     block_bytes: int  # of the target's KV
-    draft: ModelRunner | None = None  # its cache has the same block ids as the target's
+    draft: ModelRunner | None = None  # over a cache with the target's block ids, or over the target's own
 
 
 def load_engine(
@@ -39,23 +41,43 @@ def load_engine(
         raise ConfigError(
             f"{budget_bytes} bytes of KV cache hold no block of {block_bytes} bytes; give the worker more"
         )
-    model = _load(config, config.model.path, num_blocks)
+    model = _load(config, config.model.path, num_blocks, config.model.quantization)
+    model.warm_up()
     pool = BlockPool(pool_name, num_blocks, config.cache.block_size)
-    return Engine(model, pool, num_blocks, block_bytes, _load(config, draft, num_blocks) if draft else None)
+    return Engine(model, pool, num_blocks, block_bytes, _draft(config, model, draft, num_blocks))
+
+
+def _draft(
+    config: ClusterConfig, target: ModelRunner, path: Path | None, num_blocks: int
+) -> ModelRunner | None:
+    """A draft model over a cache of its own, or the target's weights in fewer bits over the target's."""
+    speculation = config.speculation
+    if path is not None:
+        model = _load(config, path, num_blocks, speculation.draft_quantization)
+        model.warm_up()
+        return model
+    if speculation.draft == "self":
+        quantization = speculation.draft_quantization
+        return _load(config, config.model.path, 1, quantization, DRAFT_ACTIVATION_BITS).over(target.cache)
+    if speculation.draft == "qspec":
+        return target.with_activations_of(DRAFT_ACTIVATION_BITS)
+    return None
 
 
 def _block_bytes(config: ClusterConfig, path: Path) -> int:
     return ModelGeometry.from_path(path).block_bytes(config.cache.block_size, config.model.dtype)
 
 
-def _load(config: ClusterConfig, path: Path, num_blocks: int) -> ModelRunner:
-    model = ModelRunner.load(
+def _load(
+    config: ClusterConfig, path: Path, num_blocks: int, quantization: str, activation_bits: int = 32
+) -> ModelRunner:
+    return ModelRunner.load(
         path,
         dtype=config.model.dtype,
         linear=config.model.linear,
         implementation=config.model.implementation if path == config.model.path else "auto",
+        quantization=quantization,
+        activation_bits=activation_bits,
         num_blocks=num_blocks,
         block_size=config.cache.block_size,
     )
-    model.warm_up()
-    return model

@@ -14,7 +14,9 @@ import torch
 from tandem.engine.batch import SequenceRows
 from tandem.engine.decoder import Batch, Decoder, load_decoder
 from tandem.engine.linear import LinearChoice
+from tandem.engine.native.decoder import NativeDecoder
 from tandem.engine.paged_cache import PagedCache
+from tandem.engine.storage import Storage
 from tandem.geometry import ModelGeometry
 
 WARM_UP_TOKENS = 96
@@ -43,6 +45,8 @@ class ModelRunner:
         *,
         dtype: str = "float32",
         linear: str = "auto",
+        quantization: str = "none",
+        activation_bits: int = 32,
         num_blocks: int,
         block_size: int,
         device: torch.device | str = "cpu",
@@ -51,8 +55,9 @@ class ModelRunner:
         """Open a local checkpoint. Raises `ConfigError` for what cannot be served."""
         torch_dtype: torch.dtype = getattr(torch, dtype)
         geometry = ModelGeometry.from_path(path)
+        storage = Storage(linear, quantization, activation_bits)
         with torch.inference_mode():
-            model = load_decoder(path, torch_dtype, linear, device, implementation)
+            model = load_decoder(path, torch_dtype, storage, device, implementation)
             cache = PagedCache(geometry, num_blocks, block_size, torch_dtype, device)
         return cls(model, geometry, cache, model.linears)
 
@@ -63,6 +68,13 @@ class ModelRunner:
             if getattr(mine, name) != getattr(theirs, name):
                 raise ValueError(f"the models differ in {name}: they cannot share a cache")
         return ModelRunner(self._model, self.geometry, cache, self._linears)
+
+    def with_activations_of(self, bits: int) -> ModelRunner:
+        """The same weights over the same cache, with activations of another width where kernels can."""
+        model = self._model
+        if isinstance(model, NativeDecoder):
+            model = model.with_activations_of(bits)
+        return ModelRunner(model, self.geometry, self.cache, self._linears)
 
     @property
     def vocab_size(self) -> int:

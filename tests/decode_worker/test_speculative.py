@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from decode_worker.decoder import Decoder, PlainDecoder
+from decode_worker.drafting import make_decoder, usable_draft
 from decode_worker.drafts.draft import Proposal
 from decode_worker.drafts.model import ModelDraft
 from decode_worker.drafts.ngram import NgramDraft
@@ -18,8 +19,9 @@ from decode_worker.lookahead import ConstantLookahead
 from decode_worker.sequence import DecodeSequence
 from decode_worker.speculative import MAX_FAILURES, SpeculativeDecoder
 from kvstore.key import KvHandle
-from tandem.config import SpeculationConfig
+from tandem.config import ClusterConfig, ModelConfig, SpeculationConfig
 from tandem.engine.batch import SequenceRows
+from tandem.engine.loading import load_engine
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.work_state import sampling_state
 from tandem.sampling import SamplingParams
@@ -147,6 +149,44 @@ def test_a_draft_on_the_targets_own_cache_changes_nothing(target, tmp_path, para
     assert run(decoder, sequences(target, params, SpeculationPolicy.EXACT)) == plain(target, params)
     assert decoder.stats.num_drafted > 0
     assert (decoder.stats.num_rollbacks == 0) == (seed is None)
+
+
+@pytest.mark.parametrize("policy", [SpeculationPolicy.EXACT, SpeculationPolicy.AUTO])
+@pytest.mark.parametrize("num_assistant_tokens", [0, 1, 3, 7])
+@pytest.mark.parametrize(
+    ("draft", "quantization"),
+    [
+        ("self", ("none", "nf4")),
+        ("self", ("int8", "int4")),
+        ("qspec", ("nf4", "none")),
+        ("qspec", ("int4", "none")),
+        ("model", ("fp4-dq", "int8")),
+    ],
+)
+def test_quantized_drafts_change_no_token(
+    tmp_path, draft, quantization, num_assistant_tokens, policy
+) -> None:
+    """As a worker is configured: whatever the target's precision, its own plain tokens come out."""
+    path = save_llama(tmp_path / "draft", seed=5) if draft == "model" else None
+    config = ClusterConfig(
+        model=ModelConfig(path=tiny_llama(), quantization=quantization[0]),
+        speculation=SpeculationConfig(
+            draft=draft,
+            draft_path=path,
+            draft_quantization=quantization[1],
+            num_assistant_tokens=num_assistant_tokens,
+        ),
+    )
+    engine = load_engine(config, "decode", 1 << 22, 1, usable_draft(config))
+    assert engine.draft is not None
+    assert (engine.draft.cache is engine.model.cache) == (draft != "model")
+    params = GREEDY if policy is SpeculationPolicy.AUTO else EVERYTHING
+    expected = run(PlainDecoder(engine.model), sequences(engine.model, params, SpeculationPolicy.OFF))
+    decoder = make_decoder(config.speculation, engine)
+    assert isinstance(decoder, SpeculativeDecoder)
+    assert run(decoder, sequences(engine.model, params, policy)) == expected
+    if num_assistant_tokens:
+        assert decoder.stats.num_drafted > 0
 
 
 def test_kv_of_a_shared_draft_that_failed_is_never_read(target) -> None:

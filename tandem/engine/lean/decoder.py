@@ -24,6 +24,8 @@ from tandem.engine.lean.shapes import EMBEDDING, HEAD, tensor_shapes
 from tandem.engine.lean.weights import Weights
 from tandem.engine.linear import TILE, Kernel, LinearChoice, Probes, RowTable, choose, common_table
 from tandem.engine.paged_cache import PagedCache
+from tandem.engine.quantization.formats import quantize
+from tandem.engine.storage import Storage
 
 
 class LeanDecoder:
@@ -48,13 +50,13 @@ class LeanDecoder:
 
     @classmethod
     def load(
-        cls, path: Path, config: LeanConfig, raw: dict[str, Any], linear: str, reason: str
+        cls, path: Path, config: LeanConfig, raw: dict[str, Any], storage: Storage, reason: str
     ) -> LeanDecoder:
         """Open a checkpoint whose config was parsed. Raises `ConfigError` for weights that do not fit it."""
         with Weights(path) as weights:
             weights.check(dict(tensor_shapes(config)), frozenset({HEAD}) if config.tied else frozenset())
             eos = eos_token_ids(path, raw, config.architecture.eos_token_id)
-            return cls(_Loader(config, weights, linear), eos, reason)
+            return cls(_Loader(config, weights, storage), eos, reason)
 
     def batch(self, sequences: Sequence[SequenceRows], cache: PagedCache) -> ForwardBatch:
         """Index one forward over these rows."""
@@ -104,11 +106,11 @@ class LeanDecoder:
 class _Loader:
     """Builds kernels and norms out of named tensors."""
 
-    def __init__(self, config: LeanConfig, weights: Weights, wanted: str) -> None:
+    def __init__(self, config: LeanConfig, weights: Weights, storage: Storage) -> None:
         self.config = config
         self.weights = weights
         self.linears: dict[str, LinearChoice] = {}
-        self._wanted = wanted
+        self._storage = storage
         self._probes: Probes = {}
         self._names = {name for name, _ in tensor_shapes(config)}
 
@@ -138,13 +140,16 @@ class _Loader:
         """The best kernel for the weights of `parts` on top of each other; `name` is what the report says."""
         parts = parts or [name]
         weight = torch.cat([self.weights.get(f"{part}.weight") for part in parts])
+        if self._storage.quantization != "none" and name != "lm_head":
+            quantized = quantize(weight, self._storage.quantization)
+            weight = weight if quantized is None else quantized.dequantize()
         biased = f"{parts[0]}.bias" in self._names
         linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=biased, device="meta")
         linear.weight = torch.nn.Parameter(weight, requires_grad=False)
         if biased:
             bias = torch.cat([self.weights.get(f"{part}.bias") for part in parts])
             linear.bias = torch.nn.Parameter(bias, requires_grad=False)
-        chosen = choose(linear, self._wanted, self._probes)
+        chosen = choose(linear, self._storage.linear, self._probes)
         if chosen is None:
             self.linears[name] = LinearChoice("torch", "no stable kernel here: rows may depend on the batch")
             return linear

@@ -7,6 +7,7 @@ a row's bits do not depend on its batch, on how its prompt was cut, on threads, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from tandem.engine.native import build, library
 from tandem.engine.native.arena import Arena
 from tandem.engine.native.batch import NativeBatch
 from tandem.engine.paged_cache import PagedCache
+from tandem.engine.quantization.formats import quantize
+from tandem.engine.storage import Storage
 
 ANGLE_PAGE = 512  # positions whose angles are added at once
 QK_NORM = {"": 0, "head": 1, "all": 2}
@@ -46,7 +49,7 @@ class NativeDecoder:
         self._angles = torch.empty(0, 2, loader.config.geometry.head_dim // 2)
 
     @classmethod
-    def load(cls, path: Path, config: LeanConfig, raw: dict[str, Any], linear: str) -> NativeDecoder:
+    def load(cls, path: Path, config: LeanConfig, raw: dict[str, Any], stored: Storage) -> NativeDecoder:
         """Open a checkpoint whose config was parsed, where the kernels can run.
 
         Raises `ConfigError` for weights that do not fit it, or kernels that fail their check.
@@ -56,7 +59,13 @@ class NativeDecoder:
         with Weights(path) as weights:
             weights.check(dict(tensor_shapes(config)), frozenset({HEAD}) if config.tied else frozenset())
             eos = eos_token_ids(path, raw, config.architecture.eos_token_id)
-            return cls(_Loader(config, weights, linear), eos, isa)
+            return cls(_Loader(config, weights, stored), eos, isa)
+
+    def with_activations_of(self, bits: int) -> NativeDecoder:
+        """The same four-bit weights, multiplied with activations of another width."""
+        twin = copy(self)
+        twin._model = self._loader.model(bits)
+        return twin
 
     def batch(self, sequences: Sequence[SequenceRows], cache: PagedCache) -> NativeBatch:
         """Index one forward over these rows."""
@@ -100,11 +109,11 @@ class NativeDecoder:
 class _Loader:
     """Turns named tensors into structs, and keeps what they point to."""
 
-    def __init__(self, config: LeanConfig, weights: Weights, wanted: str) -> None:
+    def __init__(self, config: LeanConfig, weights: Weights, stored: Storage) -> None:
         self.config = config
         self.choices: dict[str, LinearChoice] = {}
         self._weights = weights
-        self._wanted = wanted
+        self._storage = stored
         self._arena = Arena()
         self._kept: list[torch.Tensor] = []
         self._names = {name for name, _ in tensor_shapes(config)}
@@ -115,8 +124,13 @@ class _Loader:
         tied = [EMBEDDING.removesuffix(".weight")] if config.tied else None
         self._head = self._linear("lm_head", tied)
 
-    def model(self) -> library.Model:
+    def model(self, activation_bits: int | None = None) -> library.Model:
         geometry, config = self.config.geometry, self.config
+        layers = type(self._layers)(*self._layers)
+        for layer in layers if activation_bits else ():
+            for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
+                if linear.format == library.CODE4:
+                    linear.activation_bits = activation_bits
         return library.Model(
             num_layers=geometry.num_layers,
             hidden=geometry.hidden_size,
@@ -133,7 +147,7 @@ class _Loader:
             embedding=self._embedding.data_ptr(),
             norm=self._norm,
             head=self._head,
-            layers=self._layers,
+            layers=layers,
         )
 
     def _layer(self, index: int) -> library.Layer:
@@ -164,20 +178,33 @@ class _Loader:
     def _linear(self, name: str, parts: list[str] | None = None) -> library.Linear:
         """The weights of `parts` on top of each other; `name` is what the report says."""
         parts = parts or [name]
-        weight = self._stored(torch.cat([self._weights.get(f"{part}.weight") for part in parts]))
         biased = f"{parts[0]}.bias" in self._names
         bias = torch.cat([self._weights.get(f"{part}.bias") for part in parts]) if biased else None
-        reason = "asked for" if self._wanted != "auto" else "exact in half precision"
-        if weight.dtype == torch.float16:
-            self.choices[name] = LinearChoice("native-fp16", reason)
-        else:
-            self.choices[name] = LinearChoice(
-                "native-fp32", "weights need single precision" if self._wanted == "auto" else reason
-            )
-        packed = library.pack_linear(weight, bias, self._arena)
+        weight = torch.cat([self._weights.get(f"{part}.weight") for part in parts])
+        packed, self.choices[name] = self._pack(name, weight, bias)
         self._kept.extend(packed.tensors)
         return packed.struct
 
+    def _pack(
+        self, name: str, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> tuple[library.PackedLinear, LinearChoice]:
+        storage = self._storage
+        if storage.quantization != "none" and name != "lm_head":
+            quantized = quantize(weight, storage.quantization)
+            if quantized is not None:
+                packed = library.pack_quantized(quantized, storage.activation_bits, bias, self._arena)
+                kernel = f"native-{storage.quantization}-a{storage.activation_bits}"
+                return packed, LinearChoice(kernel, f"groups of {quantized.group}")
+        plain = self._stored(weight)
+        reason = "asked for" if storage.linear != "auto" else "weights need single precision"
+        if plain.dtype == torch.float16 and storage.linear == "auto":
+            reason = "exact in half precision"
+        if storage.quantization != "none" and name != "lm_head":
+            reason = f"{weight.shape[1]} inputs cannot be grouped"
+        kernel = "native-fp16" if plain.dtype == torch.float16 else "native-fp32"
+        return library.pack_linear(plain, bias, self._arena), LinearChoice(kernel, reason)
+
     def _stored(self, weight: torch.Tensor) -> torch.Tensor:
-        half = self._wanted == "fp16" or (self._wanted == "auto" and fits_fp16(weight))
+        wanted = self._storage.linear
+        half = wanted == "fp16" or (wanted == "auto" and fits_fp16(weight))
         return weight.half() if half else weight

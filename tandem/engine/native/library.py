@@ -12,11 +12,14 @@ import torch.nn.functional as F
 
 from tandem.engine.native import build
 from tandem.engine.native.arena import Arena
+from tandem.engine.quantization.formats import INT8_MOST, QuantizedWeight
 from tandem.errors import ConfigError
 
 PANEL = 16  # outputs that lie together
 ABI = 1
 FORMATS = {torch.float32: 0, torch.float16: 1}
+INT8, CODE4 = 2, 3
+PIECE_INPUTS = 4  # inputs whose codes lie together
 CHECK_TOLERANCE = 1e-5
 
 
@@ -131,6 +134,48 @@ def pack_linear(
         bias=None if kept is None else kept.data_ptr(),
     )
     return PackedLinear(struct, (panels,) if kept is None else (panels, kept), out_features)
+
+
+def pack_quantized(
+    weight: QuantizedWeight, activation_bits: int, bias: torch.Tensor | None, arena: Arena
+) -> PackedLinear:
+    """Codes and scales as the kernels read them. Four-bit codes serve both widths of activations."""
+    out_features, in_features = weight.codes.shape
+    rows = -out_features % PANEL
+    scales = F.pad(weight.scales, (0, 0, 0, rows)).view(-1, PANEL, weight.scales.shape[1]).transpose(1, 2)
+    codes = F.pad(weight.codes, (0, -in_features % PIECE_INPUTS, 0, rows))
+    if weight.kind == "int8" and activation_bits == 32:
+        packed = codes[:, :in_features].view(-1, PANEL, in_features).transpose(1, 2)
+    else:
+        # [panel, lane, nibble, 4 outputs, piece, 4 inputs] → [panel, piece, nibble, lane, output, input]
+        split = codes.view(-1, 2, 2, 4, codes.shape[1] // PIECE_INPUTS, PIECE_INPUTS)
+        pieces = split.permute(0, 4, 2, 1, 3, 5)
+        packed = pieces if weight.kind == "int8" else pieces[:, :, 0] | pieces[:, :, 1] << 4
+    tensors = [arena.keep(packed), arena.keep(scales), _codebook(weight)]
+    if bias is not None:
+        tensors.append(bias.float().contiguous())
+    struct = Linear(
+        format=INT8 if weight.kind == "int8" else CODE4,
+        activation_bits=activation_bits,
+        in_features=in_features,
+        out_features=out_features,
+        group=weight.group,
+        weights=tensors[0].data_ptr(),
+        scales=tensors[1].data_ptr(),
+        codebook=tensors[2].data_ptr(),
+        bias=tensors[3].data_ptr() if bias is not None else None,
+    )
+    return PackedLinear(struct, tuple(tensors), out_features)
+
+
+def _codebook(weight: QuantizedWeight) -> torch.Tensor:
+    """What a code stands for: 16 floats, 16 bytes, 16 halves, and the factor the bytes were divided by."""
+    if weight.kind == "int8":
+        return torch.empty(0)
+    levels = weight.levels
+    factor = 1.0 if bool((levels == levels.round()).all()) else 1 / INT8_MOST
+    small = torch.round(levels / factor).to(torch.int8).view(torch.float32)
+    return torch.cat((levels, small, levels.half().view(torch.float32), torch.tensor([factor])))
 
 
 class Engine:

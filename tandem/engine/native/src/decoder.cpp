@@ -11,10 +11,7 @@
 #include "attention.h"
 #include "linear.h"
 #include "pool.h"
-
-#if __has_include("quantized.h")
 #include "quantized.h"
-#endif
 
 namespace tandem {
 
@@ -75,9 +72,7 @@ void multiply_rows(const Linear& linear, const float* x, int ldx, int rows, floa
     switch (linear.format) {
         case F32: multiply<float>(linear, x, ldx, rows, y, ldy, first, last); break;
         case F16: multiply<uint16_t>(linear, x, ldx, rows, y, ldy, first, last); break;
-#ifdef TANDEM_QUANTIZED
         default: multiply_quantized(linear, x, ldx, rows, y, ldy, first, last); break;
-#endif
     }
     add_bias(linear, rows, y, ldy, first, last);
 }

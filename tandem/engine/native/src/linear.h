@@ -12,7 +12,7 @@
 
 namespace tandem {
 
-enum Format : int32_t { F32 = 0, F16 = 1, INT8 = 2, CODE4 = 3, INT4 = 4 };
+enum Format : int32_t { F32 = 0, F16 = 1, INT8 = 2, CODE4 = 3 };
 
 struct Linear {
     int32_t format;
@@ -21,7 +21,7 @@ struct Linear {
     int32_t group;            // inputs that share a scale
     const void* weights;      // panels, laid out as the format says
     const float* scales;
-    const float* codebook;    // 16 numbers
+    const float* codebook;    // 16 numbers; then the same in 8 bits and in halves (quantized.h)
     const float* bias;        // [out], or null
 };
 

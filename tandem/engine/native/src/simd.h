@@ -50,6 +50,9 @@ inline f8 scale_by_power(f8 a, f8 n) {
     __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
     return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(bits))};
 }
+inline f8 load_bytes(const int8_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
 inline f8 load_half(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
@@ -85,6 +88,7 @@ inline float half_to_float(uint16_t h) {
     return f;
 }
 inline f8 load_half(const uint16_t* p) { TANDEM_EACH(half_to_float(p[i])); }
+inline f8 load_bytes(const int8_t* p) { TANDEM_EACH(float(p[i])); }
 inline float sum_of(f8 a) {
     return ((a.v[0] + a.v[1]) + (a.v[2] + a.v[3])) + ((a.v[4] + a.v[5]) + (a.v[6] + a.v[7]));
 }
@@ -135,6 +139,9 @@ inline p16 load16(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline p16 load16(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+inline p16 load16(const int8_t* p) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
 inline void store16(float* p, p16 a) { _mm512_storeu_ps(p, a.v); }
 inline p16 zero16() { return {_mm512_setzero_ps()}; }
 inline b16 broadcast16(const float* p) { return {_mm512_set1_ps(*p)}; }
@@ -146,6 +153,7 @@ struct p16 { f8 lo, hi; };
 struct b16 { f8 v; };
 inline p16 load16(const float* p) { return {load(p), load(p + LANES)}; }
 inline p16 load16(const uint16_t* p) { return {load_half(p), load_half(p + LANES)}; }
+inline p16 load16(const int8_t* p) { return {load_bytes(p), load_bytes(p + LANES)}; }
 inline void store16(float* p, p16 a) { store(p, a.lo), store(p + LANES, a.hi); }
 inline p16 zero16() { return {zero(), zero()}; }
 inline b16 broadcast16(const float* p) { return {set1(*p)}; }

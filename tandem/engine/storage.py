@@ -1,0 +1,14 @@
+"""How linear weights are kept in memory, and how wide the activations are that they meet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """`linear`: auto | fp32 | fp16, for what is not quantized. `quantization`: see `quantization.formats`."""
+
+    linear: str = "auto"
+    quantization: str = "none"
+    activation_bits: int = 32  # 8: rows are quantized too, by our own kernels only; for drafts

@@ -1,0 +1,158 @@
+"""Quantized weights: the numbers of bitsandbytes, and kernels that compute with them row by row."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.config import QUANTIZATIONS, ClusterConfig
+from tandem.engine.batch import SequenceRows
+from tandem.engine.model_runner import ModelRunner
+from tandem.engine.native import build, library
+from tandem.engine.native.arena import Arena
+from tandem.engine.quantization.formats import (
+    dynamic_map,
+    quantize,
+    requantized,
+)
+from tandem.errors import ConfigError
+
+KINDS = tuple(kind for kind in QUANTIZATIONS if kind != "none")
+BEST = build.instruction_set()
+# Worst error against the dequantized weights in float64, over the largest output: codebooks are kept as
+# halves, and activations of eight bits lose up to 1 / 254 of the largest in their group.
+MAX_ERROR = {32: 3e-4, 8: 2e-2}
+
+
+def weight(out_features=48, in_features=256, seed=0):
+    return torch.randn(out_features, in_features, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("nested", [False, True], ids=["single", "double"])
+def test_four_bits_are_those_of_bitsandbytes(kind, nested):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    w = weight(64, 320)
+    packed, state = functional.quantize_4bit(w, blocksize=64, quant_type=kind, compress_statistics=nested)
+    ours = quantize(w, f"{kind}-dq" if nested else kind)
+    codes = ours.codes.flatten()
+    assert torch.equal(codes[0::2] << 4 | codes[1::2], packed.flatten())
+    theirs = functional.dequantize_4bit(packed, state)
+    if nested:  # a scale in the middle between two of its 256 levels may go either way
+        assert ((ours.dequantize() - theirs).abs() > 1e-6).float().mean() < 0.02
+        assert torch.allclose(ours.dequantize(), theirs, rtol=5e-3)
+    else:
+        assert torch.equal(ours.dequantize(), theirs)
+
+
+def test_eight_bits_are_those_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    w = weight().half()
+    codes, scales, _ = functional.int8_vectorwise_quant(w)
+    ours = quantize(w.float(), "int8")
+    assert torch.equal(ours.scales[:, 0], scales / 127)
+    assert (ours.codes.int() - codes.int()).abs().max() <= 1  # it rounds in half precision
+    assert (ours.codes != codes).float().mean() < 1e-3
+
+
+def test_the_dynamic_map_is_that_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    assert torch.equal(dynamic_map(), functional.create_dynamic_map())
+
+
+@given(st.integers(1, 700), st.floats(1e-3, 1e3))
+@settings(max_examples=20, deadline=None)
+def test_scales_survive_double_quantization(count, size):
+    scales = torch.rand(count) * size + 0.1
+    assert (requantized(scales) - scales).abs().max() <= 0.03 * size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_idle_row_stays_zero(kind):
+    w = weight()
+    w[3] = 0
+    assert not quantize(w, kind.removesuffix("-dq")).dequantize()[3].any()
+
+
+@pytest.mark.parametrize(("in_features", "group"), [(256, 64), (96, 32), (352, 32), (100, None)])
+def test_groups_divide_the_inputs_or_the_layer_stays_whole(in_features, group):
+    quantized = quantize(weight(16, in_features), "nf4")
+    assert (quantized.group if quantized else None) == group
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4", "int4"])
+@pytest.mark.parametrize("bits", [32, 8])
+@settings(max_examples=12, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    out_features=st.integers(1, 90),
+    blocks=st.integers(1, 9),
+    seed=st.integers(0, 99),
+)
+def test_kernels_compute_with_the_dequantized_weights_row_by_row(
+    kind, bits, rows, out_features, blocks, seed
+):
+    in_features = 32 * blocks if kind != "int8" else 32 * blocks - seed % 7
+    quantized = quantize(weight(out_features, in_features, seed), kind)
+    packed = library.pack_quantized(quantized, bits, None, Arena())
+    alone, team = (library.Engine(library.load(BEST), threads) for threads in (1, 3))
+    x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(seed))
+    got = alone.linear(packed, x)
+    exact = x.double() @ quantized.dequantize().double().T
+    assert (got - exact).abs().max() <= MAX_ERROR[bits] * exact.abs().max() + 1e-6
+    assert torch.equal(team.linear(packed, x), got)
+    row = seed % rows
+    assert torch.equal(alone.linear(packed, x[row : row + 1].contiguous())[0], got[row])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4", "int4"])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_plain_and_vector_kernels_give_the_same_bits(kind, bits):
+    packed = library.pack_quantized(quantize(weight(90, 384), kind), bits, torch.randn(90), Arena())
+    x = torch.randn(9, 384)
+    plain, vector = (library.Engine(library.load(isa), 1).linear(packed, x) for isa in ("plain", BEST))
+    assert torch.equal(plain, vector)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantized_model_is_the_model_with_dequantized_weights(saved_model, kind):
+    path = saved_model("llama3", True)[1]
+    rows = SequenceRows(list(range(3, 40)), 0, range(3), 37)
+    logits = []
+    for implementation in ("native", "lean"):
+        runner = ModelRunner.load(
+            path, num_blocks=8, block_size=16, implementation=implementation, quantization=kind
+        )
+        logits.append(runner.forward(runner.batch([rows])))
+    assert (logits[0] - logits[1]).abs().max() <= 3e-3 * logits[1].abs().max()
+    whole = ModelRunner.load(path, num_blocks=8, block_size=16)
+    assert not torch.allclose(whole.forward(whole.batch([rows])), logits[0], atol=1e-3)
+
+
+def test_the_report_names_format_and_width(saved_model):
+    path = saved_model("llama3")[1]
+    runner = ModelRunner.load(path, num_blocks=2, block_size=16, quantization="nf4", activation_bits=8)
+    report = runner.linear_report()
+    assert report["model.layers.0.mlp.down_proj"].kernel == "native-nf4-a8"
+    assert report["lm_head"].kernel == "native-fp32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"quantization": "int3"}}, "quantization must be one of"),
+        ({"speculation": {"draft": "self"}}, "a self-draft needs"),
+        ({"speculation": {"draft": "ngram", "draft_quantization": "nf4"}}, "draft_quantization is for"),
+        ({"speculation": {"draft": "qspec"}}, "draft qspec shares"),
+        ({"speculation": {"draft": "oracle"}}, "unknown draft oracle"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        ClusterConfig.from_dict(changes)
+
+
+def test_only_the_llama_family_is_quantized(saved_model):
+    with pytest.raises(ConfigError, match="quantization needs an architecture of the Llama family"):
+        ModelRunner.load(saved_model("gemma2")[1], num_blocks=2, block_size=16, quantization="nf4")
