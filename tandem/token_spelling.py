@@ -1,4 +1,4 @@
-"""How a vocabulary writes bytes as characters, and back. Text alone does not tell: a token may be half a character."""
+"""How a vocabulary writes bytes as characters. Text does not tell: a token may be half a character."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ class Spelling(Enum):
 
     @classmethod
     def of(cls, tokenizer: HfTokenizer) -> Spelling:
-        decoder = json.loads(tokenizer.to_str()).get("decoder") or {}
-        kinds = {part["type"] for part in (decoder, *decoder.get("decoders", ()))} if decoder else set()
+        if tokenizer.decoder is None:
+            return cls.PLAIN
+        # Its state is its part of tokenizer.json; the whole would take long with a large vocabulary.
+        decoder = json.loads(tokenizer.decoder.__getstate__())
+        kinds = {part["type"] for part in (decoder, *decoder.get("decoders", ()))}
         return next((spelling for spelling in cls if spelling.value in kinds), cls.PLAIN)
 
     def bytes_of(self, token: str) -> bytes:

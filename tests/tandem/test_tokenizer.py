@@ -7,6 +7,8 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import decoders, models, normalizers, processors
 
 from tandem.config import BUNDLED_MODELS
 from tandem.errors import ConfigError, InvalidRequest
@@ -42,7 +44,17 @@ def make(kind: str) -> Tokenizer:
     return Tokenizer(byte_tokenizer()) if kind == "bytes" else Tokenizer.from_dir(BUNDLED_MODELS / "target")
 
 
-BYTES, BUNDLED = make("bytes"), make("bundled")
+def sentencepiece() -> Tokenizer:
+    """As Llama 2 writes tokens: ▁ is a space, bytes outside the vocabulary have names."""
+    pieces = {"▁": 0, "▁a": 1, "a": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    tokenizer = HfTokenizer(models.BPE(vocab=pieces, merges=[("▁", "a")], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return Tokenizer(tokenizer)
+
+
+BYTES, BUNDLED, LLAMA_2 = make("bytes"), make("bundled"), sentencepiece()
 
 
 @pytest.mark.parametrize("text", NASTY)
@@ -50,6 +62,32 @@ def test_nasty_text_survives(tokenizer, text):
     ids = tokenizer.encode(text)
     assert all(0 <= token_id < tokenizer.vocab_size for token_id in ids)
     assert tokenizer.decode(ids) == text
+
+
+@given(TEXT)
+def test_the_bytes_of_the_tokens_are_the_text(text):
+    for tokenizer in (BYTES, BUNDLED, LLAMA_2):
+        spelled = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text)))
+        assert spelled.decode().removeprefix(" " if tokenizer is LLAMA_2 else "") == text
+
+
+def test_a_special_token_is_its_name():
+    assert BYTES.token_bytes(EOS) == b"<|endoftext|>"
+
+
+def test_a_token_that_does_not_exist_has_no_bytes():
+    with pytest.raises(InvalidRequest, match="must be in"):
+        BYTES.token_bytes(VOCAB_SIZE)
+
+
+def test_special_tokens_can_be_left_to_the_text():
+    begins = byte_tokenizer()
+    begins.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", EOS)]
+    )
+    assert Tokenizer(begins).encode("a") == [EOS, *BYTES.encode("a")]
+    assert Tokenizer(begins).encode("a", add_special_tokens=False) == BYTES.encode("a")
+    assert Tokenizer(begins).encode("<|endoftext|>a", add_special_tokens=False) == [EOS, *BYTES.encode("a")]
 
 
 @given(TEXT)
