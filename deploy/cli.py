@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import typer
 
@@ -16,6 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Serve a large language model with prefill and decode on separate workers.",
 )
+bench = typer.Typer(no_args_is_help=True, help="Experiments: a table, CSV, JSON and plots from one command.")
+app.add_typer(bench, name="bench")
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -30,6 +33,8 @@ def serve(
     prefill: o.Prefills = 1,
     decode: o.Decodes = 1,
     dtype: o.Dtype = "float32",
+    quantization: o.Quantization = "none",
+    draft_quantization: o.DraftQuantization = "none",
     config: o.ConfigFile = None,
     try_prompt: o.Try = False,
     log_level: o.LogLevel = "WARNING",
@@ -39,7 +44,16 @@ def serve(
     from deploy.commands import serve as command
     from deploy.settings import load_config
 
-    settings = load_config(config, model=model, draft=draft, dtype=dtype, host=host, port=port)
+    settings = load_config(
+        config,
+        model=model,
+        draft=draft,
+        dtype=dtype,
+        quantization=quantization,
+        draft_quantization=draft_quantization,
+        host=host,
+        port=port,
+    )
     command.run(settings, prefill, decode, try_prompt, log_level, json_output)
 
 
@@ -61,6 +75,8 @@ def generate(
     model: o.Model = None,
     draft: o.Draft = None,
     dtype: o.Dtype = "float32",
+    quantization: o.Quantization = "none",
+    draft_quantization: o.DraftQuantization = "none",
     max_tokens: o.MaxTokens = 128,
     min_tokens: o.MinTokens = 0,
     temperature: o.Temperature = 0.0,
@@ -92,7 +108,10 @@ def generate(
 @app.command()
 def plan(
     model: o.Model = None,
+    draft: o.PlanDraft = None,
     dtype: o.PlanDtype = "float32",
+    quantization: o.Quantization = "none",
+    draft_quantization: o.DraftQuantization = "none",
     context: o.Context = None,
     batch: o.Batch = 1,
     memory: o.Memory = "",
@@ -102,7 +121,26 @@ def plan(
     """Does it fit? KV bytes per token and per request, how many requests fit, the longest that fits."""
     from deploy.commands import plan as command
 
-    command.run(model, dtype, context, batch, memory, block_size, json_output)
+    side = command.Sides.of(model, draft, dtype, quantization, draft_quantization)
+    command.run(side, context, batch, memory, block_size, json_output)
+
+
+@bench.command("speculation")
+def bench_speculation(
+    large: o.Large = "111m",
+    full: o.Full = False,
+    rounds: o.Rounds = 3,
+    minutes: o.Minutes = 14.0,
+    threads: o.Threads = 2,
+    openvino_python: o.OpenVinoPython = None,
+    out: o.Out = Path("bench-results/speculation"),
+    plots: o.Plots = True,
+    json_output: o.Json = False,
+) -> None:
+    """What speculation earns over plain decoding, how often drafts agree, and what others do."""
+    from deploy.commands import bench as command
+
+    command.speculation(large, full, rounds, minutes, threads, openvino_python, out, plots, json_output)
 
 
 def main() -> None:

@@ -14,10 +14,17 @@ Model = Annotated[
 ]
 Draft = Annotated[
     str | None,
-    typer.Option(help="Folder or hub id of a draft model, ngram, or none; the bundled model has its own."),
+    typer.Option(
+        help="Folder or hub id of a draft model, or self, qspec, ngram, none; the bundled model has its own."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Dtype = Annotated[str, typer.Option(help="Precision of activations and KV: float32, bfloat16 or float16.")]
+Quantization = Annotated[
+    str,
+    typer.Option(help="Linear weights: none, int8, nf4, nf4-dq, fp4, fp4-dq or int4."),
+]
+DraftQuantization = Annotated[str, typer.Option(help="The same for the draft's, or for a self-draft's.")]
 Server = Annotated[
     str | None, typer.Option(help="host:port of a running service; without it one is started.")
 ]
@@ -56,10 +63,24 @@ AssistantTokens = Annotated[int | None, typer.Option(help="Draft tokens per step
 Timeout = Annotated[float | None, typer.Option(help="Seconds to give up after.")]
 
 PlanDtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16; the service's by default.")]
+PlanDraft = Annotated[
+    str | None, typer.Option(help="Folder or hub id of a draft model, or self, to count beside the model.")
+]
 Context = Annotated[int | None, typer.Option(help="Tokens per request; the model's context by default.")]
 Batch = Annotated[int, typer.Option(help="Requests at once.", min=1)]
 Memory = Annotated[str, typer.Option(help="Memory of a decode worker for weights and KV, such as 80GiB.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens per KV block.", min=1)]
+
+Large = Annotated[str, typer.Option(help="Cost the bundled pair is grown to: 111m, 1b or 8b.")]
+Full = Annotated[bool, typer.Option("--full", help="Every combination: hours instead of minutes.")]
+Rounds = Annotated[int, typer.Option(help="Times each cell is measured.", min=1)]
+Minutes = Annotated[float, typer.Option(help="Begin nothing new after this time.", min=0)]
+Threads = Annotated[int, typer.Option(help="Compute threads.", min=1)]
+OpenVinoPython = Annotated[
+    Path | None, typer.Option(help="A Python that has openvino-genai and optimum-intel, to compare with it.")
+]
+Out = Annotated[Path, typer.Option(help="Folder for the files.")]
+Plots = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw PNG plots; needs matplotlib.")]
 
 _SAMPLING = (
     *(

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from deploy.models import resolve_model
-from tandem.config import BUNDLED_MODELS, ClusterConfig
+from tandem.config import BUNDLED_MODELS, DRAFTS, ClusterConfig
 from tandem.engine.implementation import settle
 from tandem.errors import ConfigError
 
@@ -20,6 +20,8 @@ def load_config(
     model: str | None = None,
     draft: str | None = None,
     dtype: str = "float32",
+    quantization: str = "none",
+    draft_quantization: str = "none",
     host: str = "127.0.0.1",
     port: int = 0,
 ) -> ClusterConfig:
@@ -29,8 +31,12 @@ def load_config(
     if model is not None or "path" not in chosen:
         chosen["path"] = str(resolve_model(model))
     chosen.setdefault("dtype", dtype)
+    if quantization != "none":
+        chosen["quantization"] = quantization
     if "speculation" not in values or draft is not None:
         values["speculation"] = _speculation(draft, is_bundled=chosen["path"] == str(resolve_model(None)))
+    if draft_quantization != "none":
+        values["speculation"]["draft_quantization"] = draft_quantization
     router = values.setdefault("router", {})
     router.setdefault("host", host)
     router.setdefault("port", port)
@@ -39,8 +45,8 @@ def load_config(
 
 
 def _speculation(draft: str | None, is_bundled: bool) -> dict[str, Any]:
-    """`none`, `ngram`, or a draft model by folder or hub id; the bundled target has a draft of its own."""
-    if draft in ("none", "ngram"):
+    """A kind of draft, or a draft model by folder or hub id; the bundled target has a draft of its own."""
+    if draft in DRAFTS and draft != "model":
         return {"draft": draft}
     if draft is None:
         return {"draft": "model", "draft_path": str(BUNDLED_MODELS / "draft")} if is_bundled else {}

@@ -50,7 +50,8 @@ def settings_of(options: dict[str, Any]) -> ClusterConfig | None:
     """Of the service to start; None if a running one is named."""
     if options["server"]:
         return None
-    return load_config(None, model=options["model"], draft=options["draft"], dtype=options["dtype"])
+    named = ("model", "draft", "dtype", "quantization", "draft_quantization")
+    return load_config(None, **{name: options[name] for name in named})
 
 
 def read_prompts(prompts: Sequence[str], file: Path | None) -> list[Prompt]:

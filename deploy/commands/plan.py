@@ -4,33 +4,73 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from deploy.models import resolve_model
-from tandem.config import CacheConfig
+from tandem.config import QUANTIZATIONS, CacheConfig
 from tandem.errors import ConfigError
 from tandem.geometry import DTYPE_BYTES, ModelGeometry, num_blocks
 
+BITS_PER_WEIGHT = {"int8": 8.0, "nf4": 4.5, "fp4": 4.5, "int4": 4.25}  # with the scales of their groups
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
-def run(
-    model: str | None,
-    dtype: str,
-    context: int | None,
-    batch: int,
-    memory: str,
-    block_size: int,
-    as_json: bool,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """The model and what drafts for it. A self-draft has weights of its own and no KV."""
+
+    model: ModelGeometry
+    dtype: str
+    quantization: str = "none"
+    draft: ModelGeometry | None = None
+    draft_quantization: str = "none"
+    draft_has_kv: bool = False
+
+    @classmethod
+    def of(
+        cls, model: str | None, draft: str | None, dtype: str, quantization: str, draft_quantization: str
+    ) -> Sides:
+        """From the words of the command line. Raises `ConfigError` for what cannot be planned."""
+        if dtype not in DTYPE_BYTES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {dtype}")
+        for name in (quantization, draft_quantization):
+            if name not in QUANTIZATIONS:
+                raise ConfigError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {name}")
+        geometry = ModelGeometry.from_path(resolve_model(model))
+        if draft is None:
+            return cls(geometry, dtype, quantization)
+        is_self = draft == "self"
+        other = geometry if is_self else ModelGeometry.from_path(resolve_model(draft))
+        return cls(geometry, dtype, quantization, other, draft_quantization, not is_self)
+
+    def weights_bytes(self) -> int:
+        return weights_bytes(self.model, self.dtype, self.quantization)
+
+    def draft_weights_bytes(self) -> int:
+        return weights_bytes(self.draft, self.dtype, self.draft_quantization) if self.draft else 0
+
+    def draft_block_bytes(self, block_size: int) -> int:
+        return self.draft.block_bytes(block_size, self.dtype) if self.draft and self.draft_has_kv else 0
+
+
+def weights_bytes(geometry: ModelGeometry, dtype: str, quantization: str) -> int:
+    """Bytes of the weights; the embedding and the head stay whole, as everywhere."""
+    if quantization == "none":
+        return geometry.weights_bytes(dtype)
+    whole = geometry.vocab_size * geometry.hidden_size  # once more if the head has weights of its own
+    share = (geometry.num_parameters - whole) / geometry.num_parameters
+    bits = BITS_PER_WEIGHT[quantization.partition("-")[0]]
+    all_bytes = geometry.weights_bytes(dtype)
+    return round(all_bytes * (1 - share) + geometry.num_parameters * share * bits / 8)
+
+
+def run(sides: Sides, context: int | None, batch: int, memory: str, block_size: int, as_json: bool) -> None:
     """Print the plan. Raises `ConfigError` for what cannot be planned."""
-    if dtype not in DTYPE_BYTES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {dtype}")
-    geometry = ModelGeometry.from_path(resolve_model(model))
-    facts = plan(geometry, dtype, context or geometry.max_context, batch, parse_bytes(memory), block_size)
+    facts = plan(sides, context or sides.model.max_context, batch, parse_bytes(memory), block_size)
     if as_json:
         print(json.dumps(facts))
     else:
@@ -47,20 +87,23 @@ def parse_bytes(text: str) -> int | None:
     return int(float(match[1]) * UNITS[(match[2] or "").lower()])
 
 
-def plan(
-    geometry: ModelGeometry, dtype: str, context: int, batch: int, memory: int | None, block_size: int
-) -> dict[str, Any]:
-    """What the model takes at this context and batch, and what fits into `memory` bytes.
+def plan(sides: Sides, context: int, batch: int, memory: int | None, block_size: int) -> dict[str, Any]:
+    """What model and draft take at this context and batch, and what fits into `memory` bytes.
+
+    Draft tokens need no slots of their own: they never reach past the end that a request may have.
 
     Without `memory` the service's default KV budget of a decode worker is what must hold the KV.
     """
-    weights = geometry.weights_bytes(dtype)
-    block_bytes = geometry.block_bytes(block_size, dtype)
+    geometry, dtype = sides.model, sides.dtype
+    weights = sides.weights_bytes() + sides.draft_weights_bytes()
+    block_bytes = geometry.block_bytes(block_size, dtype) + sides.draft_block_bytes(block_size)
     kv_budget = CacheConfig().decode_bytes if memory is None else max(memory - weights, 0)
     blocks = kv_budget // block_bytes
     tokens_at_batch = blocks // batch * block_size
     return {
-        "weights_bytes": weights,
+        "weights_bytes": sides.weights_bytes(),
+        "draft_weights_bytes": sides.draft_weights_bytes(),
+        "draft_kv_bytes_per_token": sides.draft_block_bytes(block_size) // block_size,
         "kv_bytes_per_token": geometry.kv_bytes_per_token(dtype),
         "kv_bytes_per_request": geometry.kv_bytes(context, dtype),
         "kv_bytes_at_batch": geometry.kv_bytes(context, dtype, batch),
@@ -80,8 +123,13 @@ def _show(facts: dict[str, Any], batch: int) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right")
+    draft = (
+        ("weights of the draft", _size(facts["draft_weights_bytes"])),
+        ("KV of the draft per token", _size(facts["draft_kv_bytes_per_token"])),
+    )
     rows = (
         (f"weights ({facts['dtype']}, from the config)", _size(facts["weights_bytes"])),
+        *(draft if facts["draft_weights_bytes"] else ()),
         ("KV per token", _size(facts["kv_bytes_per_token"])),
         (f"KV per request of {facts['context']:,} tokens", _size(facts["kv_bytes_per_request"])),
         (f"KV of {batch} such requests", _size(facts["kv_bytes_at_batch"])),

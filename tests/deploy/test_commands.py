@@ -174,3 +174,30 @@ def test_demo_answers_eight_prompts_and_leaves_nothing_behind() -> None:
     assert len(records) == 8
     assert all(record["text"].strip() for record in records)
     assert "units still owned in any pool: 0" in done.stderr
+
+
+def test_a_plan_counts_the_draft() -> None:
+    """A separate draft takes KV in every block, a self-draft only weights; both leave less room."""
+    facts = {}
+    for name, options in (
+        ("alone", []),
+        ("own", ["--draft", "self", "--draft-quantization", "nf4"]),
+        ("separate", ["--draft", str(BUNDLED_MODELS / "draft")]),
+    ):
+        facts[name] = json.loads(tandem("plan", "--memory", "100MiB", "--json", *options).stdout)
+    alone, own, separate = facts["alone"], facts["own"], facts["separate"]
+    assert alone["draft_weights_bytes"] == alone["draft_kv_bytes_per_token"] == 0
+    assert own["draft_kv_bytes_per_token"] == 0
+    assert 0.15 < own["draft_weights_bytes"] / own["weights_bytes"] < 0.3  # 4 of 32 bits, and the embedding
+    assert separate["draft_kv_bytes_per_token"] == 2 * 2 * 2 * 32 * 4  # layers, K and V, heads, dim, bytes
+    assert alone["num_blocks"] > own["num_blocks"]
+    assert separate["block_bytes"] > alone["block_bytes"]
+    for plan in facts.values():
+        budget = 100 * 2**20 - plan["weights_bytes"] - plan["draft_weights_bytes"]
+        assert plan["num_blocks"] == budget // plan["block_bytes"]
+
+
+def test_settings_name_the_precision_of_both_sides() -> None:
+    config = load_config(None, draft="self", quantization="int8", draft_quantization="nf4")
+    assert config.model.quantization == "int8"
+    assert (config.speculation.draft, config.speculation.draft_quantization) == ("self", "nf4")
