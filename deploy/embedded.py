@@ -145,7 +145,7 @@ class EmbeddedService:
             task.cancel()
 
     async def _until_ready(self) -> None:
-        async with TandemClient(self.address) as client:
+        async with TandemClient(self.internal_address) as client:
             await self.while_healthy(client.wait_until_serving(READY_S))
 
     async def _watch(self, child: _Child) -> None:

@@ -30,6 +30,7 @@ from tandem.ledger import PoolAudit
 from tandem.pb.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from tandem.pb.worker.v1 import worker_pb2_grpc
 from tandem.rpc import bind, server
+from tandem.security import check_exposure, is_loopback, server_credentials, tokens_of
 from tandem.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class Router:
     """Build it inside a running event loop, `start` it, and `stop` it when done."""
 
     def __init__(self, config: ClusterConfig, internal_host: str = "127.0.0.1") -> None:
+        check_exposure(config.router.host, config.security)
+        check_exposure(internal_host, config.security)
         self._config = config
         self._geometry = ModelGeometry.from_path(config.model.path)
         self._fingerprint = model_fingerprint(config)
@@ -60,9 +63,11 @@ class Router:
         self._admission.follow(self.registry)
         self._admission.set_store(config.cache.store_bytes)
         self._links = WorkerLinks(self.registry, f"router-{secrets.token_hex(4)}")
-        self._public = server(public=True)
+        self._public = server(public=True, tokens=tokens_of(config.security))
         self._internal = server(public=False)
-        self.port = bind(self._public, config.router.host, config.router.port)
+        self.port = bind(
+            self._public, config.router.host, config.router.port, server_credentials(config.security)
+        )
         self.internal_address = f"{internal_host}:{bind(self._internal, internal_host, 0)}"
         self._health = health.aio.HealthServicer()
 
@@ -80,6 +85,7 @@ class Router:
         worker_pb2_grpc.add_AuditServiceServicer_to_server(
             AuditServicer(lambda: [*self.dispatcher.audit(), *audits()]), self._internal
         )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._internal)
         for add in add_services:
             add(self._internal)
         await self._say_serving(False)
@@ -122,8 +128,9 @@ class Router:
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._model()), self._public)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._public)
-        names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._public)
+        if is_loopback(self._config.router.host):  # what there is, is nobody else's business
+            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
+            reflection.enable_server_reflection(names, self._public)
 
     def _model(self) -> model_pb2.Model:
         return model_pb2.Model(

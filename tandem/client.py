@@ -14,6 +14,7 @@ from tandem.errors import InvalidRequest, TandemError, Unavailable, error_from_r
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 from tandem.rpc import channel, to_tandem_error
+from tandem.rpc_auth import bearer
 from tandem.sampling import SamplingParams
 from tandem.speculation import SpeculationParams
 
@@ -22,11 +23,18 @@ RETRY_S = 0.05
 
 
 class TandemClient:
-    """One connection to a Tandem server at `address` (host:port). Use it as an async context."""
+    """One connection to a Tandem server at `address` (host:port). Use it as an async context.
 
-    def __init__(self, address: str) -> None:
+    `token` is sent with every call; `credentials` are those of `tandem.security.client_credentials`
+    for a server with TLS.
+    """
+
+    def __init__(
+        self, address: str, *, token: str | None = None, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
         self.address = address
-        self._channel = channel(address)
+        self._metadata = bearer(token)
+        self._channel = channel(address, credentials)
         self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._models: Any = model_pb2_grpc.ModelServiceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
@@ -56,7 +64,9 @@ class TandemClient:
         message = generation_input(
             prompt, sampling, request_id=request_id, priority=priority, speculation=speculation
         )
-        call = self._generation.StreamGenerate(pb.StreamGenerateRequest(input=message), timeout=timeout_s)
+        call = self._generation.StreamGenerate(
+            pb.StreamGenerateRequest(input=message), timeout=timeout_s, metadata=self._metadata
+        )
         try:
             async for event in call:
                 yield event
@@ -118,7 +128,7 @@ class TandemClient:
 
     async def _call(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
         try:
-            return await method(request, timeout=timeout_s)
+            return await method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
             raise self._error(error) from error
 

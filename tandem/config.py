@@ -7,7 +7,8 @@ ClusterConfig
 ├── decode    DecodeConfig     batching of outputs
     ├── speculation SpeculationConfig  what drafts, and how far ahead
 ├── kvstore   KvStoreConfig    leases and limits of the store
-└── router    RouterConfig     queue, deadlines, heartbeats
+├── router    RouterConfig     queue, deadlines, heartbeats
+└── security  SecurityConfig   tokens and TLS of the public listeners
 """
 
 from __future__ import annotations
@@ -178,7 +179,8 @@ class RouterConfig:
     """The door: where it listens, how many may wait, for how long."""
 
     host: str = "127.0.0.1"
-    port: int = 0  # 0 takes a free one
+    port: int = 0  # of gRPC; 0 takes a free one
+    http_port: int | None = None  # of the OpenAI API; 0 takes a free one, none has no such listener
     max_queue: int = 1024
     default_timeout_s: float = 600.0
     aging_s: float = 5.0  # waiting this long counts as one step of priority
@@ -190,7 +192,25 @@ class RouterConfig:
         _check_positive(
             self, "max_queue", "default_timeout_s", "aging_s", "heartbeat_s", "worker_timeout_s", "drain_s"
         )
-        _check(0 <= self.port < 65536, f"router port must be in [0, 65535], not {self.port}")
+        for port in (self.port, self.http_port or 0):
+            _check(0 <= port < 65536, f"router port must be in [0, 65535], not {port}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecurityConfig:
+    """Who may call from outside. All are files; `tandem.security` reads them at start."""
+
+    api_key_file: Path | None = None  # bearer tokens, one a line; without it everybody may call
+    tls_cert: Path | None = None  # certificate chain, PEM
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None  # only clients with a certificate of this CA may connect
+    insecure: bool = False  # listen beyond this machine without tokens and TLS
+
+    def __post_init__(self) -> None:
+        has_pair = (self.tls_cert is None) == (self.tls_key is None)
+        _check(has_pair, "a TLS certificate needs its key, and a key its certificate")
+        needs_pair = self.tls_client_ca is not None
+        _check(not needs_pair or self.tls_cert is not None, "a client CA needs a TLS certificate and key")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +224,7 @@ class ClusterConfig:
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     kvstore: KvStoreConfig = field(default_factory=KvStoreConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
         _check(

@@ -3,6 +3,7 @@
     TandemError
     ├── ConfigError            a setting is unusable; raised at start, never over the wire
     ├── InvalidRequest         BAD_MESSAGE, BAD_PARAM, BAD_REQUEST_ID, PROMPT_TOO_LONG, NEVER_FITS
+    ├── Unauthenticated        NO_TOKEN, BAD_TOKEN
     ├── NotFound               NO_SUCH_MODEL, NO_SUCH_REQUEST, NO_SUCH_HANDLE
     ├── AlreadyExists          ID_IN_USE, ID_REUSED_DIFFERENT_BODY
     ├── FailedPrecondition     FINGERPRINT_MISMATCH, STALE_HANDLE
@@ -103,6 +104,12 @@ class InvalidRequest(TandemError):
     """The request can never succeed as it stands."""
 
     code = Code.INVALID_ARGUMENT
+
+
+class Unauthenticated(TandemError):
+    """The caller has not shown a token that is accepted here."""
+
+    code = Code.UNAUTHENTICATED
 
 
 class NotFound(TandemError):
@@ -206,6 +213,7 @@ _BY_REASON: dict[str, type[TandemError]] = {
     **dict.fromkeys(
         ("BAD_MESSAGE", "BAD_PARAM", "BAD_REQUEST_ID", "PROMPT_TOO_LONG", "NEVER_FITS"), InvalidRequest
     ),
+    **dict.fromkeys(("NO_TOKEN", "BAD_TOKEN"), Unauthenticated),
     **dict.fromkeys(("NO_SUCH_MODEL", "NO_SUCH_REQUEST", "NO_SUCH_HANDLE"), NotFound),
     **dict.fromkeys(("ID_IN_USE", "ID_REUSED_DIFFERENT_BODY"), AlreadyExists),
     **dict.fromkeys(("FINGERPRINT_MISMATCH", "STALE_HANDLE"), FailedPrecondition),

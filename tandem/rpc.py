@@ -19,6 +19,8 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 from tandem.errors import ConfigError, Internal, InvalidRequest, TandemError, error_from_reason
+from tandem.rpc_auth import BearerInterceptor
+from tandem.security import BearerTokens
 
 log = logging.getLogger(__name__)
 
@@ -48,19 +50,23 @@ def _options(message_bytes: int) -> Options:
     ]
 
 
-def server(*, public: bool) -> grpc.aio.Server:
-    """An aio server with our limits and error contract. Public ones take small messages only."""
+def server(*, public: bool, tokens: BearerTokens | None = None) -> grpc.aio.Server:
+    """An aio server with our limits and error contract. Public ones take small messages only.
+
+    With `tokens` every call but those to the health service must carry one.
+    """
     options = [
         *_options(API_MESSAGE_BYTES if public else INTERNAL_MESSAGE_BYTES),
         ("grpc.so_reuseport", 0),  # two servers must not share a port silently
         ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
         ("grpc.compression_enabled_algorithms_bitset", IDENTITY_ONLY),
     ]
-    return grpc.aio.server(interceptors=[ErrorInterceptor()], options=options)
+    guards = [BearerInterceptor(tokens)] if tokens else []
+    return grpc.aio.server(interceptors=[ErrorInterceptor(), *guards], options=options)
 
 
-def channel(address: str) -> grpc.aio.Channel:
-    """A plaintext channel of its own (not shared with other channels to the same address)."""
+def channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
+    """A channel of its own (not shared with others to the same address); plaintext without credentials."""
     options = [
         *_options(INTERNAL_MESSAGE_BYTES),
         ("grpc.use_local_subchannel_pool", 1),
@@ -69,13 +75,16 @@ def channel(address: str) -> grpc.aio.Channel:
         ("grpc.min_reconnect_backoff_ms", 1000),
         ("grpc.max_reconnect_backoff_ms", 1000),
     ]
+    if credentials is not None:
+        return grpc.aio.secure_channel(address, credentials, options=options)
     return grpc.aio.insecure_channel(address, options=options)
 
 
-def bind(to: grpc.aio.Server, host: str, port: int) -> int:
+def bind(to: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None = None) -> int:
     """Listen on host:port and return the port; raises `ConfigError` if it is taken."""
+    address = f"{f'[{host}]' if ':' in host else host}:{port}"
     try:
-        bound = to.add_insecure_port(f"{host}:{port}")
+        bound = to.add_secure_port(address, credentials) if credentials else to.add_insecure_port(address)
     except RuntimeError:
         bound = 0
     if bound == 0:

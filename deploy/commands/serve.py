@@ -14,8 +14,8 @@ from deploy.commands.show import show_timings, stream_text
 from deploy.embedded import EmbeddedService
 from tandem.client import TandemClient
 from tandem.config import ClusterConfig
-from tandem.errors import ConfigError
 from tandem.sampling import SamplingParams
+from tandem.security import check_exposure
 
 TRY_PROMPT = "def fibonacci(n):"
 TRY_TOKENS = 64
@@ -25,17 +25,8 @@ def run(
     config: ClusterConfig, num_prefill: int, num_decode: int, try_prompt: bool, log_level: str, as_json: bool
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises `ConfigError` if the service cannot start."""
-    _check_bind(config)
+    check_exposure(config.router.host, config.security)
     asyncio.run(_serve(config, num_prefill, num_decode, try_prompt, log_level, as_json))
-
-
-def _check_bind(config: ClusterConfig) -> None:
-    """Nobody authenticates callers yet, so nobody outside this machine may call."""
-    if config.router.host not in ("127.0.0.1", "localhost", "::1"):
-        raise ConfigError(
-            f"refusing to listen on {config.router.host}: the service has no authentication; "
-            "bind 127.0.0.1 and put a proxy in front of it"
-        )
 
 
 async def _serve(

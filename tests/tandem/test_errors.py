@@ -26,6 +26,7 @@ from tandem.errors import (
 # The fixed part of the contract, spelled out once more so that an edit of the table is noticed.
 CONTRACT = {
     "INVALID_ARGUMENT": (3, 400, "BAD_MESSAGE BAD_PARAM BAD_REQUEST_ID PROMPT_TOO_LONG NEVER_FITS"),
+    "UNAUTHENTICATED": (16, 401, "NO_TOKEN BAD_TOKEN"),
     "NOT_FOUND": (5, 404, "NO_SUCH_MODEL NO_SUCH_REQUEST NO_SUCH_HANDLE"),
     "ALREADY_EXISTS": (6, 409, "ID_IN_USE ID_REUSED_DIFFERENT_BODY"),
     "FAILED_PRECONDITION": (9, 412, "FINGERPRINT_MISMATCH STALE_HANDLE"),

@@ -27,6 +27,7 @@ from tandem.errors import (
     Overloaded,
     StreamBroken,
     TandemError,
+    Unauthenticated,
     Unavailable,
 )
 
@@ -34,6 +35,7 @@ SERVICE = "tandem.test.Test"
 KINDS = ["unary_unary", "unary_stream", "stream_unary", "stream_stream"]
 ERRORS = [
     InvalidRequest("BAD_PARAM", "`temperature` must be a finite number in [0, 2]"),
+    Unauthenticated("NO_TOKEN", "missing bearer token"),
     NotFound("NO_SUCH_REQUEST", "not found"),
     AlreadyExists("ID_IN_USE", "request_id is already running"),
     FailedPrecondition("STALE_HANDLE", "handle is from an earlier store epoch"),
