@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any, cast
 
 import grpc
 
+from router.ask import Ask
 from router.dispatch import Dispatcher
 from router.flight import Admitted, Completed, Flight, FlightEvent
 from router.intake import Intake
+from router.interleave import interleave
 from tandem.errors import Cancelled, NotFound
 from tandem.output import FINISH_TO_PB, OutputDelta, set_matched_stop
 from tandem.pb.v1 import generation_pb2 as pb
@@ -48,7 +50,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
         flights = await self._start(request.input, context)
         try:
             positions = [0] * len(flights)
-            async with aclosing(_interleave(flights)) as happenings:
+            async with aclosing(interleave(flights)) as happenings:
                 async for index, event in happenings:
                     yield _event_to_pb(index, event, positions[index], flights[index])
                     if isinstance(event, OutputDelta):
@@ -71,7 +73,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _start(self, message: pb.GenerationInput, context: Context) -> list[Flight]:
         """One flight per completion, or none of them."""
-        flights = self._dispatcher.start(await self._intake.requests(message, context.time_remaining()))
+        requests = await self._intake.requests(Ask.from_pb(message), context.time_remaining())
+        flights = self._dispatcher.start(requests)
 
         def leave(_: Any) -> None:
             for flight in flights:
@@ -99,37 +102,6 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         if request.model != self._model.name:
             raise NotFound("NO_SUCH_MODEL", "not found")
         return model_pb2.GetModelResponse(model=self._model)
-
-
-async def _interleave(flights: list[Flight]) -> AsyncGenerator[tuple[int, FlightEvent]]:
-    """(index, event) of all flights, as they happen; the first error ends all."""
-    # The flights know how much a slow client leaves unread; so nothing piles up here.
-    merged: asyncio.Queue[tuple[int, FlightEvent] | Exception | None] = asyncio.Queue(1)
-
-    async def forward(index: int) -> None:
-        try:
-            async with aclosing(flights[index].events()) as events:
-                async for event in events:
-                    await merged.put((index, event))
-            await merged.put(None)
-        except Exception as error:
-            await merged.put(error)
-
-    tasks = [asyncio.ensure_future(forward(index)) for index in range(len(flights))]
-    try:
-        num_left = len(flights)
-        while num_left:
-            item = await merged.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                num_left -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)
 
 
 async def _collect(index: int, flight: Flight) -> pb.Completion:
