@@ -251,7 +251,12 @@ def _write_shards(out: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
 
 
 def inflated_pair(to: str) -> Pair:
-    """The pair grown to a named size: made once, kept in the user's cache by content."""
+    """The pair grown to a named size: made once, kept in the user's cache by content.
+
+    Raises `ConfigError` if there is no such size.
+    """
+    if to not in SIZES:
+        raise ConfigError(f"the pair can be grown to {', '.join(SIZES)}, not {to}")
     found = []
     for name, source, size in zip(Pair._fields, BUNDLED, SIZES[to], strict=True):
         key = hashlib.sha256(f"{VERSION}|{asdict(size)}|".encode() + checkpoint_digest(source)).hexdigest()

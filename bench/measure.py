@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 T = TypeVar("T")
+WIDTH = 140  # of tables that go to a file
 PLAIN_LINE_EVERY_S = 10.0  # without a terminal: one line of progress this often at most
 
 
@@ -124,10 +125,14 @@ class Meter:
     def say(self, what: str) -> None:
         """What is being measured now."""
         self._bar.update(self._task, description=what)
+        self._print_if_due()
 
     def step(self) -> None:
         """One of the total is done."""
         self._bar.advance(self._task)
+        self._print_if_due()
+
+    def _print_if_due(self) -> None:
         task = self._bar.tasks[0]
         due_s = self._said_s + PLAIN_LINE_EVERY_S
         if not self._console.is_terminal and (task.finished or time.monotonic() >= due_s):
@@ -173,4 +178,5 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], lef
 
 def console(as_json: bool) -> Console:
     """Where tables go: standard output, or standard error if that is kept for JSON."""
-    return Console(file=sys.stderr if as_json else sys.stdout, highlight=False)
+    file = sys.stderr if as_json else sys.stdout
+    return Console(file=file, highlight=False, width=None if file.isatty() else WIDTH)

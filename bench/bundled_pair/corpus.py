@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,14 +96,19 @@ def is_table(text: str) -> bool:
     return longest > 0.4 * text.count("\n")
 
 
-def source_files(root: Path, include_tests: bool) -> Iterator[SourceFile]:
-    """The library's modules in sorted order, without tables, generated files and bad syntax."""
+def source_files(
+    root: Path, include_tests: bool, wanted: Callable[[str], bool] = bool
+) -> Iterator[SourceFile]:
+    """The library's modules in sorted order, without tables, generated files and bad syntax.
+
+    Paths that are not `wanted` are not opened.
+    """
     for full in sorted(root.rglob("*.py")):
         relative = full.relative_to(root)
         path = relative.as_posix()
         if SKIPPED_DIRS & set(relative.parts) or SKIPPED_PATHS.search(path):
             continue
-        if is_test(path) and not include_tests:
+        if (is_test(path) and not include_tests) or not wanted(path):
             continue
         try:
             text = full.read_bytes().decode("utf-8")

@@ -1,0 +1,1 @@
+"""What speculation earns: speed against plain decoding, acceptance without flattery, quality, peers."""

@@ -1,0 +1,38 @@
+"""`tandem bench`: experiments, each with a table on the terminal and files in a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+
+def speculation(
+    large: str,
+    full: bool,
+    rounds: int,
+    minutes: float,
+    threads: int,
+    openvino_python: Path | None,
+    out: Path,
+    with_plots: bool,
+    as_json: bool,
+) -> None:
+    """What speculation earns. Raises `ConfigError` for what cannot be measured here."""
+    from bench.measure import console
+    from bench.speculation import plots, report
+    from bench.speculation.runner import Benchmark, Options
+
+    if with_plots:
+        plots.require_matplotlib()
+    options = Options(large, full, rounds, minutes, threads, openvino_python)
+    results = Benchmark(options).run()
+    content = report.document(results, options)
+    report.save(out, content)
+    shown: Console = console(as_json)
+    report.show(results, options, shown)
+    files = list(plots.draw(out, results.rows)) if with_plots else []
+    shown.print(f"\nspeculation.json, tables as CSV and {len(files)} plots are in {out}")
+    if as_json:
+        print(json.dumps(content))
