@@ -6,6 +6,8 @@ import csv
 import importlib.util
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -288,6 +290,13 @@ def test_without_matplotlib_it_is_said_what_to_do(monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"tandem-serve\[bench\].*--no-plots"):
         plots.require_matplotlib()
+
+
+def test_a_size_that_does_not_exist_is_refused() -> None:
+    command = [sys.executable, "-m", "deploy.cli", "bench", "speculation", "--large", "2b"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 2
+    assert "111m, 1b, 8b, not 2b" in done.stderr
 
 
 @pytest.mark.slow

@@ -1,0 +1,57 @@
+"""The peer in another process: its protocol, and what is said when it is not there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.inflate import BUNDLED
+from bench.speculation.openvino_peer import OpenVino, running
+from tandem.errors import ConfigError
+
+ANSWERING = """
+import json, sys
+for line in sys.stdin:
+    request = json.loads(line)
+    outputs = [[0] * request["max_tokens"]] * len(request["prompts"])
+    print(json.dumps({"seconds": 2.0 / (1 + request["k"]), "outputs": outputs}), flush=True)
+"""
+PROMPTS = [(1, 2, 3), (4, 5, 6)]
+
+
+def child(code: str, errors) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, stderr=errors, text=True)
+
+
+def test_tokens_per_second_come_from_the_answer(tmp_path) -> None:
+    with (tmp_path / "errors").open("w+") as errors, child(ANSWERING, errors) as process:
+        peer = OpenVino(process, errors)
+        assert peer.complete(PROMPTS, max_tokens=8, k=0) == 8.0
+        assert peer.complete(PROMPTS, max_tokens=8, k=3) == 32.0
+
+
+def test_a_child_that_ends_says_why(tmp_path) -> None:
+    with (
+        (tmp_path / "errors").open("w+") as errors,
+        child("raise SystemExit('no memory')", errors) as process,
+    ):
+        with pytest.raises(ConfigError, match=r"no memory; it needs openvino-genai"):
+            OpenVino(process, errors).complete(PROMPTS, max_tokens=8, k=0)
+
+
+def test_a_python_without_openvino_is_refused_with_what_it_needs(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=r"No module named .*it needs openvino-genai"):
+        with running(Path(sys.executable), BUNDLED, threads=1):
+            pass
+    assert list((tmp_path / "cache" / "openvino").iterdir()) == []
+
+
+def test_a_python_that_is_not_there_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match="cannot convert"), running(tmp_path / "python", BUNDLED, threads=1):
+        pass
