@@ -17,7 +17,7 @@ from decode_worker.drafting import make_decoder, usable_draft
 from decode_worker.sequence import DecodeSequence
 from decode_worker.speculative import SpeculativeDecoder
 from kvstore.key import KvHandle
-from tandem.config import ClusterConfig
+from tandem.config import ClusterConfig, ModelConfig, SpeculationConfig
 from tandem.engine.batch import SequenceRows
 from tandem.engine.loading import load_engine
 from tandem.engine.work_state import sampling_state
@@ -42,7 +42,7 @@ class Setup:
     """What is loaded: which draft, and the precision of both."""
 
     draft: str = "model"  # none | ngram | model | self | qspec
-    draft_precision: str = "none"
+    draft_precision: str = "none"  # a quantization, of the target's weights for a self-draft
     target_precision: str = "none"
 
     @property
@@ -55,16 +55,15 @@ class Setup:
         return " ".join(parts)
 
     def config(self, pair: Pair) -> ClusterConfig:
-        """Raises `ConfigError` for what this version does not know."""
-        model: dict[str, Any] = {"path": pair.target}
-        speculation: dict[str, Any] = {"draft": self.draft}
-        if self.target_precision != "none":
-            model["quantization"] = self.target_precision
-        if self.draft_precision != "none":
-            speculation["draft_quantization"] = self.draft_precision
-        if self.draft == "model":
-            speculation["draft_path"] = pair.draft
-        return ClusterConfig.from_dict({"model": model, "speculation": speculation})
+        """Raises `ConfigError` for what does not go together."""
+        return ClusterConfig(
+            model=ModelConfig(path=pair.target, quantization=self.target_precision),
+            speculation=SpeculationConfig(
+                draft=self.draft,
+                draft_path=pair.draft if self.draft == "model" else None,
+                draft_quantization=self.draft_precision,
+            ),
+        )
 
 
 @dataclass(slots=True)
@@ -117,24 +116,19 @@ class Rig:
     """A loaded pair with room for `max_sequences` of `max_tokens`."""
 
     def __init__(self, pair: Pair, setup: Setup, max_sequences: int, max_tokens: int, threads: int) -> None:
-        self.setup = setup
         self._config = setup.config(pair)
         draft = usable_draft(self._config)
         self._blocks_each = num_blocks(max_tokens + MAX_ASSISTANT_TOKENS, BLOCK_SIZE)
         wanted = SCRATCH_BLOCKS + max_sequences * self._blocks_each
         self.engine = load_engine(self._config, "bench", self._bytes_of(pair, wanted), threads, draft)
         self.plain = PlainDecoder(self.engine.model)
-        self._constant = self._decoder(FALLBACK_K) if setup.draft != "none" else self.plain
+        self.constant = self._decoder(FALLBACK_K)  # drafts as many tokens as a request asks for
         self._tokenizer = Tokenizer.from_dir(pair.target)
 
     def _bytes_of(self, pair: Pair, blocks: int) -> int:
         """A KV budget that holds that many blocks, whatever drafts."""
         dtype = self._config.model.dtype
         return blocks * sum(ModelGeometry.from_path(path).block_bytes(BLOCK_SIZE, dtype) for path in pair)
-
-    def constant(self) -> Decoder:
-        """Speculative, with as many draft tokens as a request asks for."""
-        return self._constant
 
     def auto(self) -> Decoder:
         """Speculative, with as many draft tokens as pay; it knows nothing yet.

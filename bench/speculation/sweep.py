@@ -65,10 +65,7 @@ def measure(
     }
     decoders: list[tuple[str, Decoder, SpeculationParams]] = [
         (PLAIN, rig.plain, EXACT),
-        *(
-            (cell.label, rig.auto() if cell.k == AUTO else rig.constant(), _asked(cell))
-            for cell in group.cells
-        ),
+        *((cell.label, rig.auto() if cell.k == AUTO else rig.constant, _asked(cell)) for cell in group.cells),
     ]
     rig.prefill(prompts)
 

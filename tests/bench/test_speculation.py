@@ -94,7 +94,7 @@ def test_a_run_counts_what_happened(stranger, batch) -> None:
     plain = rig.run(rig.plain, PROMPTS, batch, GREEDY)
     assert [len(output) for output in plain.outputs] == [12] * 4
     assert (plain.num_steps, plain.num_drafted, plain.draft_s) == (48, 0, 0.0)
-    run = rig.run(rig.constant(), PROMPTS, batch, GREEDY, asking(3))
+    run = rig.run(rig.constant, PROMPTS, batch, GREEDY, asking(3))
     assert run.outputs == plain.outputs
     assert run.num_tokens == 48
     assert run.num_drafted > run.num_accepted
@@ -105,7 +105,7 @@ def test_a_run_counts_what_happened(stranger, batch) -> None:
 def test_a_perfect_draft_is_accepted_whole() -> None:
     rig = rig_of(tiny_llama())
     rig.prefill(PROMPTS)
-    run = rig.run(rig.constant(), PROMPTS, 1, GREEDY, asking(3))
+    run = rig.run(rig.constant, PROMPTS, 1, GREEDY, asking(3))
     assert (run.alpha, run.acceptance_rate, run.num_rollbacks) == (1.0, 1.0, 0)
     assert run.num_steps == 4 * 4  # one while the draft reads the prompt, then 4, 4 and 3 tokens
     assert run.mean_accepted_length == 2
@@ -125,7 +125,7 @@ def test_unsure_drafts_stop_early_and_are_counted(stranger) -> None:
     rig = rig_of(stranger)
     rig.prefill(PROMPTS)
     asked = SpeculationParams(num_assistant_tokens=5, assistant_confidence_threshold=1.0)
-    run = rig.run(rig.constant(), PROMPTS, 4, GREEDY, asked)
+    run = rig.run(rig.constant, PROMPTS, 4, GREEDY, asked)
     assert run.num_drafted == 0
     assert run.num_tau_stops > 0
 
