@@ -5,15 +5,20 @@ A draft token at place d of a sequence whose tokens are accepted at rate α stan
 draft's forwards plus one of B + n rows. Places are taken in order of their probability, over all sequences,
 as many as bring the most per second: sequences that agree with their draft get more rows than those
 that do not, and a full batch gets none. (SmartSpec, Liu et al. 2024, chooses one k for all.)
+
+Costs are a model, and models err: where steps with drafts turn out slower per token than plain ones, drafting
+pauses, longer each time (race.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from decode_worker.lookahead import StepOutcome, limit
+from decode_worker.race import Race
 from decode_worker.sequence import DecodeSequence
 from decode_worker.step_costs import MAX_ACCEPTANCE, StepCosts
 
@@ -21,7 +26,12 @@ PRIOR_ACCEPTANCE = 0.6
 MEMORY = 64.0  # draft tokens of a sequence that count; older ones fade
 PRIOR_WEIGHT = 8.0  # draft tokens that the worker's own rate counts for in a new sequence
 SMOOTHING = 0.02  # of the newest draft token in the worker's rate
-HYSTERESIS = 1.03  # drafting starts or ends only for a difference larger than this
+START_GAIN = 1.08  # drafting starts if it promises this much over plain decoding,
+STOP_GAIN = 1.0  # and ends when it promises no more than this
+CALIBRATE_EVERY = 64  # among so many drafting steps
+CALIBRATE_AT = (6, 12)  # these are plain ones: they show what plain decoding costs now
+PAUSE = 128  # plain steps after drafting has lost the race; doubles each time
+MAX_PAUSE = 4096
 PLAN_STEPS = 16  # steps a division of the rows is used for, while the batch stays the same
 PROBE_AFTER = 32  # plain steps after which one sequence drafts one token, to see whether it pays again
 PROBE_TRIES = 8  # steps a probe waits for a draft that has to read what it missed
@@ -41,6 +51,9 @@ class AutoLookahead:
         self._plan: dict[DecodeSequence, int] = {}
         self._plan_age = 0
         self._num_plain = 0
+        self._num_drafting = 0
+        self._race = Race()
+        self._pause, self._pause_left = PAUSE, 0
         self._probe_after = PROBE_AFTER
 
     def counts(self, sequences: Sequence[DecodeSequence]) -> list[int]:
@@ -48,8 +61,10 @@ class AutoLookahead:
         if self._plan_age >= PLAN_STEPS or self._plan.keys() != set(sequences):
             self._plan, self._plan_age = dict(zip(sequences, self._divide(sequences), strict=True)), 0
         self._plan_age += 1
-        counts = [self._limited(sequence, self._plan[sequence]) for sequence in sequences]
-        return counts if any(counts) else self._probe(sequences)
+        self._num_drafting += self._is_drafting
+        is_plain = self._num_drafting % CALIBRATE_EVERY in CALIBRATE_AT
+        counts = [self._limited(s, 0 if is_plain else self._plan[s]) for s in sequences]
+        return counts if any(counts) or self._is_drafting else self._probe(sequences)
 
     def observe(self, outcome: StepOutcome) -> None:
         """Learn acceptance, per sequence and overall."""
@@ -62,6 +77,10 @@ class AutoLookahead:
             self._accepted[sequence] = (accepted * fade + advance.num_accepted, seen * fade + judged)
             weight = 1 - (1 - SMOOTHING) ** judged
             self.acceptance += weight * (advance.num_accepted / judged - self.acceptance)
+        count, is_drafting = len(outcome.advances), outcome.depth > 0
+        num_tokens = sum(len(advance.tokens) for advance in outcome.advances)
+        self._race.note(count, is_drafting, num_tokens, outcome.draft_s + outcome.verify_s)
+        self._pause_left -= not is_drafting
         if outcome.depth and self._num_plain >= self._probe_after:
             self._end_probe()
 
@@ -98,7 +117,12 @@ class AutoLookahead:
     def _divide(self, sequences: Sequence[DecodeSequence]) -> list[int]:
         """Draft tokens per sequence that bring the most per second; none if plain decoding does."""
         best = self._costs.best(np.array([self._rate(s) for s in sequences]), self._most)
-        needed = 1 / HYSTERESIS if self._is_drafting else HYSTERESIS
+        needed = STOP_GAIN if self._is_drafting else START_GAIN
+        if self._is_drafting and (self._race.gain or 1.0) < STOP_GAIN:
+            self._pause_left, self._pause = self._pause, min(2 * self._pause, MAX_PAUSE)
+            self._race = Race()
+        if self._pause_left > 0:
+            needed = math.inf
         was_drafting, self._is_drafting = self._is_drafting, best.gain > needed
         if not self._is_drafting:
             return [0] * len(sequences)

@@ -60,8 +60,8 @@ class SpeculativeDecoder:
         drafted_s = time.perf_counter()
         rows = [self._rows(*pair) for pair in zip(sequences, proposals, strict=True)]
         logits = self._model.forward(self._model.batch(rows))
-        verified_s = time.perf_counter()
         advances = verify(sequences, proposals, logits)
+        verified_s = time.perf_counter()
         draft_s, catch_up_s = drafted_s - began_s, self._draft.catch_up_s - caught_up_s
         self._learn(StepOutcome(sequences, advances, draft_s - catch_up_s, verified_s - drafted_s), draft_s)
         return advances

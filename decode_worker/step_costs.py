@@ -53,7 +53,7 @@ class StepCosts:
         stands = (rates[None] ** depths[:, None]).ravel()  # place 1 of all sequences, then place 2, …
         order = np.argsort(-stands, kind="stable")
         tokens = count + np.cumsum(stands[order])
-        verify_s = self._target.table(count + 1 + np.arange(len(order)))
+        verify_s = self._target.table(count + 1, count + len(order))
         seconds = verify_s + self._draft_seconds(order // count, count, most)
         taken = int((tokens / seconds).argmax())
         counts = np.bincount(order[: taken + 1] % count, minlength=count)
@@ -79,7 +79,7 @@ class StepCosts:
         """Seconds of drafting when the first n of these places are filled: one forward per depth."""
         if self._draft is None:
             return np.zeros(len(places))
-        forward_s = self._draft.table(np.arange(num_sequences + 1))
+        forward_s = self._draft.table(0, num_sequences)
         filled = np.cumsum(places[:, None] == np.arange(most), axis=0)  # [n, depth]: rows of each forward
         seconds: Floats = forward_s[filled].sum(1)
         return seconds

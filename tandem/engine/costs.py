@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import log2
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +16,10 @@ from tandem.engine.batch import SequenceRows
 from tandem.engine.model_runner import ModelRunner
 
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-REPEATS = 3
-FOLLOW = 0.1  # how far a timed forward moves the entry of its own row count
-FOLLOW_ALL = 0.02  # and the far ones
+REPEATS, MOST_REPEATS = 3, 10
+PATIENCE_S = 0.5
+FOLLOW = 0.2  # how far a timed forward moves the entry of its own row count
+FOLLOW_ALL = 0.002  # and the far ones: little, or costs that nobody sees would drift
 MAX_SURPRISE = 4.0  # a forward that took longer than this many times its cost was disturbed
 CONTEXT = 64  # tokens each row sees
 
@@ -35,15 +39,26 @@ class LiveCosts:
     """
 
     def __init__(self, costs: ForwardCosts) -> None:
-        self._rows = np.array(costs.rows, np.float64)
-        self._seconds = np.array(costs.seconds, np.float64)
+        self._rows = costs.rows
+        self._logs = [log2(rows) for rows in costs.rows]
+        self._seconds = list(costs.seconds)
 
     def at(self, num_rows: int) -> float:
         """Seconds of a forward of this many rows; none for no rows."""
-        return float(self.table(np.array([num_rows]))[0])
+        rows, seconds = self._rows, self._seconds
+        if num_rows <= 0:
+            return 0.0
+        index = bisect_left(rows, num_rows)
+        if index == len(rows):
+            return seconds[-1] * num_rows / rows[-1]
+        if index == 0 or rows[index] == num_rows:
+            return seconds[index]
+        share = (num_rows - rows[index - 1]) / (rows[index] - rows[index - 1])
+        return seconds[index - 1] + share * (seconds[index] - seconds[index - 1])
 
-    def table(self, num_rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Seconds for each row count: linear between entries, in proportion beyond the last, 0 for none."""
+    def table(self, first: int, last: int) -> npt.NDArray[np.float64]:
+        """Seconds of `first` to `last` rows, both included."""
+        num_rows = np.arange(first, last + 1)
         seconds = np.interp(num_rows, self._rows, self._seconds)
         seconds *= np.maximum(num_rows / self._rows[-1], 1.0)
         return np.where(num_rows > 0, seconds, 0.0)
@@ -54,8 +69,11 @@ class LiveCosts:
         if expected_s <= 0 or seconds <= 0:
             return
         change = min(max(seconds / expected_s, 1 / MAX_SURPRISE), MAX_SURPRISE) - 1
-        distance = np.abs(np.log2(self._rows / max(num_rows, 1)))
-        self._seconds *= 1 + change * np.where(distance < 1, FOLLOW * (1 - distance), FOLLOW_ALL)
+        place = log2(num_rows)
+        for index, known in enumerate(self._logs):
+            distance = abs(known - place)
+            weight = FOLLOW * (1 - distance) if distance < 1 else 0.0
+            self._seconds[index] *= 1 + change * max(weight, FOLLOW_ALL)
 
 
 def measure_costs(model: ModelRunner, rows: Sequence[int] = ROWS) -> ForwardCosts:
@@ -63,14 +81,14 @@ def measure_costs(model: ModelRunner, rows: Sequence[int] = ROWS) -> ForwardCost
     block_size = model.cache.block_size
     context = min(CONTEXT, model.cache.num_blocks * block_size) - 1
     table = range(-(-(context + 1) // block_size))
-    measured = []
-    for num_rows in rows:
-        # All rows share one table: they write the same slot, which costs what different slots cost.
-        batch = [SequenceRows((0,), context, table)] * num_rows
-        best_s = float("inf")
-        for _ in range(REPEATS):
-            began_s = time.perf_counter()
+    batches = [[SequenceRows((0,), context, table)] * num_rows for num_rows in rows]
+    best_s = [float("inf")] * len(batches)
+    began_s = time.perf_counter()
+    for number in range(MOST_REPEATS):
+        if number >= REPEATS and time.perf_counter() - began_s > PATIENCE_S:
+            break
+        for index, batch in enumerate(batches):  # in turns: a disturbance hits all sizes alike
+            start_s = time.perf_counter()
             model.forward(model.batch(batch))
-            best_s = min(best_s, time.perf_counter() - began_s)
-        measured.append(best_s)
-    return ForwardCosts(tuple(rows), tuple(measured))
+            best_s[index] = min(best_s[index], time.perf_counter() - start_s)
+    return ForwardCosts(tuple(rows), tuple(accumulate(best_s, max)))  # more rows never cost less

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode_worker.auto_lookahead import PROBE_AFTER, AutoLookahead
+from decode_worker.auto_lookahead import CALIBRATE_AT, CALIBRATE_EVERY, PAUSE, PROBE_AFTER, AutoLookahead
 from decode_worker.decoder import Advance
 from decode_worker.lookahead import ConstantLookahead, HeuristicLookahead, StepOutcome
 from decode_worker.step_costs import StepCosts
 from tandem.config import SpeculationConfig
 from tandem.engine.costs import ForwardCosts, LiveCosts
+from tandem.engine.sampler import SampledToken
 from tandem.speculation import SpeculationParams, SpeculationPolicy
 
 FLAT = ForwardCosts((1, 64), (1.0, 1.0))  # a forward costs the same whatever it holds
@@ -192,6 +193,38 @@ def test_live_costs_follow_what_is_measured_near_and_far() -> None:
     for _ in range(100):
         costs.observe(4, 4.0)
     assert costs.at(4) == pytest.approx(4.0, rel=0.05)
-    assert 1.0 < costs.at(1) < 4.0
-    costs.observe(4, 1e6)  # a disturbed forward is no news
+    assert 1.0 <= costs.at(1) < 1.3
+    costs.observe(4, 1e6)  # a disturbed forward is little news
     assert costs.at(4) < 8.0
+
+
+def test_drafting_steps_are_calibrated_by_plain_ones() -> None:
+    """What plain decoding costs is seen only by decoding plainly."""
+    lookahead, sequence = auto(8, FLAT, CHEAP), Sequence(left=1000)
+    steps = [lookahead.counts([sequence])[0] for _ in range(2 * CALIBRATE_EVERY)]
+    assert steps.count(0) == 2 * len(CALIBRATE_AT)
+
+
+def test_drafting_that_loses_the_race_pauses_ever_longer() -> None:
+    """The costs promise a gain that steps do not bring: plain decoding is what remains, nearly always."""
+    lookahead, running = auto(8, FLAT, CHEAP), [Sequence(left=10**6)]
+    drafting = []
+    for step in range(20 * PAUSE):
+        depth = lookahead.counts(running)[0]
+        drafting += [step] if depth else []
+        advance = Advance([SampledToken(1)] * (1 + depth), num_drafted=depth, num_accepted=depth)
+        slow_s = 3.0 * (1 + depth) if depth else 1.0
+        lookahead.observe(StepOutcome(running, [advance], 0.0, slow_s))
+    assert len(drafting) < 0.1 * 20 * PAUSE
+    assert drafting[-1] - drafting[0] > PAUSE  # it was tried again
+
+
+def test_drafting_that_wins_goes_on() -> None:
+    lookahead, running = auto(8, FLAT, CHEAP), [Sequence(left=10**6)]
+    num_plain = 0
+    for _ in range(10 * CALIBRATE_EVERY):
+        depth = lookahead.counts(running)[0]
+        num_plain += depth == 0
+        advance = Advance([SampledToken(1)] * (1 + depth), num_drafted=depth, num_accepted=depth)
+        lookahead.observe(StepOutcome(running, [advance], 0.05 * depth, 1.0))
+    assert num_plain == 10 * len(CALIBRATE_AT)
