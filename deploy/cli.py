@@ -143,6 +143,19 @@ def bench_speculation(
     command.speculation(large, full, rounds, minutes, threads, openvino_python, out, plots, json_output)
 
 
+@bench.command("kernels")
+def bench_kernels(
+    rounds: o.Rounds = 5,
+    threads: o.Threads = 2,
+    out: o.Out = Path("bench-results/kernels"),
+    json_output: o.Json = False,
+) -> None:
+    """Every linear kernel against fp32 F.linear, by shape, rows and threads."""
+    from deploy.commands import bench as command
+
+    command.kernels(rounds, threads, out, json_output)
+
+
 def main() -> None:
     """Entry point: errors become one line that says what, why and what to do."""
     try:

@@ -36,3 +36,17 @@ def speculation(
     shown.print(f"\nspeculation.json, tables as CSV and {len(files)} plots are in {out}")
     if as_json:
         print(json.dumps(content))
+
+
+def kernels(rounds: int, threads: int, out: Path, as_json: bool) -> None:
+    """Every linear kernel against fp32 `F.linear`. Raises `ConfigError` if our own cannot run here."""
+    from bench.kernels import run
+    from tandem.engine.native.build import NotNativeError
+    from tandem.errors import ConfigError
+
+    try:
+        content = run(rounds, threads, out, as_json)
+    except NotNativeError as error:
+        raise ConfigError(f"there is nothing of ours to compare: {error}") from error
+    if as_json:
+        print(json.dumps(content))
