@@ -45,7 +45,6 @@ def document(results: Results, options: Options) -> dict[str, Any]:
 
 def save(folder: Path, content: dict[str, Any]) -> None:
     """`speculation.json` with everything, and a CSV per table."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "speculation.json", content)
     for name in ("rows", "agreement", "quality", "peers"):
         write_csv(folder / f"{name}.csv", content[name])

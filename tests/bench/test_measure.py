@@ -64,12 +64,13 @@ def test_nothing_measured_is_an_error() -> None:
 
 def test_rows_become_files_that_say_the_same(tmp_path) -> None:
     rows = [flat(Row("x", Spread(2.0, 1.0, 3.0))), flat(Row("y", Spread(5.0, 4.0, 6.0)))]
-    write_csv(tmp_path / "rows.csv", rows)
-    write_json(tmp_path / "rows.json", {"rows": rows})
-    with (tmp_path / "rows.csv").open() as file:
+    folder = tmp_path / "new" / "folder"
+    write_csv(folder / "rows.csv", rows)
+    write_json(folder / "rows.json", {"rows": rows})
+    with (folder / "rows.csv").open() as file:
         read = list(csv.DictReader(file))
     assert read[1] == {"name": "y", "rate": "5.0", "rate_low": "4.0", "rate_high": "6.0"}
-    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == rows
+    assert json.loads((folder / "rows.json").read_text())["rows"] == rows
 
 
 def test_the_machine_is_named() -> None:
