@@ -37,7 +37,9 @@ class LocalCluster:
         self.store = EmbeddedStore(self.config)
         self.router = Router(self.config)
         await self.store.start()
-        await self.router.start(add_services=[self.store.add_to], audits=self.store.audits)
+        await self.router.start(
+            add_services=[self.store.add_to], audits=self.store.audits, collectors=[self.store.metrics()]
+        )
         self.address = f"{self.config.router.host}:{self.router.port}"
         self.channel: grpc.aio.Channel = channel(self.address)
         try:

@@ -35,7 +35,7 @@ async def run_router(config: ClusterConfig, leave: asyncio.Event) -> None:
 
     store, router = EmbeddedStore(config), Router(config)
     await store.start()
-    await router.start(add_services=[store.add_to], audits=store.audits)
+    await router.start(add_services=[store.add_to], audits=store.audits, collectors=[store.metrics()])
     _say(port=router.port, internal=router.internal_address)
     await leave.wait()
     await router.stop()

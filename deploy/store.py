@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import grpc
 
+from deploy.store_metrics import StoreMetrics
 from kvstore.backend import backend_from_url
 from kvstore.server import KvServicer, add_to_server
 from kvstore.store import KvStore
@@ -30,6 +31,10 @@ class EmbeddedStore:
 
     def add_to(self, server: grpc.aio.Server) -> None:
         add_to_server(KvServicer(self._store), server)
+
+    def metrics(self) -> StoreMetrics:
+        """The store's counters for a scraper."""
+        return StoreMetrics(self._store)
 
     def audits(self) -> Sequence[PoolAudit]:
         return [self._store.audit()]

@@ -38,6 +38,16 @@ class Plan:
     store: str  # which start of the store
 
 
+@dataclass(frozen=True, slots=True)
+class Occupancy:
+    """How much of one worker, or of the store, is given out."""
+
+    owner: str
+    role: str  # prefill | decode | store
+    reserved_bytes: int
+    capacity_bytes: int
+
+
 @dataclass(slots=True)
 class _Pool:
     """One worker's books."""
@@ -187,6 +197,14 @@ class Admission:
         ledgers = [self._pools[worker_id].ledger for worker_id in sorted(self._pools)]
         return [ledger.audit(live_ids) for ledger in [*ledgers, *([self._store] if self._store else [])]]
 
+    def occupancy(self) -> list[Occupancy]:
+        """The books in bytes, for operators."""
+        workers = [
+            _occupancy(pool.info.worker_id, pool.info.role.name.lower(), pool.ledger, pool.info.block_bytes)
+            for _, pool in sorted(self._pools.items())
+        ]
+        return workers + ([_occupancy("store", "store", self._store, 1)] if self._store else [])
+
     def candidates(self, role: WorkerRole) -> list[Candidate]:
         """The workers of one role that accept work, as the policy sees them."""
         return [p.candidate() for p in self._pools.values() if p.info.role is role and p.accepting]
@@ -222,6 +240,11 @@ class Admission:
 
     def _store_of(self, plan: Plan) -> Ledger | None:
         return self._store if self._store_incarnation == plan.store else None
+
+
+def _occupancy(owner: str, role: str, ledger: Ledger, unit_bytes: int) -> Occupancy:
+    reserved = ledger.total - ledger.free
+    return Occupancy(owner, role, reserved * unit_bytes, ledger.total * unit_bytes)
 
 
 def _with_room(

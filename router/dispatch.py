@@ -12,7 +12,7 @@ from router.admission import Admission, Plan
 from router.flight import Flight
 from router.links import StoreLink, WorkerLinks
 from router.needs import Needs, needs_of
-from router.queue import RequestQueue
+from router.queue import QueueSnapshot, RequestQueue
 from router.registry import WorkerRole
 from router.replan import ReplanBudget
 from router.size_bucket import Entry
@@ -20,6 +20,7 @@ from tandem.config import ClusterConfig
 from tandem.errors import AlreadyExists, NotFound, TandemError, Unavailable
 from tandem.geometry import ModelGeometry
 from tandem.ledger import PoolAudit
+from tandem.metrics import RouterMetrics
 from tandem.pb.kv.v1 import kv_pb2
 from tandem.request import Request, child_id, public_id
 from tandem.sampling import MAX_N
@@ -55,6 +56,7 @@ class Dispatcher:
         admission: Admission,
         links: WorkerLinks,
         store: StoreLink,
+        metrics: RouterMetrics,
     ) -> None:
         self._config = config
         self._geometry = geometry
@@ -75,11 +77,20 @@ class Dispatcher:
         self._draining = False
         self._epochs = itertools.count(time.time_ns())  # grows across restarts too: it fences old writers
         self.links = links
+        self.metrics = metrics
         self.replans = ReplanBudget()
 
     @property
     def num_flights(self) -> int:
         return len(self._flights)
+
+    @property
+    def is_draining(self) -> bool:
+        return self._draining
+
+    def queue_snapshot(self) -> QueueSnapshot:
+        """The queue as an operator sees it."""
+        return self._queue.snapshot()
 
     def next_epoch(self) -> int:
         """A number for one attempt, higher than any before."""
@@ -96,13 +107,8 @@ class Dispatcher:
         Raises `DRAINING`, `ID_IN_USE`, `NEVER_FITS`, or `Unavailable` if a kind of worker has been missing
         for long. A full queue is reported by the flights.
         """
-        if self._draining:
-            raise draining()
-        if self._flights_of(public_id(requests[0].request_id)):
-            raise AlreadyExists("ID_IN_USE", "request_id is already running")
-        for request in requests:
-            self._admission.check_fits_ever(self.needs(request))
-        self._check_workers()
+        with self.metrics.refusals():
+            self._check_acceptable(requests)
         flights = {request.request_id: Flight(self, request) for request in requests}
         self._flights.update(flights)
         return list(flights.values())
@@ -190,6 +196,15 @@ class Dispatcher:
             await asyncio.wait(landings)
         if self._background:
             await asyncio.wait(self._background)
+
+    def _check_acceptable(self, requests: Sequence[Request]) -> None:
+        if self._draining:
+            raise draining()
+        if self._flights_of(public_id(requests[0].request_id)):
+            raise AlreadyExists("ID_IN_USE", "request_id is already running")
+        for request in requests:
+            self._admission.check_fits_ever(self.needs(request))
+        self._check_workers()
 
     def _flights_of(self, request_id: str) -> list[Flight]:
         """The running completions of the request that its caller knows by this name."""

@@ -85,7 +85,9 @@ class Flight:
         self._dispatcher = dispatcher
         self.request = request
         self._epoch = 0
-        self._delivered = request.num_output_tokens
+        self._num_given = self._delivered = request.num_output_tokens
+        self._delivered_s = request.lifecycle.received_s  # when, last
+        self._num_admitted = 0
         self._drafted = self._accepted = 0
         self._handle: kv_pb2.KvHandle | None = None  # stored KV that nobody has fetched yet
         self._new_ids: list[int] = []  # delivered, and not yet part of `request`
@@ -151,7 +153,9 @@ class Flight:
                 accepted=self._accepted,
                 speculation=last.speculation,
             )
-            self._events.put_nowait(Completed(last, usage, lifecycle.timings()))
+            completed = Completed(last, usage, lifecycle.timings())
+            self._dispatcher.metrics.note_finished(last.finish.value, usage, completed.timings)
+            self._events.put_nowait(completed)
         except TimeoutError:
             self._fail(DeadlineExceeded(STAGES[lifecycle.status]), RequestStatus.FINISHED_DEADLINE)
         except asyncio.CancelledError:
@@ -167,6 +171,9 @@ class Flight:
         seen = self._as_client_sees(error)
         self.request.lifecycle.mark(Mark.FINISHED)
         self.request.lifecycle.to(status)
+        if not self._num_admitted:
+            self._dispatcher.metrics.note_refused(seen)
+        self._dispatcher.metrics.note_failed(seen)
         self._events.put_nowait(seen)
 
     def _as_client_sees(self, error: TandemError) -> TandemError:
@@ -185,6 +192,8 @@ class Flight:
             self._epoch = self._dispatcher.next_epoch()
             self._fold()
             plan = await self._dispatcher.admit(self.request, self._epoch, self._exclude)
+            self._dispatcher.metrics.note_admitted(again=self._num_admitted > 0)
+            self._num_admitted += 1
             self._events.put_nowait(Admitted(plan))
             try:
                 return await self._attempt(plan)
@@ -254,7 +263,9 @@ class Flight:
         """Pass tokens on, and remember them: another worker may have to go on from here."""
         if self._events.qsize() > MAX_BACKLOG:
             raise Overloaded("CLIENT_TOO_SLOW", "client too slow: too many tokens were left unread")
-        self._delivered += len(delta.token_ids)
+        now_s, is_first = time.monotonic(), self._delivered == self._num_given
+        self._dispatcher.metrics.note_tokens(len(delta.token_ids), now_s - self._delivered_s, first=is_first)
+        self._delivered, self._delivered_s = self._delivered + len(delta.token_ids), now_s
         self._drafted += delta.drafted
         self._accepted += delta.accepted
         self._new_ids.extend(delta.token_ids)

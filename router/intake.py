@@ -17,6 +17,7 @@ from router.needs import check_context
 from tandem.config import ClusterConfig
 from tandem.errors import DeadlineExceeded, InvalidRequest, NotFound
 from tandem.geometry import ModelGeometry
+from tandem.metrics import RouterMetrics
 from tandem.request import Request, check_request_id, child_id
 from tandem.sampling import SamplingParams, bad_param
 from tandem.tokenizer import Tokenizer
@@ -30,10 +31,17 @@ SEED_BITS = 63
 class Intake:
     """Knows the model's limits and the server's defaults; keeps nothing."""
 
-    def __init__(self, config: ClusterConfig, geometry: ModelGeometry, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        config: ClusterConfig,
+        geometry: ModelGeometry,
+        tokenizer: Tokenizer,
+        metrics: RouterMetrics,
+    ) -> None:
         self._config = config
         self._geometry = geometry
         self._tokenizer = tokenizer
+        self._metrics = metrics
         self.model_name = config.model.served_name
         self.max_context = geometry.max_context
 
@@ -42,6 +50,10 @@ class Intake:
 
         `time_left_s` is what the transport itself leaves, where it knows deadlines.
         """
+        with self._metrics.refusals():
+            return await self._requests(ask, time_left_s)
+
+    async def _requests(self, ask: Ask, time_left_s: float | None) -> list[Request]:
         deadline_s = self._deadline_s(ask.timeout_s, time_left_s)
         request_id = check_request_id(ask.request_id or f"req-{secrets.token_hex(8)}")
         if ask.model not in ("", self.model_name):

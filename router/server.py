@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client.registry import Collector
 
 from router.admission import Admission
 from router.dispatch import Dispatcher
+from router.gauges import RouterGauges
 from router.grpc_front import GenerationServicer, ModelServicer
 from router.intake import Intake
 from router.links import StoreLink, WorkerLinks
@@ -27,6 +29,7 @@ from tandem.config import ClusterConfig
 from tandem.fingerprint import model_fingerprint
 from tandem.geometry import ModelGeometry
 from tandem.ledger import PoolAudit
+from tandem.metrics import RouterMetrics
 from tandem.pb.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
 from tandem.pb.worker.v1 import worker_pb2_grpc
 from tandem.rpc import bind, server
@@ -57,6 +60,7 @@ class Router:
         self.registry = Registry(
             config.router.heartbeat_s, config.router.worker_timeout_s, fingerprint=self._fingerprint
         )
+        self._metrics = RouterMetrics()
         self._ready = asyncio.Event()
         self.registry.subscribe(on_join=self._note_join)
         self._admission = Admission()
@@ -76,10 +80,15 @@ class Router:
         store_address: str | None = None,
         add_services: Sequence[Callable[[grpc.aio.Server], None]] = (),
         audits: Callable[[], Sequence[PoolAudit]] = tuple,
+        collectors: Sequence[Collector] = (),
     ) -> None:
         """Begin to serve. The store is at `store_address`, or among the services added here."""
         self._store = StoreLink(store_address or self.internal_address)
-        self.dispatcher = Dispatcher(self._config, self._geometry, self._admission, self._links, self._store)
+        self.dispatcher = Dispatcher(
+            self._config, self._geometry, self._admission, self._links, self._store, self._metrics
+        )
+        for collector in (RouterGauges(self.dispatcher, self._admission, self.registry), *collectors):
+            self._metrics.add(collector)
         self._add_public_services()
         worker_pb2_grpc.add_RegistryServiceServicer_to_server(RegistryServicer(self.registry), self._internal)
         worker_pb2_grpc.add_AuditServiceServicer_to_server(
@@ -122,7 +131,7 @@ class Router:
             self._ready.set()
 
     def _add_public_services(self) -> None:
-        intake = Intake(self._config, self._geometry, self._tokenizer)
+        intake = Intake(self._config, self._geometry, self._tokenizer, self._metrics)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
             GenerationServicer(self.dispatcher, intake), self._public
         )

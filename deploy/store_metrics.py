@@ -1,0 +1,35 @@
+"""What /metrics says of the KV store in this process, read when somebody scrapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvstore.store import KvStore
+
+
+class StoreMetrics(Collector):
+    """The store's own counters."""
+
+    def __init__(self, store: KvStore) -> None:
+        self._store = store
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing beforehand: the names do not depend on a first scrape."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        counters = self._store.counters
+        operations = CounterMetricFamily(
+            "tandem_kv_operations", "What the KV store did, or refused to do.", labels=("op",)
+        )
+        for name, count in asdict(counters).items():
+            operations.add_metric((name,), count)
+        yield operations
+        expired = "Stored objects and leases whose time ran out before they were given up."
+        yield CounterMetricFamily("tandem_lease_expired", expired, value=counters.expired)
+        failures = "Chunks that failed their digest when they were put into the store."
+        yield CounterMetricFamily("tandem_kv_verify_failures", failures, value=counters.refused_corrupt)

@@ -1,0 +1,105 @@
+"""What /metrics says of the router's state, read when somebody scrapes and never before."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from router.admission import Admission
+from router.dispatch import Dispatcher
+from router.registry import Registry, WorkerState, WorkerView
+from tandem.speculation_usage import SpeculationReport
+
+WORKER = ("worker", "role")
+Row = tuple[Sequence[str], float]
+
+
+class RouterGauges(Collector):
+    """Queue, memory by the router's books, and what workers said in their last heartbeat."""
+
+    def __init__(self, dispatcher: Dispatcher, admission: Admission, registry: Registry) -> None:
+        self._dispatcher = dispatcher
+        self._admission = admission
+        self._registry = registry
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing beforehand: the names do not depend on a first scrape."""
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        yield from self._requests()
+        yield from self._memory()
+        yield from _workers(self._registry.views())
+
+    def _requests(self) -> Iterable[Metric]:
+        queue = self._dispatcher.queue_snapshot()
+        running = self._dispatcher.num_flights - queue.length
+        yield _gauge("requests_waiting", "Completions in the queue.", (), [((), queue.length)])
+        yield _gauge("requests_running", "Completions that have their memory.", (), [((), running)])
+        oldest = "How long the oldest completion in the queue has waited."
+        yield _gauge("queue_oldest_wait_seconds", oldest, (), [((), queue.oldest_wait_s)])
+
+    def _memory(self) -> Iterable[Metric]:
+        books = [((o.owner, o.role), o) for o in self._admission.occupancy()]
+        reserved = "KV bytes that admission has given out, of each worker and of the store."
+        yield _gauge("kv_reserved_bytes", reserved, WORKER, [(of, o.reserved_bytes) for of, o in books])
+        capacity = "KV bytes there are, of each worker and of the store."
+        yield _gauge("kv_capacity_bytes", capacity, WORKER, [(of, o.capacity_bytes) for of, o in books])
+
+
+def _workers(views: Sequence[WorkerView]) -> Iterable[Metric]:
+    states = Counter((view.info.role.name.lower(), view.state) for view in views)
+    roles = sorted({role for role, _ in states})
+    rows = [((role, state.value), states[role, state]) for role in roles for state in WorkerState]
+    yield _gauge("workers", "Known workers by role and state.", ("role", "state"), rows)
+    named = [((view.info.worker_id, view.info.role.name.lower()), view.load) for view in views]
+    running = [(of, load.num_running) for of, load in named]
+    yield _gauge("worker_requests_running", "In progress, as the worker says.", WORKER, running)
+    waiting = [(of, load.num_waiting) for of, load in named]
+    yield _gauge("worker_requests_waiting", "Waiting inside the worker, as it says.", WORKER, waiting)
+    yield from _speculation(
+        [((view.info.worker_id,), view.load.speculation) for view in views if view.load.speculation]
+    )
+
+
+def _speculation(reports: Sequence[tuple[Sequence[str], SpeculationReport]]) -> Iterable[Metric]:
+    """Sums since each worker started; a scraper sees a restart as a counter's reset."""
+
+    def rows(figure: Callable[[SpeculationReport], float]) -> list[Row]:
+        return [(of, figure(report)) for of, report in reports]
+
+    by = ("worker",)
+    yield _counter("spec_draft_tokens", "Draft tokens proposed.", by, rows(lambda r: r.usage.num_drafted))
+    accepted = "Draft tokens that the target accepted; over drafted it is the acceptance rate."
+    yield _counter("spec_accepted_tokens", accepted, by, rows(lambda r: r.usage.num_accepted))
+    rollbacks = "Steps in which a draft token was rejected."
+    yield _counter("spec_rollbacks", rollbacks, by, rows(lambda r: r.usage.num_rollbacks))
+    yield _counter("spec_failures", "Drafts that raised.", by, rows(lambda r: r.num_failures))
+    gain = "Tokens per second of late / those of plain decoding, estimated from measured costs."
+    yield _gauge("spec_gain_ratio", gain, by, rows(lambda r: r.gain))
+    places: list[Row] = [
+        ((*of, str(position)), count)
+        for of, report in reports
+        for position, count in enumerate(report.usage.accepted_at)
+    ]
+    at = "Draft tokens accepted at each place of a run, the first one at 0."
+    yield _counter("spec_accepted_at_position", at, (*by, "position"), places)
+
+
+def _gauge(name: str, what: str, labels: Sequence[str], rows: Iterable[Row]) -> Metric:
+    return _filled(GaugeMetricFamily(f"tandem_{name}", what, labels=labels), rows)
+
+
+def _counter(name: str, what: str, labels: Sequence[str], rows: Iterable[Row]) -> Metric:
+    return _filled(CounterMetricFamily(f"tandem_{name}", what, labels=labels), rows)
+
+
+def _filled(
+    family: GaugeMetricFamily | CounterMetricFamily, rows: Iterable[Row]
+) -> GaugeMetricFamily | CounterMetricFamily:
+    for labels, value in rows:
+        family.add_metric(labels, value)
+    return family
