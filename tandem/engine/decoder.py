@@ -5,6 +5,7 @@ architecture transformers' modules.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from tandem.engine.lean.decoder import LeanDecoder
 from tandem.engine.linear import LinearChoice
 from tandem.engine.native.decoder import NativeDecoder
 from tandem.engine.paged_cache import PagedCache
+from tandem.engine.quantization.bitsandbytes import quantization_of
 from tandem.engine.storage import Storage
 from tandem.errors import ConfigError
 
@@ -54,6 +56,7 @@ def load_decoder(
     """Open a local checkpoint. Raises `ConfigError` for what cannot be served."""
     raw = read_config(path)
     dtype_name, device_name = str(dtype).removeprefix("torch."), torch.device(device).type
+    storage = _as_stored(storage, quantization_of(raw), path)
     name, reason = choose(path, raw, implementation, dtype_name, device_name)
     if name == "native":
         return NativeDecoder.load(path, LeanConfig.parse(raw), raw, storage)
@@ -64,3 +67,12 @@ def load_decoder(
     from tandem.engine.transformers_decoder import TransformersDecoder  # two seconds and more to import
 
     return TransformersDecoder.load(path, dtype, storage.linear, device, reason)
+
+
+def _as_stored(storage: Storage, found: str | None, path: Path) -> Storage:
+    """A checkpoint that is quantized stays as it is; a draft of fewer bits may be made of it."""
+    if found is None or storage.activation_bits != 32:
+        return storage
+    if storage.quantization.partition("-")[0] not in ("none", found):
+        raise ConfigError(f"{path} is quantized in {found}; it cannot be served in {storage.quantization}")
+    return replace(storage, quantization=found, is_given=True)

@@ -12,3 +12,4 @@ class Storage:
     linear: str = "auto"
     quantization: str = "none"
     activation_bits: int = 32  # 8: rows are quantized too, by our own kernels only; for drafts
+    is_given: bool = False  # the checkpoint is quantized: only what keeps its numbers may be done to them

@@ -85,7 +85,7 @@ def test_other_precisions_run_on_transformers(saved_model):
     ("changes", "reason"),
     [
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"quantization_config": {"bits": 4}}, "quantized"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"rope_scaling": {"type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         ({"rope_parameters": {"full_attention": {}}}, "between layers"),

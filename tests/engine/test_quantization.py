@@ -1,9 +1,13 @@
 """Quantized weights: the numbers of bitsandbytes, and kernels that compute with them row by row."""
 
+import copy
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from tandem.config import QUANTIZATIONS, ClusterConfig
 from tandem.engine.batch import SequenceRows
@@ -156,3 +160,84 @@ def test_settings_that_cannot_work_are_refused(changes, message):
 def test_only_the_llama_family_is_quantized(saved_model):
     with pytest.raises(ConfigError, match="quantization needs an architecture of the Llama family"):
         ModelRunner.load(saved_model("gemma2")[1], num_blocks=2, block_size=16, quantization="nf4")
+
+
+def swapped(linear, kind):
+    """The layer as bitsandbytes' own module."""
+    modules = pytest.importorskip("bitsandbytes").nn
+    name, _, nested = kind.partition("-")
+    shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
+    if name == "int8":
+        layer = modules.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
+        layer.weight = modules.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    else:
+        options = {"quant_type": name, "compress_statistics": bool(nested)}
+        layer = modules.Linear4bit(*shape, bias=bias, compute_dtype=torch.float32, **options)
+        layer.weight = modules.Params4bit(linear.weight.data, requires_grad=False, **options)
+    if bias:
+        layer.bias = linear.bias
+    return layer.to("cpu")
+
+
+@pytest.fixture
+def quantized_checkpoint(saved_model, tmp_path):
+    """`make(kind)`: a model of bitsandbytes' modules, and the folder of what they save."""
+
+    def make(kind):
+        whole, path = saved_model("llama3", True)
+        model = copy.deepcopy(whole)
+        for name, module in list(model.model.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                parent, _, child = name.rpartition(".")
+                setattr(model.model.get_submodule(parent), child, swapped(module, kind))
+        tensors = {
+            name: t.clone().contiguous() for name, t in model.state_dict().items() if name != "lm_head.weight"
+        }
+        save_file(tensors, tmp_path / "model.safetensors")
+        settings = {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": kind == "int8",
+            "load_in_4bit": kind != "int8",
+        }
+        settings |= {"bnb_4bit_quant_type": kind[:3], "llm_int8_skip_modules": ["lm_head"]}
+        config = json.loads((path / "config.json").read_text()) | {"quantization_config": settings}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return model, tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "fp4", "int8"])
+@pytest.mark.parametrize("implementation", ["native", "lean"])
+def test_checkpoints_of_bitsandbytes_are_served(quantized_checkpoint, kind, implementation):
+    model, folder = quantized_checkpoint(kind)
+    runner = ModelRunner.load(folder, num_blocks=8, block_size=16, implementation=implementation)
+    ids = list(range(3, 40))
+    got = runner.forward(runner.batch([SequenceRows(ids, 0, range(3), 37)]))
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0].float()
+    error = (got - expected).abs().max() / expected.abs().max()
+    assert error <= (2e-2 if kind == "int8" else 2e-3)  # its int8 product rounds activations, too
+    if implementation == "native":
+        assert runner.linear_report()["model.layers.0.mlp.gate_up_proj"].kernel.startswith(
+            f"native-{kind[:3]}"
+        )
+
+
+def test_a_quantized_checkpoint_is_not_quantized_otherwise(quantized_checkpoint):
+    folder = quantized_checkpoint("nf4")[1]
+    with pytest.raises(ConfigError, match="is quantized in nf4; it cannot be served in int8"):
+        ModelRunner.load(folder, num_blocks=2, block_size=16, quantization="int8")
+
+
+def test_a_damaged_quantized_checkpoint_is_refused(quantized_checkpoint):
+    folder = quantized_checkpoint("nf4")[1]
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != f"{name}.quant_map"}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match="is not a weight as bitsandbytes stores it"):
+        ModelRunner.load(folder, num_blocks=2, block_size=16)
+    tensors[name] = tensors[name][:-32]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match="is not a weight as bitsandbytes stores it"):
+        ModelRunner.load(folder, num_blocks=2, block_size=16)

@@ -96,8 +96,8 @@ class LeanConfig:
 
 
 def _check(config: dict[str, Any]) -> None:
-    if config.get("quantization_config"):
-        raise NotLeanError("the weights are quantized")
+    if (config.get("quantization_config") or {}).get("quant_method", "bitsandbytes") != "bitsandbytes":
+        raise NotLeanError("the weights are quantized by another method than bitsandbytes")
     if any(config.get(key) for key in CAUSAL_ONLY):
         raise NotLeanError("attention is not causal")
     if config.get("hidden_act", "silu") != "silu":

@@ -140,7 +140,7 @@ class _Loader:
         """The best kernel for the weights of `parts` on top of each other; `name` is what the report says."""
         parts = parts or [name]
         weight = torch.cat([self.weights.get(f"{part}.weight") for part in parts])
-        if self._storage.quantization != "none" and name != "lm_head":
+        if self._storage.quantization != "none" and name != "lm_head" and not self._storage.is_given:
             quantized = quantize(weight, self._storage.quantization)
             weight = weight if quantized is None else quantized.dequantize()
         biased = f"{parts[0]}.bias" in self._names

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 
+from tandem.engine.quantization.bitsandbytes import dequantize, is_part, is_quantized
 from tandem.errors import ConfigError
 
 INDEX = "model.safetensors.index.json"
@@ -28,6 +29,7 @@ class Weights:
         self._path = path
         self._stack = ExitStack()
         self._file_of: dict[str, Any] = {}
+        self._shapes: Mapping[str, tuple[int, ...]] = {}
         try:
             for file in _files(path):
                 handle = self._stack.enter_context(safe_open(file, framework="pt"))
@@ -46,20 +48,32 @@ class Weights:
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], optional: frozenset[str] = frozenset()) -> None:
         """Refuse a checkpoint whose tensors are not exactly these, by name."""
-        known = {name for name in self._file_of if not name.endswith(IGNORED)}
+        self._shapes = shapes
+        known = {name for name in self._file_of if not (name.endswith(IGNORED) or is_part(name))}
         self._refuse("lacks", sorted(shapes.keys() - known))
         self._refuse("has unexpected", sorted(known - shapes.keys() - optional))
         wrong = []
         for name, shape in shapes.items():
+            if is_quantized(name, self._file_of):
+                continue  # checked when it is read
             header = self._file_of[name].get_slice(name)
             if tuple(header.get_shape()) != shape or header.get_dtype() not in FLOATS:
                 wrong.append(f"{name} ({header.get_dtype()} {header.get_shape()} instead of {list(shape)})")
         self._refuse("has misshapen", wrong)
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor in float32."""
+        """The tensor in float32; a weight that bitsandbytes quantized as the numbers it stands for."""
+        if not is_quantized(name, self._file_of):
+            return self._read(name).float()
+        weight = dequantize(name, self._file_of, self._read)
+        shape = self._shapes.get(name, tuple(weight.shape))
+        if tuple(weight.shape) != shape:
+            self._refuse("has misshapen", [f"{name} ({list(weight.shape)} instead of {list(shape)})"])
+        return weight
+
+    def _read(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._file_of[name].get_tensor(name)
-        return tensor.float()
+        return tensor
 
     def _refuse(self, what: str, names: list[str]) -> None:
         if names:

@@ -190,7 +190,7 @@ class _Loader:
     ) -> tuple[library.PackedLinear, LinearChoice]:
         storage = self._storage
         if storage.quantization != "none" and name != "lm_head":
-            quantized = quantize(weight, storage.quantization)
+            quantized = quantize(weight, storage.quantization, storage.is_given)
             if quantized is not None:
                 packed = library.pack_quantized(quantized, storage.activation_bits, bias, self._arena)
                 kernel = f"native-{storage.quantization}-a{storage.activation_bits}"

@@ -81,8 +81,11 @@ def group_for(kind: str, in_features: int) -> int | None:
     return None
 
 
-def quantize(weight: torch.Tensor, quantization: str) -> QuantizedWeight | None:
-    """`weight` [out, in] in the named format; None if its inputs cannot be grouped."""
+def quantize(weight: torch.Tensor, quantization: str, is_given: bool = False) -> QuantizedWeight | None:
+    """`weight` [out, in] in the named format; None if its inputs cannot be grouped.
+
+    Numbers that are `is_given` as dequantized ones come back only if their groups end with the row.
+    """
     if quantization not in QUANTIZATIONS or quantization == "none":
         raise ConfigError(f"unknown quantization {quantization}; known: {', '.join(QUANTIZATIONS)}")
     kind, _, nested = quantization.partition("-")
@@ -91,7 +94,7 @@ def quantize(weight: torch.Tensor, quantization: str) -> QuantizedWeight | None:
         codes = torch.round(weight / torch.where(scales > 0, scales, 1.0)).to(torch.int8)
         return QuantizedWeight(kind, codes, scales)
     group = group_for(kind, weight.shape[1])
-    if group is None:
+    if group is None or (is_given and group != GROUPS[kind]):
         return None
     blocks = weight.float().view(weight.shape[0], -1, group)
     scales = blocks.abs().amax(-1)
