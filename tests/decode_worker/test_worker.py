@@ -461,6 +461,7 @@ async def test_stopping_ends_every_request_in_every_state_with_an_answer():
             rig.worker.start(make_order("late"), fresh.handle, rig.client.emit)
         assert not stopping.done()
         write.open()
+        await until(lambda: rig.worker._stopping)  # steps are fast enough to finish what runs before that
         run.open()
         await stopping
         for name in ("runs", "waits", "reads", "starves", "fresh"):
