@@ -61,6 +61,7 @@ class Router:
             config.router.heartbeat_s, config.router.worker_timeout_s, fingerprint=self._fingerprint
         )
         self._metrics = RouterMetrics()
+        self.intake = Intake(config, self._geometry, self._tokenizer, self._metrics)
         self._ready = asyncio.Event()
         self.registry.subscribe(on_join=self._note_join)
         self._admission = Admission()
@@ -131,9 +132,8 @@ class Router:
             self._ready.set()
 
     def _add_public_services(self) -> None:
-        intake = Intake(self._config, self._geometry, self._tokenizer, self._metrics)
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-            GenerationServicer(self.dispatcher, intake), self._public
+            GenerationServicer(self.dispatcher, self.intake), self._public
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._model()), self._public)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._public)

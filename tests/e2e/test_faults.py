@@ -14,9 +14,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from router import flight
-from router.intake import Intake
+from router.ask import Ask
 from tandem.errors import ConfigError, DeadlineExceeded, FailedPrecondition, Overloaded
-from tandem.tokenizer import Tokenizer
 from tests.e2e.harness import (
     Result,
     ask,
@@ -65,11 +64,6 @@ def same(result, wanted):
 
 def by_id(workers, worker_id):
     return next(worker for worker in workers if worker.worker.audit().pool == worker_id)
-
-
-def intake_of(cluster):
-    path = cluster.config.model.path
-    return Intake(cluster.config, cluster.router._geometry, Tokenizer.from_dir(path))
 
 
 # --- decode workers ---
@@ -462,8 +456,8 @@ async def test_a_reader_that_never_reads_disturbs_nobody():
 async def test_a_client_with_too_much_unread_is_given_up(monkeypatch):
     monkeypatch.setattr(flight, "MAX_BACKLOG", 20)
     async with running() as cluster:
-        message = ask("unread", max_tokens=300, ignore_eos=True)
-        [unread] = cluster.router.dispatcher.start(await intake_of(cluster).requests(message, None))
+        asked = Ask.from_pb(ask("unread", max_tokens=300, ignore_eos=True))
+        [unread] = cluster.router.dispatcher.start(await cluster.router.intake.requests(asked))
         await unread.landed()
         with pytest.raises(Overloaded) as raised:
             await read_all(unread.events())
