@@ -17,6 +17,8 @@ from tandem.engine.model_runner import ModelRunner
 from tandem.engine.rng import Stream
 from tandem.engine.sampler import draw, process_logits
 
+Wanted = dict[DecodeSequence, tuple[Proposal, int]]  # what to fill, and with how many tokens
+
 
 class AutoregressiveDraft:
     """Subclasses say which rows a sequence's first forward takes, and what stays in the cache."""
@@ -30,6 +32,25 @@ class AutoregressiveDraft:
         proposals = [Proposal() for _ in sequences]
         wanted = {s: (p, n) for s, p, n in zip(sequences, proposals, counts, strict=True) if n > 0}
         drafting = self._ready(list(wanted))
+        if drafting and self._model.can_guess and all(s.is_plainly_greedy for s in drafting):
+            self._guess(drafting, wanted)
+        else:
+            self._step_by_step(drafting, wanted)
+        return proposals
+
+    def _guess(self, drafting: list[DecodeSequence], wanted: Wanted) -> None:
+        """All depths in one call: nothing but arg max stands between them."""
+        rows = [self._first_rows(sequence) for sequence in drafting]
+        thresholds = [self._threshold(sequence) for sequence in drafting]
+        guesses = self._model.guess(rows, [wanted[s][1] for s in drafting], thresholds)
+        for sequence, guess in zip(drafting, guesses, strict=True):
+            proposal = wanted[sequence][0]
+            proposal.token_ids, proposal.is_tau_stop = guess.token_ids, guess.is_unsure
+            num_read = len(guess.token_ids) - (not guess.is_unsure)  # of its own guesses
+            self._computed(sequence, len(sequence.token_ids) + num_read)
+
+    def _step_by_step(self, drafting: list[DecodeSequence], wanted: Wanted) -> None:
+        """One forward per depth; tokens are drawn here."""
         rows = [self._first_rows(sequence) for sequence in drafting]
         while drafting:
             logits = self._model.forward(self._model.batch(rows))
@@ -40,7 +61,6 @@ class AutoregressiveDraft:
             rows = [self._last_guess(s, wanted[s][0]) for s in drafting]
         for sequence, (proposal, _) in wanted.items():
             sequence.sampling.rollback(len(proposal.token_ids))
-        return proposals
 
     def settle(self, sequence: DecodeSequence) -> None:
         """The step is over and `sequence` holds its new tokens."""

@@ -46,6 +46,14 @@ class SequenceRows:
         return rows == 1 or (self.start > 0 and (rows == self.num_logits or rows <= MAX_DECODE_ROWS))
 
 
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """What a model would go on with, most probable token by most probable token."""
+
+    token_ids: list[int]
+    is_unsure: bool  # it ended because the next token was not probable enough
+
+
 @dataclass(slots=True)
 class DecodeRows:
     """Sequences whose rows are few: each gathers its context once, and its rows share it."""

@@ -11,7 +11,7 @@ from typing import Self
 
 import torch
 
-from tandem.engine.batch import SequenceRows
+from tandem.engine.batch import Guess, SequenceRows
 from tandem.engine.decoder import Batch, Decoder, load_decoder
 from tandem.engine.linear import LinearChoice
 from tandem.engine.native.decoder import NativeDecoder
@@ -106,6 +106,22 @@ class ModelRunner:
     def forward(self, batch: Batch) -> torch.Tensor:
         """Fill the cache with the batch's rows; `[num_logits_rows, vocab]` float32 of the rows asked for."""
         return self._model.forward(batch, self.cache).float()
+
+    @property
+    def can_guess(self) -> bool:
+        """Whether `guess` runs here."""
+        return isinstance(self._model, NativeDecoder)
+
+    def guess(
+        self, sequences: Sequence[SequenceRows], counts: Sequence[int], thresholds: Sequence[float]
+    ) -> list[Guess]:
+        """At most `counts[i]` tokens after sequence i, the most probable each, in one call.
+
+        A sequence ends early where that token has a probability below `thresholds[i]`.
+        """
+        if not isinstance(self._model, NativeDecoder):
+            raise TypeError("only own kernels guess in one call")
+        return self._model.guess(sequences, counts, thresholds, self.cache)
 
     def warm_up(self) -> None:
         """Run each kind of row once, in blocks whose content no one relies on yet."""

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.batch import SequenceRows
@@ -175,3 +175,56 @@ def test_threads_share_a_model(make_runner):
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(complete, runners, prompts))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def step_by_step(runner, rows, count, threshold):
+    """The same guess by single forwards."""
+    token_ids, next_rows = [], rows
+    while len(token_ids) < count:
+        logits = runner.forward(runner.batch([next_rows]))[0]
+        token_id = int(logits.argmax())
+        if logits.double().softmax(-1)[token_id] < threshold:
+            return token_ids, True
+        token_ids.append(token_id)
+        start = rows.start + len(rows.token_ids) + len(token_ids) - 1
+        next_rows = SequenceRows([token_id], start, rows.block_table)
+    return token_ids, False
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lens=st.lists(st.integers(1, 20), min_size=1, max_size=5),
+    counts=st.lists(st.integers(1, 8), min_size=5, max_size=5),
+    thresholds=st.lists(st.sampled_from([0.0, 0.005, 0.0075, 0.01, 1.0]), min_size=5, max_size=5),
+)
+def test_guesses_in_one_call_are_those_of_single_forwards(make_runner, lens, counts, thresholds):
+    """Any number of rows to catch up on, any depths and thresholds; the cache holds the same afterwards."""
+    runner = make_runner("llama3", implementation="native")
+    rows = [
+        SequenceRows(PROMPT[i : i + count], 0, range(2 * i, 2 * i + 2), 1) for i, count in enumerate(lens)
+    ]
+    zeros = bytes(10 * runner.cache.block_bytes)
+    runner.cache.write_blocks(range(10), zeros)
+    expected = [step_by_step(runner, *each) for each in zip(rows, counts, thresholds, strict=False)]
+    stored = runner.cache.read_blocks(range(10))
+    runner.cache.write_blocks(range(10), zeros)
+    got = runner.guess(rows, counts[: len(rows)], thresholds[: len(rows)])
+    assert [(guess.token_ids, guess.is_unsure) for guess in got] == expected
+    assert torch.equal(runner.cache.read_blocks(range(10)), stored)
+
+
+def test_guesses_that_do_not_fit_are_refused(make_runner):
+    runner = make_runner("llama3", implementation="native")
+    rows = [SequenceRows([5, 6], 13, [0])]
+    assert len(runner.guess(rows, [2], [0.0])[0].token_ids) == 2
+    with pytest.raises(ValueError, match="do not fit in their blocks"):
+        runner.guess(rows, [3], [0.0])
+
+
+def test_a_model_without_numbers_guesses_tokens_of_the_vocabulary(make_runner):
+    runner = make_runner("llama3", implementation="native")
+    runner.forward(runner.batch([SequenceRows(PROMPT[:10], 0, [0])]))
+    runner.cache.write_blocks([0], b"\xff\xff\xff\xff" * (runner.cache.block_bytes // 4))
+    rows = [SequenceRows([3], 10, [0])]
+    assert runner.guess(rows, [4], [0.0])[0].token_ids == [0, 0, 0, 0]
+    assert runner.guess(rows, [4], [0.1])[0].is_unsure

@@ -33,8 +33,13 @@ class NativeBatch:
         return len(self.token_ids)
 
     @classmethod
-    def build(cls, sequences: Sequence[SequenceRows], block_size: int, num_blocks: int) -> NativeBatch:
-        """Order is kept. ValueError for rows that do not fit their blocks, or blocks that do not exist."""
+    def build(
+        cls, sequences: Sequence[SequenceRows], block_size: int, num_blocks: int, ahead: int = 0
+    ) -> NativeBatch:
+        """Order is kept. Tables reach `ahead` positions further, as far as a sequence has blocks.
+
+        ValueError for rows that do not fit their blocks, or blocks that do not exist.
+        """
         if not sequences:
             raise ValueError("a forward needs at least one sequence")
         lens = [len(s.token_ids) for s in sequences]
@@ -43,6 +48,9 @@ class NativeBatch:
         if min(lens) < 1 or any(n > len(s.block_table) for n, s in zip(used, sequences, strict=True)):
             capacity = [len(s.block_table) * block_size for s in sequences]
             raise ValueError(f"{lens} rows that end at {ends} do not fit in {capacity} slots")
+        if ahead:
+            reach = [-(-(end + ahead) // block_size) for end in ends]
+            used = [min(n, len(s.block_table)) for n, s in zip(reach, sequences, strict=True)]
         tables = np.fromiter(
             chain.from_iterable(s.block_table[:n] for n, s in zip(used, sequences, strict=True)), np.int32
         )
@@ -58,5 +66,5 @@ class NativeBatch:
             tables=tables,
             first_blocks=np.array([0, *accumulate(used)][:-1], np.int32),
             logits_rows=np.fromiter(chain.from_iterable(wanted), np.int32),
-            num_positions=max(ends),
+            num_positions=max(ends) + ahead,
         )

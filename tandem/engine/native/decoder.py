@@ -11,9 +11,10 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from tandem.engine.batch import SequenceRows
+from tandem.engine.batch import Guess, SequenceRows
 from tandem.engine.checkpoint import eos_token_ids
 from tandem.engine.lean.config import LeanConfig
 from tandem.engine.lean.rope import inverse_frequencies
@@ -73,25 +74,55 @@ class NativeDecoder:
 
     def forward(self, batch: NativeBatch, cache: PagedCache) -> torch.Tensor:
         """Fill the cache and return `[num_logits_rows, vocab]` float32."""
+        angles, logits = self._reach(batch.num_positions), torch.empty(len(batch.logits_rows), self._width)
+        rows = self._rows(batch, angles, logits)
+        library.engine(self._isa).forward(self._model, _addressed(cache), rows)
+        return logits[:, : self._vocab]
+
+    def guess(
+        self,
+        sequences: Sequence[SequenceRows],
+        counts: Sequence[int],
+        thresholds: Sequence[float],
+        cache: PagedCache,
+    ) -> list[Guess]:
+        """The most probable tokens after each sequence, one forward per depth, all in one call.
+
+        At most `counts[i]` (1 or more) for sequence i, fewer where the most probable token has a probability
+        below `thresholds[i]`. ValueError where its blocks do not hold all of them but the last.
+        """
+        most, ahead = max(counts), np.array(counts, np.int32) - 1
+        batch = NativeBatch.build(sequences, cache.block_size, cache.num_blocks, most - 1)
+        ends = batch.positions[batch.first_rows[1:] - 1] + ahead
+        if any(end >= len(s.block_table) * cache.block_size for end, s in zip(ends, sequences, strict=True)):
+            raise ValueError("the guesses do not fit in their blocks")
+        token_ids = np.empty((len(sequences), most), np.int32)
+        found, is_unsure = np.empty((2, len(sequences)), np.int32)
+        limits = np.array(counts, np.int32), np.array(thresholds, np.float32)
+        arrays = (*limits, token_ids, found, is_unsure)
+        guesses = library.Guesses(most, *(array.ctypes.data for array in arrays))
+        angles, logits = self._reach(batch.num_positions), torch.empty(len(sequences), self._width)
+        rows = self._rows(batch, angles, logits)
+        library.engine(self._isa).guess(self._model, _addressed(cache), rows, guesses)
+        return [
+            Guess(row[:count].tolist(), bool(unsure))
+            for row, count, unsure in zip(token_ids, found, is_unsure, strict=True)
+        ]
+
+    def _rows(self, batch: NativeBatch, angles: torch.Tensor, logits: torch.Tensor) -> library.Batch:
+        """The batch by addresses; the caller keeps what they belong to."""
         if batch.token_ids.min() < 0 or batch.token_ids.max() >= self._vocab:
             raise ValueError(f"token ids must be in [0, {self._vocab})")
-        angles = self._reach(batch.num_positions)
-        logits = torch.empty(len(batch.logits_rows), self._width)
         arrays = (batch.token_ids, batch.positions, batch.first_rows, batch.tables, batch.first_blocks)
-        library.engine(self._isa).forward(
-            self._model,
-            library.Cache(cache.address, cache.num_blocks + 1, cache.block_size),
-            library.Batch(
-                batch.num_rows,
-                len(batch.first_blocks),
-                len(batch.logits_rows),
-                *(array.ctypes.data for array in arrays),
-                batch.logits_rows.ctypes.data,
-                angles.data_ptr(),
-                logits.data_ptr(),
-            ),
+        return library.Batch(
+            batch.num_rows,
+            len(batch.first_blocks),
+            len(batch.logits_rows),
+            *(array.ctypes.data for array in arrays),
+            batch.logits_rows.ctypes.data,
+            angles.data_ptr(),
+            logits.data_ptr(),
         )
-        return logits[:, : self._vocab]
 
     def _reach(self, num_positions: int) -> torch.Tensor:
         """Cosines and sines of at least the positions below `num_positions`, `[positions, 2, dim / 2]`."""
@@ -104,6 +135,10 @@ class NativeDecoder:
             more = torch.stack((angle.cos(), angle.sin()), 1).float()
             angles = self._angles = torch.cat((angles, more))
         return angles
+
+
+def _addressed(cache: PagedCache) -> library.Cache:
+    return library.Cache(cache.address, cache.num_blocks + 1, cache.block_size)
 
 
 class _Loader:

@@ -16,7 +16,7 @@ from tandem.engine.quantization.formats import INT8_MOST, QuantizedWeight
 from tandem.errors import ConfigError
 
 PANEL = 16  # outputs that lie together
-ABI = 1
+ABI = 2
 FORMATS = {torch.float32: 0, torch.float16: 1}
 INT8, CODE4 = 2, 3
 PIECE_INPUTS = 4  # inputs whose codes lie together
@@ -101,6 +101,13 @@ class Batch(ctypes.Structure):
                 "logits",
             )
         ),
+    )
+
+
+class Guesses(ctypes.Structure):
+    _fields_ = (
+        ("most", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("counts", "thresholds", "token_ids", "found", "is_unsure")),
     )
 
 
@@ -196,6 +203,10 @@ class Engine:
             self._handle, ctypes.byref(model), ctypes.byref(cache), ctypes.byref(batch)
         )
 
+    def guess(self, model: Model, cache: Cache, batch: Batch, guesses: Guesses) -> None:
+        """Forward by forward the most probable tokens; fills `guesses` and the cache."""
+        self._library.tandem_guess(self._handle, *map(ctypes.byref, (model, cache, batch, guesses)))
+
     def linear(self, packed: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         """`x` [rows, in] float32 contiguous → [rows, out] float32."""
         width = -(-packed.out_features // PANEL) * PANEL
@@ -229,6 +240,8 @@ def load(isa: str) -> ctypes.CDLL:
     found.tandem_engine_delete.restype = None
     found.tandem_forward.argtypes = (handle, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
     found.tandem_forward.restype = None
+    found.tandem_guess.argtypes = (handle,) * 5
+    found.tandem_guess.restype = None
     found.tandem_linear.argtypes = (handle, handle, handle, ctypes.c_int32, handle)
     found.tandem_linear.restype = None
     if found.tandem_abi() != ABI:

@@ -9,49 +9,13 @@
 #include <vector>
 
 #include "attention.h"
+#include "guess.h"
 #include "linear.h"
+#include "model.h"
 #include "pool.h"
 #include "quantized.h"
 
 namespace tandem {
-
-enum QkNorm : int32_t { NO_QK_NORM = 0, PER_HEAD = 1, ALL_HEADS = 2 };
-
-struct Layer {
-    Linear qkv, output, gate_up, down;
-    const float *input_norm, *query_norm, *key_norm, *attended_norm, *ffn_norm, *ffn_out_norm;  // or null
-    int32_t window;  // 0: all
-};
-
-struct Model {
-    int32_t num_layers, hidden, heads, kv_heads, dim, ffn, vocab;
-    int32_t plain_norm;  // LayerNorm without weights instead of RMSNorm
-    int32_t qk_norm;
-    int32_t is_embedding_half;
-    float eps, clip_qkv;  // clip_qkv 0: none
-    const void* embedding;  // [vocab, hidden], float or half
-    const float* norm;
-    Linear head;
-    const Layer* layers;
-};
-
-struct Cache {
-    float* data;  // [layers, 2, kv_heads, blocks, block_size, dim]
-    int64_t num_blocks;
-    int32_t block_size;  // a power of two
-};
-
-struct Batch {
-    int32_t rows, sequences, num_logits;
-    const int32_t* token_ids;      // [rows]
-    const int32_t* positions;      // [rows]
-    const int32_t* first_rows;     // [sequences + 1]
-    const int32_t* tables;         // block tables behind each other
-    const int32_t* first_blocks;   // [sequences]: where a sequence's table begins
-    const int32_t* logits_rows;    // [num_logits]
-    const float* angles;           // [positions, 2, dim / 2]: cosines, then sines
-    float* logits;                 // [num_logits, vocab rounded up to a panel]
-};
 
 // What a forward works in; grows to the largest batch seen.
 struct Buffers {
@@ -326,6 +290,11 @@ struct Engine {
     explicit Engine(int threads) : team(threads) {}
     Team team;
     Buffers buffers;
+
+    void forward(const Model& model, const Cache& cache, const Batch& batch) {
+        Forward forward(model, cache, batch, team, buffers);
+        team.run([&](int member) { forward.run(member); });
+    }
 };
 
 }  // namespace tandem
@@ -333,16 +302,21 @@ struct Engine {
 extern "C" {
 
 // Bumped with every change of a struct or function below.
-int32_t tandem_abi() { return 1; }
+int32_t tandem_abi() { return 2; }
 
 void* tandem_engine_new(int32_t threads) { return new tandem::Engine(threads); }
 void tandem_engine_delete(void* engine) { delete static_cast<tandem::Engine*>(engine); }
 
 // One forward at a time per engine. Arguments must be in range; nothing is checked here.
 void tandem_forward(void* engine, const tandem::Model* model, const tandem::Cache* cache, const tandem::Batch* batch) {
+    static_cast<tandem::Engine*>(engine)->forward(*model, *cache, *batch);
+}
+
+// Forwards until every sequence has its guesses; the first takes `batch`, with one row of logits per sequence.
+void tandem_guess(void* engine, const tandem::Model* model, const tandem::Cache* cache, const tandem::Batch* batch,
+                  const tandem::Guesses* guesses) {
     auto& e = *static_cast<tandem::Engine*>(engine);
-    tandem::Forward forward(*model, *cache, *batch, e.team, e.buffers);
-    e.team.run([&](int member) { forward.run(member); });
+    tandem::guess(*batch, *guesses, model->vocab, [&](const tandem::Batch& next) { e.forward(*model, *cache, next); });
 }
 
 // y [rows, out rounded up to a panel] = x [rows, in] · weightsᵀ + bias.

@@ -1,0 +1,98 @@
+// Drafting in one call: the most probable token again and again, for all sequences of a batch together.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "linear.h"
+#include "model.h"
+#include "simd.h"
+
+namespace tandem {
+
+struct Guesses {
+    int32_t most;             // tokens of the longest guess
+    const int32_t* counts;    // [sequences] tokens wanted, at least 1
+    const float* thresholds;  // [sequences] end where the most probable token has less; 0: never
+    int32_t* token_ids;       // [sequences, most]
+    int32_t* found;           // [sequences] tokens written
+    int32_t* is_unsure;       // [sequences] 1 where the threshold ended it
+};
+
+// The first of the largest logits; token 0 if none is a number.
+inline int most_probable(const float* logits, int vocab) {
+    float best = -INFINITY;
+    int found = 0;
+    for (int begin = 0; begin < vocab; begin += PANEL) {
+        const int end = std::min(begin + PANEL, vocab);
+        float most = -INFINITY;
+        for (int i = begin; i < end; i++) most = logits[i] > most ? logits[i] : most;
+        if (!(most > best)) continue;
+        best = most;
+        for (found = begin; logits[found] != most;) found++;
+    }
+    return found;
+}
+
+// Its share of the softmax.
+inline float confidence(const float* logits, int vocab, int token_id) {
+    const f8 most = set1(logits[token_id]);
+    f8 total = zero();
+    int i = 0;
+    for (; i + LANES <= vocab; i += LANES) total = add(total, exp(sub(load(logits + i), most)));
+    float rest = 0.0f;
+    for (; i < vocab; i++) rest += std::exp(logits[i] - logits[token_id]);
+    return 1.0f / (sum(total) + rest);
+}
+
+// The rows of one forward: a token for each sequence that goes on.
+struct NextRows {
+    std::vector<int32_t> token_ids, positions, first_rows, first_blocks, logits_rows;
+
+    Batch batch(const Batch& first, const Guesses& g, const std::vector<int32_t>& alive) {
+        const int32_t count = int32_t(alive.size());
+        for (auto* each : {&token_ids, &positions, &first_blocks, &logits_rows}) each->resize(count);
+        first_rows.assign(1, 0);
+        for (int32_t row = 0; row < count; row++) {
+            const int s = alive[row], found = g.found[s];
+            token_ids[row] = g.token_ids[size_t(s) * g.most + found - 1];
+            positions[row] = first.positions[first.first_rows[s + 1] - 1] + found;
+            first_blocks[row] = first.first_blocks[s];
+            logits_rows[row] = row;
+            first_rows.push_back(row + 1);
+        }
+        return {count, count, count, token_ids.data(), positions.data(), first_rows.data(), first.tables,
+                first_blocks.data(), logits_rows.data(), first.angles, first.logits};
+    }
+};
+
+// One more token, if the model is sure enough of it; whether the sequence goes on.
+inline bool extend(const Guesses& g, int s, const float* logits, int vocab) {
+    const int token_id = most_probable(logits, vocab);
+    const float threshold = g.thresholds[s];
+    g.is_unsure[s] = threshold > 0 && !(confidence(logits, vocab, token_id) >= threshold);
+    if (g.is_unsure[s]) return false;
+    g.token_ids[size_t(s) * g.most + g.found[s]++] = token_id;
+    return g.found[s] < g.counts[s];
+}
+
+// `forward(batch)` fills a row of logits per sequence. Tables and angles reach as far as the guesses do.
+template <class Forward>
+void guess(const Batch& first, const Guesses& g, int vocab, Forward forward) {
+    std::vector<int32_t> alive(first.sequences), next;
+    std::iota(alive.begin(), alive.end(), 0);
+    std::fill_n(g.found, first.sequences, 0);
+    NextRows rows;
+    for (Batch batch = first;; batch = rows.batch(first, g, alive)) {
+        forward(batch);
+        next.clear();
+        for (size_t row = 0; row < alive.size(); row++)
+            if (extend(g, alive[row], first.logits + row * round_up(vocab, PANEL), vocab)) next.push_back(alive[row]);
+        if (next.empty()) return;
+        alive.swap(next);
+    }
+}
+
+}  // namespace tandem

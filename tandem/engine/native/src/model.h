@@ -1,0 +1,48 @@
+// What Python hands over: a model, a cache, the rows of a batch. Mirrored by the structs of library.py.
+#pragma once
+
+#include <cstdint>
+
+#include "linear.h"
+
+namespace tandem {
+
+enum QkNorm : int32_t { NO_QK_NORM = 0, PER_HEAD = 1, ALL_HEADS = 2 };
+
+struct Layer {
+    Linear qkv, output, gate_up, down;
+    const float *input_norm, *query_norm, *key_norm, *attended_norm, *ffn_norm, *ffn_out_norm;  // or null
+    int32_t window;  // 0: all
+};
+
+struct Model {
+    int32_t num_layers, hidden, heads, kv_heads, dim, ffn, vocab;
+    int32_t plain_norm;  // LayerNorm without weights instead of RMSNorm
+    int32_t qk_norm;
+    int32_t is_embedding_half;
+    float eps, clip_qkv;  // clip_qkv 0: none
+    const void* embedding;  // [vocab, hidden], float or half
+    const float* norm;
+    Linear head;
+    const Layer* layers;
+};
+
+struct Cache {
+    float* data;  // [layers, 2, kv_heads, blocks, block_size, dim]
+    int64_t num_blocks;
+    int32_t block_size;  // a power of two
+};
+
+struct Batch {
+    int32_t rows, sequences, num_logits;
+    const int32_t* token_ids;      // [rows]
+    const int32_t* positions;      // [rows]
+    const int32_t* first_rows;     // [sequences + 1]
+    const int32_t* tables;         // block tables behind each other
+    const int32_t* first_blocks;   // [sequences]: where a sequence's table begins
+    const int32_t* logits_rows;    // [num_logits]
+    const float* angles;           // [positions, 2, dim / 2]: cosines, then sines
+    float* logits;                 // [num_logits, vocab rounded up to a panel]
+};
+
+}  // namespace tandem
