@@ -126,7 +126,7 @@ def _native(weight: torch.Tensor, copies: int) -> Iterator[tuple[str, Kernel]]:
 
     half = weight.half()
     yield f"own fp16 ({isa})", kernel([library.pack_linear(half) for _ in range(2 * copies)], half.float())
-    for kind in ("int8", "nf4", "int4"):
+    for kind in ("int8", "nf4", "int4", "int4-rotated", "int4-outliers"):
         quantized = quantize(weight, kind)
         assert quantized is not None
         bits = "W8" if kind == "int8" else "W4"

@@ -35,6 +35,7 @@ def serve(
     dtype: o.Dtype = "float32",
     quantization: o.Quantization = "none",
     draft_quantization: o.DraftQuantization = "none",
+    draft_activation_bits: o.DraftActivationBits = 0,
     config: o.ConfigFile = None,
     try_prompt: o.Try = False,
     log_level: o.LogLevel = "WARNING",
@@ -51,6 +52,7 @@ def serve(
         dtype=dtype,
         quantization=quantization,
         draft_quantization=draft_quantization,
+        draft_activation_bits=draft_activation_bits,
         host=host,
         port=port,
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tandem.config import QUANTIZATIONS
 from tandem.sampling import SamplingParams
 
 Model = Annotated[
@@ -22,9 +23,12 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Dtype = Annotated[str, typer.Option(help="Precision of activations and KV: float32, bfloat16 or float16.")]
 Quantization = Annotated[
     str,
-    typer.Option(help="Linear weights: none, int8, nf4, nf4-dq, fp4, fp4-dq or int4."),
+    typer.Option(help=f"Linear weights: {', '.join(QUANTIZATIONS)}."),
 ]
 DraftQuantization = Annotated[str, typer.Option(help="The same for the draft's, or for a self-draft's.")]
+DraftActivationBits = Annotated[
+    int, typer.Option(help="Of a self or qspec draft: 4 (emulated), 8 or 32; 0 takes the faster of 8 and 32.")
+]
 Server = Annotated[
     str | None, typer.Option(help="host:port of a running service; without it one is started.")
 ]

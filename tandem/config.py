@@ -26,8 +26,11 @@ from tandem.geometry import DTYPE_BYTES
 
 MIB = 1 << 20
 DRAFTS = ("none", "ngram", "model", "self", "qspec")
-QUANTIZATIONS = ("none", "int8", "nf4", "nf4-dq", "fp4", "fp4-dq", "int4")
-FOUR_BITS = ("nf4", "nf4-dq", "fp4", "fp4-dq", "int4")
+FOUR_BITS = (
+    *("nf4", "nf4-dq", "fp4", "fp4-dq"),
+    *("int4", "int4-rotated", "int4-outliers", "int4-rotated-outliers"),
+)
+QUANTIZATIONS = ("none", "int8", *FOUR_BITS)
 IMPLEMENTATIONS = ("auto", "native", "lean", "transformers")
 BUNDLED_MODELS = Path(__file__).parent / "models"
 
@@ -126,6 +129,9 @@ class SpeculationConfig:
     draft: str = "none"  # none | ngram | model | self | qspec
     draft_path: Path | None = None  # the draft model's checkpoint
     draft_quantization: str = "none"  # of a draft model's or a self-draft's linear weights
+    draft_activation_bits: int = (
+        0  # 4 | 8 | 32, of self and qspec drafts; 0: 8 or 32, as a probe finds faster
+    )
     num_assistant_tokens: int = 0  # draft tokens per step where a request does not say; 0: what pays now
     num_assistant_tokens_schedule: str = "constant"  # constant | heuristic: how that number changes
     max_assistant_tokens: int = 8  # most a request may ask for
@@ -146,6 +152,14 @@ class SpeculationConfig:
         _check(
             (self.draft == "model") == (self.draft_path is not None),
             "a draft model needs a checkpoint, and only a draft model has one",
+        )
+        _check(
+            self.draft_activation_bits in (0, 4, 8, 32),
+            f"draft_activation_bits must be 0, 4, 8 or 32, not {self.draft_activation_bits}",
+        )
+        _check(
+            not self.draft_activation_bits or self.draft in ("self", "qspec"),
+            f"draft_activation_bits is for a self-draft or qspec, not for draft {self.draft}",
         )
         _check_positive(self, "max_assistant_tokens")
         _check(

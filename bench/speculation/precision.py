@@ -56,10 +56,16 @@ def drafts(pair: Pair, skip: Skip) -> dict[str, ModelRunner]:
 
 
 def _formats(path: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
-    """Every format of the target's weights, with whole and with quantized activations."""
+    """Every format of the target's weights, with whole and with quantized activations.
+
+    Those of four bits are emulated: no hardware here multiplies them.
+    """
     yield "fp16", path, {"linear": "fp16"}
     for name in QUANTIZATIONS[1:]:
-        for bits, suffix in ((32, ""), (8, ", 8-bit activations")):
+        widths = {32: "", 8: ", 8-bit activations"}
+        if name.startswith("int4"):
+            widths[4] = ", W4A4 emulated"
+        for bits, suffix in widths.items():
             yield name + suffix, path, {"quantization": name, "activation_bits": bits}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from tandem.engine.model_runner import ModelRunner
 from tandem.errors import ConfigError
 from tandem.geometry import ModelGeometry
 
-DRAFT_ACTIVATION_BITS = 8  # what the target's own weights are multiplied with when they draft
+log = logging.getLogger(__name__)
+
+DRAFT_ACTIVATION_BITS = 8  # of a self-draft in int8, whose weights lie in memory for one width only
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +47,11 @@ def load_engine(
     model = _load(config, config.model.path, num_blocks, config.model.quantization)
     model.warm_up()
     pool = BlockPool(pool_name, num_blocks, config.cache.block_size)
-    return Engine(model, pool, num_blocks, block_bytes, _draft(config, model, draft, num_blocks))
+    log.info("%s runs by %s", config.model.served_name, model.describe())
+    drafting = _draft(config, model, draft, num_blocks)
+    if drafting is not None:
+        log.info("its draft runs by %s", drafting.describe())
+    return Engine(model, pool, num_blocks, block_bytes, drafting)
 
 
 def _draft(
@@ -57,10 +64,12 @@ def _draft(
         model.warm_up()
         return model
     if speculation.draft == "self":
-        quantization = speculation.draft_quantization
-        return _load(config, config.model.path, 1, quantization, DRAFT_ACTIVATION_BITS).over(target.cache)
+        bits = speculation.draft_activation_bits
+        width = bits or DRAFT_ACTIVATION_BITS
+        model = _load(config, config.model.path, 1, speculation.draft_quantization, width).over(target.cache)
+        return model if bits else model.with_activations_of(0)
     if speculation.draft == "qspec":
-        return target.with_activations_of(DRAFT_ACTIVATION_BITS)
+        return target.with_activations_of(speculation.draft_activation_bits)
     return None
 
 

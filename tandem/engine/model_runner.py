@@ -5,6 +5,7 @@ Knows no requests, queues or block owners: a caller brings rows and block tables
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -70,11 +71,14 @@ class ModelRunner:
         return ModelRunner(self._model, self.geometry, cache, self._linears)
 
     def with_activations_of(self, bits: int) -> ModelRunner:
-        """The same weights over the same cache, with activations of another width where kernels can."""
+        """The same weights over the same cache, with activations of another width where kernels can.
+
+        4, 8 or 32 bits; 0 takes what is faster here, layer by layer. Only four-bit weights follow.
+        """
         model = self._model
         if isinstance(model, NativeDecoder):
             model = model.with_activations_of(bits)
-        return ModelRunner(model, self.geometry, self.cache, self._linears)
+        return ModelRunner(model, self.geometry, self.cache, model.linears)
 
     @property
     def vocab_size(self) -> int:
@@ -97,6 +101,12 @@ class ModelRunner:
     def linear_report(self) -> dict[str, LinearChoice]:
         """The kernel of each linear layer and why, by module name."""
         return dict(self._linears)
+
+    def describe(self) -> str:
+        """What runs here and why, on one line: the implementation, and how many layers each kernel has."""
+        kernels = Counter(choice.kernel for choice in self._linears.values())
+        layers = ", ".join(f"{count} {kernel}" for kernel, count in kernels.most_common())
+        return f"{self.implementation} ({self.implementation_reason}): {layers}"
 
     def batch(self, sequences: Sequence[SequenceRows]) -> Batch:
         """Index one forward over these rows."""

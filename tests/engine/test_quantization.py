@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -12,20 +13,22 @@ from safetensors.torch import load_file, save_file
 from tandem.config import QUANTIZATIONS, ClusterConfig
 from tandem.engine.batch import SequenceRows
 from tandem.engine.model_runner import ModelRunner
-from tandem.engine.native import build, library
+from tandem.engine.native import build, library, probe
 from tandem.engine.native.arena import Arena
 from tandem.engine.quantization.formats import (
     dynamic_map,
+    hadamard,
     quantize,
     requantized,
 )
 from tandem.errors import ConfigError
 
+INTEGERS = tuple(kind for kind in QUANTIZATIONS if kind.startswith("int4"))
 KINDS = tuple(kind for kind in QUANTIZATIONS if kind != "none")
 BEST = build.instruction_set()
 # Worst error against the dequantized weights in float64, over the largest output: codebooks are kept as
 # halves, and activations of eight bits lose up to 1 / 254 of the largest in their group.
-MAX_ERROR = {32: 3e-4, 8: 2e-2}
+MAX_ERROR = {32: 3e-4, 8: 2e-2, 4: 0.25}
 
 
 def weight(out_features=48, in_features=256, seed=0):
@@ -78,14 +81,52 @@ def test_an_idle_row_stays_zero(kind):
     assert not quantize(w, kind.removesuffix("-dq")).dequantize()[3].any()
 
 
+@given(st.sampled_from([1, 2, 32, 64, 128]), st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_a_rotation_is_orthonormal_and_its_own_inverse(size, seed):
+    values = weight(5, size, seed)
+    turned = hadamard(values)
+    assert torch.allclose(hadamard(turned), values, atol=1e-5)
+    assert torch.allclose(turned.norm(dim=1), values.norm(dim=1), rtol=1e-5)
+    assert torch.allclose(hadamard(torch.eye(size)[:1]), torch.full((1, size), size**-0.5))
+
+
+def error(w, kind):
+    return float((quantize(w, kind).dequantize() - w).norm() / w.norm())
+
+
+def test_rotation_and_outliers_help_where_some_inputs_stick_out():
+    w = weight(64, 256)
+    w[:, [7, 80, 201]] *= 20
+    plain, rotated = error(w, "int4"), error(w, "int4-rotated")
+    apart = error(w, "int4-outliers")
+    assert rotated < 0.8 * plain
+    assert apart < 0.3 * plain
+    assert quantize(w, "int4-outliers").outliers.inputs.tolist()[0] >= 0
+    assert {7, 80, 201} <= set(quantize(w, "int4-rotated-outliers").outliers.inputs.tolist())
+
+
+def test_an_outlier_of_the_activations_spoils_four_bits_less_when_turned():
+    """One large input takes its group's fifteen values for itself, unless it is spread over the group."""
+    w, x = weight(64, 256), torch.randn(4, 256, generator=torch.Generator().manual_seed(3))
+    x[:, 9] = 60
+    engine = library.Engine(library.load(BEST), 1)
+    errors = {}
+    for kind in ("int4", "int4-rotated"):
+        quantized = quantize(w, kind)
+        got = engine.linear(library.pack_quantized(quantized, 4, None, Arena()), x)
+        errors[kind] = float((got - x @ quantized.dequantize().T).norm())
+    assert errors["int4-rotated"] < 0.8 * errors["int4"]
+
+
 @pytest.mark.parametrize(("in_features", "group"), [(256, 64), (96, 32), (352, 32), (100, None)])
 def test_groups_divide_the_inputs_or_the_layer_stays_whole(in_features, group):
     quantized = quantize(weight(16, in_features), "nf4")
     assert (quantized.group if quantized else None) == group
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4", "int4"])
-@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4", *INTEGERS])
+@pytest.mark.parametrize("bits", [32, 8, 4])
 @settings(max_examples=12, deadline=None)
 @given(
     rows=st.integers(1, 40),
@@ -110,8 +151,8 @@ def test_kernels_compute_with_the_dequantized_weights_row_by_row(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["int8", "nf4", "int4"])
-@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("kind", ["int8", "nf4", *INTEGERS])
+@pytest.mark.parametrize("bits", [32, 8, 4])
 def test_plain_and_vector_kernels_give_the_same_bits(kind, bits):
     packed = library.pack_quantized(quantize(weight(90, 384), kind), bits, torch.randn(90), Arena())
     x = torch.randn(9, 384)
@@ -142,6 +183,37 @@ def test_the_report_names_format_and_width(saved_model):
     assert report["lm_head"].kernel == "native-fp32"
 
 
+def test_a_draft_of_four_bits_takes_the_faster_width_layer_by_layer(saved_model):
+    path = saved_model("llama3")[1]
+    runner = ModelRunner.load(path, num_blocks=2, block_size=16, quantization="int4-rotated")
+    kernels = {bits: runner.with_activations_of(bits).linear_report() for bits in (0, 4, 32)}
+    name = "model.layers.1.self_attn.o_proj"
+    assert kernels[4][name].kernel == "native-int4-rotated-a4-emulated"
+    assert kernels[32][name].kernel == runner.linear_report()[name].kernel
+    assert kernels[0][name].kernel in ("native-int4-rotated-a8", "native-int4-rotated-a32")
+    assert "µs with 8 bits and" in kernels[0][name].reason
+    assert "8 native-int4-rotated-a4-emulated, 1 native-" in runner.with_activations_of(4).describe()
+    rows = [SequenceRows(list(range(3, 20)), 0, range(2), 17)]
+    logits = {bits: (r := runner.with_activations_of(bits)).forward(r.batch(rows)) for bits in (4, 8, 32)}
+    errors = {bits: float((logits[bits] - logits[32]).abs().max()) for bits in (4, 8)}
+    assert 0 < errors[8] < errors[4]
+
+
+def test_the_probe_takes_what_is_faster(monkeypatch):
+    packed = library.pack_quantized(quantize(weight(), "nf4"), 32, None, Arena())
+    for slow in probe.WIDTHS:
+        multiply = library.Engine.linear
+
+        def late(engine, linear, x, multiply=multiply, slow=slow):
+            if linear.struct.activation_bits == slow:
+                time.sleep(0.002)
+            return multiply(engine, linear, x)
+
+        monkeypatch.setattr(library.Engine, "linear", late)
+        assert probe.WidthProbe(BEST).faster(packed.struct)[0] == sum(probe.WIDTHS) - slow
+        monkeypatch.setattr(library.Engine, "linear", multiply)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -150,6 +222,11 @@ def test_the_report_names_format_and_width(saved_model):
         ({"speculation": {"draft": "ngram", "draft_quantization": "nf4"}}, "draft_quantization is for"),
         ({"speculation": {"draft": "qspec"}}, "draft qspec shares"),
         ({"speculation": {"draft": "oracle"}}, "unknown draft oracle"),
+        ({"speculation": {"draft": "ngram", "draft_activation_bits": 8}}, "is for a self-draft or qspec"),
+        (
+            {"model": {"quantization": "nf4"}, "speculation": {"draft": "qspec", "draft_activation_bits": 2}},
+            "must be 0, 4, 8 or 32",
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes, message):

@@ -18,18 +18,15 @@ from tandem.engine.batch import Guess, SequenceRows
 from tandem.engine.checkpoint import eos_token_ids
 from tandem.engine.lean.config import LeanConfig
 from tandem.engine.lean.rope import inverse_frequencies
-from tandem.engine.lean.shapes import EMBEDDING, HEAD, tensor_shapes
+from tandem.engine.lean.shapes import HEAD, tensor_shapes
 from tandem.engine.lean.weights import Weights
-from tandem.engine.linear import LinearChoice, fits_fp16
 from tandem.engine.native import build, library
-from tandem.engine.native.arena import Arena
 from tandem.engine.native.batch import NativeBatch
+from tandem.engine.native.loader import Loader
 from tandem.engine.paged_cache import PagedCache
-from tandem.engine.quantization.formats import quantize
 from tandem.engine.storage import Storage
 
 ANGLE_PAGE = 512  # positions whose angles are added at once
-QK_NORM = {"": 0, "head": 1, "all": 2}
 
 
 class NativeDecoder:
@@ -37,7 +34,7 @@ class NativeDecoder:
 
     implementation = "native"
 
-    def __init__(self, loader: _Loader, eos: frozenset[int], isa: str) -> None:
+    def __init__(self, loader: Loader, eos: frozenset[int], isa: str) -> None:
         self.reason = f"kernels for {isa}"
         self.eos_token_ids = eos
         self.linears = loader.choices
@@ -60,12 +57,13 @@ class NativeDecoder:
         with Weights(path) as weights:
             weights.check(dict(tensor_shapes(config)), frozenset({HEAD}) if config.tied else frozenset())
             eos = eos_token_ids(path, raw, config.architecture.eos_token_id)
-            return cls(_Loader(config, weights, stored), eos, isa)
+            return cls(Loader(config, weights, stored), eos, isa)
 
     def with_activations_of(self, bits: int) -> NativeDecoder:
-        """The same four-bit weights, multiplied with activations of another width."""
+        """The same four-bit weights, multiplied with activations of another width: 4, 8, 32, or 0 for what
+        is faster here, layer by layer."""
         twin = copy(self)
-        twin._model = self._loader.model(bits)
+        twin._model, twin.linears = self._loader.twin(self._isa, bits)
         return twin
 
     def batch(self, sequences: Sequence[SequenceRows], cache: PagedCache) -> NativeBatch:
@@ -139,107 +137,3 @@ class NativeDecoder:
 
 def _addressed(cache: PagedCache) -> library.Cache:
     return library.Cache(cache.address, cache.num_blocks + 1, cache.block_size)
-
-
-class _Loader:
-    """Turns named tensors into structs, and keeps what they point to."""
-
-    def __init__(self, config: LeanConfig, weights: Weights, stored: Storage) -> None:
-        self.config = config
-        self.choices: dict[str, LinearChoice] = {}
-        self._weights = weights
-        self._storage = stored
-        self._arena = Arena()
-        self._kept: list[torch.Tensor] = []
-        self._names = {name for name, _ in tensor_shapes(config)}
-        layers = [self._layer(index) for index in range(config.geometry.num_layers)]
-        self._layers = (library.Layer * len(layers))(*layers)
-        self._embedding = self._arena.keep(self._stored(weights.get(EMBEDDING)))
-        self._norm = self._vector("model.norm")
-        tied = [EMBEDDING.removesuffix(".weight")] if config.tied else None
-        self._head = self._linear("lm_head", tied)
-
-    def model(self, activation_bits: int | None = None) -> library.Model:
-        geometry, config = self.config.geometry, self.config
-        layers = type(self._layers)(*self._layers)
-        for layer in layers if activation_bits else ():
-            for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
-                if linear.format == library.CODE4:
-                    linear.activation_bits = activation_bits
-        return library.Model(
-            num_layers=geometry.num_layers,
-            hidden=geometry.hidden_size,
-            heads=geometry.num_heads,
-            kv_heads=geometry.num_kv_heads,
-            dim=geometry.head_dim,
-            ffn=config.intermediate_size,
-            vocab=geometry.vocab_size,
-            plain_norm=config.architecture.plain_norm,
-            qk_norm=QK_NORM[config.architecture.qk_norm],
-            is_embedding_half=self._embedding.dtype == torch.float16,
-            eps=config.norm_eps,
-            clip_qkv=config.clip_qkv or 0.0,
-            embedding=self._embedding.data_ptr(),
-            norm=self._norm,
-            head=self._head,
-            layers=layers,
-        )
-
-    def _layer(self, index: int) -> library.Layer:
-        at, known = f"model.layers.{index}", self.config.architecture
-        attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-        before, after = not known.norm_after, known.norm_after
-        return library.Layer(
-            qkv=self._linear(f"{attention}.qkv_proj", [f"{attention}.{x}_proj" for x in "qkv"]),
-            output=self._linear(f"{attention}.o_proj"),
-            gate_up=self._linear(f"{mlp}.gate_up_proj", [f"{mlp}.gate_proj", f"{mlp}.up_proj"]),
-            down=self._linear(f"{mlp}.down_proj"),
-            input_norm=self._vector(f"{at}.input_layernorm") if before else None,
-            query_norm=self._vector(f"{attention}.q_norm") if known.qk_norm else None,
-            key_norm=self._vector(f"{attention}.k_norm") if known.qk_norm else None,
-            attended_norm=self._vector(f"{at}.post_attention_layernorm") if after else None,
-            ffn_norm=self._vector(f"{at}.post_attention_layernorm") if before else None,
-            ffn_out_norm=self._vector(f"{at}.post_feedforward_layernorm") if after else None,
-            window=self.config.windows[index] or 0,
-        )
-
-    def _vector(self, name: str) -> int | None:
-        """The address of a norm's weights, if it has any."""
-        if self.config.architecture.plain_norm:
-            return None
-        self._kept.append(self._weights.get(f"{name}.weight").clone())
-        return self._kept[-1].data_ptr()
-
-    def _linear(self, name: str, parts: list[str] | None = None) -> library.Linear:
-        """The weights of `parts` on top of each other; `name` is what the report says."""
-        parts = parts or [name]
-        biased = f"{parts[0]}.bias" in self._names
-        bias = torch.cat([self._weights.get(f"{part}.bias") for part in parts]) if biased else None
-        weight = torch.cat([self._weights.get(f"{part}.weight") for part in parts])
-        packed, self.choices[name] = self._pack(name, weight, bias)
-        self._kept.extend(packed.tensors)
-        return packed.struct
-
-    def _pack(
-        self, name: str, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[library.PackedLinear, LinearChoice]:
-        storage = self._storage
-        if storage.quantization != "none" and name != "lm_head":
-            quantized = quantize(weight, storage.quantization, storage.is_given)
-            if quantized is not None:
-                packed = library.pack_quantized(quantized, storage.activation_bits, bias, self._arena)
-                kernel = f"native-{storage.quantization}-a{storage.activation_bits}"
-                return packed, LinearChoice(kernel, f"groups of {quantized.group}")
-        plain = self._stored(weight)
-        reason = "asked for" if storage.linear != "auto" else "weights need single precision"
-        if plain.dtype == torch.float16 and storage.linear == "auto":
-            reason = "exact in half precision"
-        if storage.quantization != "none" and name != "lm_head":
-            reason = f"{weight.shape[1]} inputs cannot be grouped"
-        kernel = "native-fp16" if plain.dtype == torch.float16 else "native-fp32"
-        return library.pack_linear(plain, bias, self._arena), LinearChoice(kernel, reason)
-
-    def _stored(self, weight: torch.Tensor) -> torch.Tensor:
-        wanted = self._storage.linear
-        half = wanted == "fp16" or (wanted == "auto" and fits_fp16(weight))
-        return weight.half() if half else weight

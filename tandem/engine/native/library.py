@@ -16,7 +16,7 @@ from tandem.engine.quantization.formats import INT8_MOST, QuantizedWeight
 from tandem.errors import ConfigError
 
 PANEL = 16  # outputs that lie together
-ABI = 2
+ABI = 3
 FORMATS = {torch.float32: 0, torch.float16: 1}
 INT8, CODE4 = 2, 3
 PIECE_INPUTS = 4  # inputs whose codes lie together
@@ -34,6 +34,10 @@ class Linear(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("codebook", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
+        ("is_rotated", ctypes.c_int32),
+        ("num_outliers", ctypes.c_int32),
+        ("outlier_inputs", ctypes.c_void_p),
+        ("outliers", ctypes.c_void_p),
     )
 
 
@@ -113,15 +117,17 @@ class Guesses(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class PackedLinear:
-    """Weights as the kernels read them. `struct` points into the tensors, which live as long as this."""
+    """Weights as the kernels read them. `struct` points into the rest, which lives as long as this."""
 
     struct: Linear
     tensors: tuple[torch.Tensor, ...]
     out_features: int
+    outliers: PackedLinear | None = None
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+        mine = sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+        return mine + (self.outliers.num_bytes if self.outliers else 0)
 
 
 def pack_linear(
@@ -146,7 +152,10 @@ def pack_linear(
 def pack_quantized(
     weight: QuantizedWeight, activation_bits: int, bias: torch.Tensor | None, arena: Arena
 ) -> PackedLinear:
-    """Codes and scales as the kernels read them. Four-bit codes serve both widths of activations."""
+    """Codes and scales as the kernels read them. Four-bit codes serve all widths of activations.
+
+    Outliers meet activations as they are, whatever the width of the rest.
+    """
     out_features, in_features = weight.codes.shape
     rows = -out_features % PANEL
     scales = F.pad(weight.scales, (0, 0, 0, rows)).view(-1, PANEL, weight.scales.shape[1]).transpose(1, 2)
@@ -159,8 +168,6 @@ def pack_quantized(
         pieces = split.permute(0, 4, 2, 1, 3, 5)
         packed = pieces if weight.kind == "int8" else pieces[:, :, 0] | pieces[:, :, 1] << 4
     tensors = [arena.keep(packed), arena.keep(scales), _codebook(weight)]
-    if bias is not None:
-        tensors.append(bias.float().contiguous())
     struct = Linear(
         format=INT8 if weight.kind == "int8" else CODE4,
         activation_bits=activation_bits,
@@ -170,9 +177,18 @@ def pack_quantized(
         weights=tensors[0].data_ptr(),
         scales=tensors[1].data_ptr(),
         codebook=tensors[2].data_ptr(),
-        bias=tensors[3].data_ptr() if bias is not None else None,
+        is_rotated=weight.is_rotated,
     )
-    return PackedLinear(struct, tuple(tensors), out_features)
+    if bias is not None:
+        tensors.append(bias.float().contiguous())
+        struct.bias = tensors[-1].data_ptr()
+    if weight.outliers is None:
+        return PackedLinear(struct, tuple(tensors), out_features)
+    apart = pack_quantized(weight.outliers.weight, 32, None, arena)
+    tensors.append(weight.outliers.inputs.int())
+    struct.num_outliers, struct.outlier_inputs = len(tensors[-1]), tensors[-1].data_ptr()
+    struct.outliers = ctypes.addressof(apart.struct)
+    return PackedLinear(struct, tuple(tensors), out_features, apart)
 
 
 def _codebook(weight: QuantizedWeight) -> torch.Tensor:

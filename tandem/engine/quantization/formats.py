@@ -5,6 +5,14 @@
     nf4-dq,   the same, their absmax in eight bits: dynamic map, groups of 256, offset by the mean
     fp4-dq
     int4      -7 … 7 times one scale per group of 128
+    int4-rotated
+              the same of the weights times a Hadamard matrix, group by group (QuaRot, Ashkboos et al. 2024);
+              activations are turned likewise when they come, which spreads what sticks out of them
+    int4-outliers
+              one input in 32, those with the largest weights, kept apart in int8 (Atom, Zhao et al. 2024, who
+              choose them by the activations of a calibration set, which a loader does not have)
+    int4-rotated-outliers
+              both: outliers are taken out first
 
 Groups run along the inputs of one output. bitsandbytes lets them run on into the next row; both are the same
 where the group divides the inputs, and where it does not, the group here is the largest half that does.
@@ -12,6 +20,7 @@ where the group divides the inputs, and where it does not, the group here is the
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -37,7 +46,16 @@ GROUPS = {"nf4": 64, "fp4": 64, "int4": 128}
 MIN_GROUP = 32
 INT4_MOST = 7
 INT8_MOST = 127
+OUTLIER_SHARE = 32  # one input in so many
 NESTED_GROUP = 256  # scales that share a scale of their own
+
+
+@dataclass(frozen=True, slots=True)
+class Outliers:
+    """Inputs that are kept apart."""
+
+    inputs: torch.Tensor  # [n] int64, ascending
+    weight: QuantizedWeight  # [out, n] in int8
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +65,8 @@ class QuantizedWeight:
     kind: str  # a base format: int8, nf4, fp4, int4
     codes: torch.Tensor  # [out, in]: int8, or uint8 codes below 16
     scales: torch.Tensor  # [out, groups] float32
+    is_rotated: bool = False  # codes are of the weights times a Hadamard matrix
+    outliers: Outliers | None = None  # those inputs count as zeros in the codes
 
     @property
     def group(self) -> int:
@@ -61,14 +81,22 @@ class QuantizedWeight:
     def dequantize(self) -> torch.Tensor:
         """`[out, in]` float32."""
         values = self.codes.float() if self.kind == "int8" else self.levels[self.codes.long()]
-        grouped = values.view(len(values), self.scales.shape[1], -1)
-        return (grouped * self.scales[..., None]).view(values.shape)
+        grouped = values.view(len(values), self.scales.shape[1], -1) * self.scales[..., None]
+        weight = (hadamard(grouped) if self.is_rotated else grouped).reshape(values.shape)
+        if self.outliers is not None:
+            weight[:, self.outliers.inputs] = self.outliers.weight.dequantize()
+        return weight
 
-    @staticmethod
-    def stack(parts: list[QuantizedWeight]) -> QuantizedWeight:
-        """The outputs of several matrices of one format on top of each other."""
-        codes = torch.cat([part.codes for part in parts])
-        return QuantizedWeight(parts[0].kind, codes, torch.cat([part.scales for part in parts]))
+
+def hadamard(values: torch.Tensor) -> torch.Tensor:
+    """`values` [..., n] times the orthonormal Hadamard matrix of size n, a power of two; its own inverse."""
+    size, width = values.shape[-1], 1
+    while width < size:
+        pairs = values.reshape(-1, size // (2 * width), 2, width)
+        first, second = pairs.unbind(2)
+        values = torch.stack((first + second, first - second), 2).view(values.shape)
+        width *= 2
+    return values / math.sqrt(size)
 
 
 def group_for(kind: str, in_features: int) -> int | None:
@@ -88,21 +116,41 @@ def quantize(weight: torch.Tensor, quantization: str, is_given: bool = False) ->
     """
     if quantization not in QUANTIZATIONS or quantization == "none":
         raise ConfigError(f"unknown quantization {quantization}; known: {', '.join(QUANTIZATIONS)}")
-    kind, _, nested = quantization.partition("-")
+    kind, *options = quantization.split("-")
     if kind == "int8":
-        scales = weight.abs().amax(1, keepdim=True).float() / INT8_MOST
-        codes = torch.round(weight / torch.where(scales > 0, scales, 1.0)).to(torch.int8)
-        return QuantizedWeight(kind, codes, scales)
+        return _eight_bits(weight)
     group = group_for(kind, weight.shape[1])
     if group is None or (is_given and group != GROUPS[kind]):
         return None
+    outliers = None
+    if "outliers" in options:
+        weight, outliers = _apart(weight)
     blocks = weight.float().view(weight.shape[0], -1, group)
+    if "rotated" in options:
+        blocks = hadamard(blocks)
     scales = blocks.abs().amax(-1)
     if kind == "int4":
         scales = scales / INT4_MOST
     normal = blocks / torch.where(scales > 0, scales, 1.0)[..., None]
     codes = _nearest(normal, torch.tensor(CODEBOOKS[kind])).view(weight.shape)
-    return QuantizedWeight(kind, codes, requantized(scales) if nested else scales)
+    if "dq" in options:
+        scales = requantized(scales)
+    return QuantizedWeight(kind, codes, scales, "rotated" in options, outliers)
+
+
+def _eight_bits(weight: torch.Tensor) -> QuantizedWeight:
+    scales = weight.abs().amax(1, keepdim=True).float() / INT8_MOST
+    codes = torch.round(weight / torch.where(scales > 0, scales, 1.0)).to(torch.int8)
+    return QuantizedWeight("int8", codes, scales)
+
+
+def _apart(weight: torch.Tensor) -> tuple[torch.Tensor, Outliers]:
+    """The weights without the inputs that have the largest sum of squares, and these."""
+    count = -(-weight.shape[1] // OUTLIER_SHARE)
+    inputs = weight.square().sum(0).topk(count).indices.sort().values
+    rest = weight.clone()
+    rest[:, inputs] = 0
+    return rest, Outliers(inputs, _eight_bits(weight[:, inputs]))
 
 
 def _nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,17 @@ enum Format : int32_t { F32 = 0, F16 = 1, INT8 = 2, CODE4 = 3 };
 
 struct Linear {
     int32_t format;
-    int32_t activation_bits;  // 32, or 8: activations quantized per row
+    int32_t activation_bits;  // 32, or activations are quantized per row and group: 8, or 4 in bytes
     int32_t in, out;
     int32_t group;            // inputs that share a scale
     const void* weights;      // panels, laid out as the format says
     const float* scales;
     const float* codebook;    // 16 numbers; then the same in 8 bits and in halves (quantized.h)
     const float* bias;        // [out], or null
+    int32_t is_rotated;       // groups of inputs are multiplied with a Hadamard matrix first
+    int32_t num_outliers;     // inputs that are kept apart, and their weights
+    const int32_t* outlier_inputs;
+    const Linear* outliers;
 };
 
 constexpr int ROW_BLOCK = 96;   // rows that go through all panels together

@@ -6,12 +6,14 @@
 //
 // Activations of 8 bits are symmetric, with one scale per row and group. Products of integers are exact, and
 // groups are added in ascending order, so a row's bits depend on the row alone here too.
+// Activations of 4 bits are emulated: fifteen values, multiplied as bytes.
 //
 // A panel holds 16 outputs. Four-bit codes lie in pieces of 32 bytes for four inputs: of output
 // o = 8 · (lane) + 4 · (nibble) + i, input j, the byte 16 · lane + 4 · i + j. One set of codes serves both
 // widths of activations.
 #pragma once
 
+#include <cmath>
 #include <cstdlib>
 #include <vector>
 
@@ -24,7 +26,7 @@ constexpr int PIECE_BYTES = 32;
 constexpr int MAX_GROUP = 128;
 // Where a codebook's 16 numbers lie in other widths, and what those of eight bits were divided by.
 constexpr int BYTES_AT = 16, HALVES_AT = 20, FACTOR_AT = 28;
-constexpr float INT8_MAX_F = 127.0f;
+constexpr float INT8_MAX_F = 127.0f, INT4_MAX_F = 7.0f;
 
 inline int group_of(const Linear& l) { return l.format == INT8 ? l.in : l.group; }
 inline int groups_of(const Linear& l) { return (l.in + group_of(l) - 1) / group_of(l); }
@@ -39,6 +41,7 @@ struct Int8Rows {
     void fill(const Linear& l, const float* x, int ldx, int rows) {
         const int group = group_of(l);
         const float factor = l.format == CODE4 ? l.codebook[FACTOR_AT] : 1.0f;
+        const float top = l.activation_bits == 4 ? INT4_MAX_F : INT8_MAX_F;
         groups = groups_of(l), stride = round_up(l.in, PIECE_BYTES);
         values.assign(size_t(rows) * stride, 0);
         scales.resize(size_t(rows) * groups);
@@ -48,7 +51,7 @@ struct Int8Rows {
                 const int count = std::min(group, l.in - g * group);
                 float most = 0.0f;
                 for (int i = 0; i < count; i++) most = std::max(most, std::fabs(from[i]));
-                const float scale = most / INT8_MAX_F, inverse = most > 0 ? INT8_MAX_F / most : 0.0f;
+                const float scale = most / top, inverse = most > 0 ? top / most : 0.0f;
                 scales[size_t(r) * groups + g] = scale * factor;
                 int8_t* to = &values[size_t(r) * stride + g * group];
                 for (int i = 0; i < count; i++) to[i] = int8_t(std::nearbyint(from[i] * inverse));
@@ -291,12 +294,49 @@ inline void scale_outputs(const Linear& l, int rows, float* y, int ldy, int firs
         }
 }
 
-inline void multiply_quantized(const Linear& l, const float* x, int ldx, int rows, float* y, int ldy, int first,
-                               int last) {
-    if (l.activation_bits == 8) return multiply_int8(l, x, ldx, rows, y, ldy, first, last);
+inline void multiply_stored(const Linear& l, const float* x, int ldx, int rows, float* y, int ldy, int first, int last) {
+    if (l.activation_bits <= 8) return multiply_int8(l, x, ldx, rows, y, ldy, first, last);
     if (l.format == CODE4) return multiply_codes(l, x, ldx, rows, y, ldy, first, last);
     multiply<int8_t>(l, x, ldx, rows, y, ldy, first, last);  // panels of bytes, [in, 16]
     scale_outputs(l, rows, y, ldy, first, last);
+}
+
+// --- inputs that are turned or kept apart first ---
+
+// x times the orthonormal Hadamard matrix of a group's size, group by group.
+inline void rotate(float* x, int in, int group) {
+    const float scale = 1.0f / std::sqrt(float(group));
+    for (float* at = x; at < x + in; at += group) {
+        for (int width = 1; width < group; width *= 2)
+            for (int begin = 0; begin < group; begin += 2 * width)
+                for (int i = begin; i < begin + width; i++) {
+                    const float a = at[i], b = at[i + width];
+                    at[i] = a + b, at[i + width] = a - b;
+                }
+        for (int i = 0; i < group; i++) at[i] *= scale;
+    }
+}
+
+inline void multiply_quantized(const Linear& l, const float* x, int ldx, int rows, float* y, int ldy, int first,
+                               int last) {
+    if (!l.is_rotated && !l.num_outliers) return multiply_stored(l, x, ldx, rows, y, ldy, first, last);
+    static thread_local std::vector<float> kept, apart, added;
+    kept.resize(size_t(rows) * l.in), apart.resize(size_t(rows) * l.num_outliers);
+    for (int r = 0; r < rows; r++) {
+        float* to = &kept[size_t(r) * l.in];
+        std::copy_n(x + size_t(r) * ldx, l.in, to);
+        for (int i = 0; i < l.num_outliers; i++) {
+            apart[size_t(r) * l.num_outliers + i] = to[l.outlier_inputs[i]];
+            to[l.outlier_inputs[i]] = 0.0f;
+        }
+        if (l.is_rotated) rotate(to, l.in, l.group);
+    }
+    multiply_stored(l, kept.data(), l.in, rows, y, ldy, first, last);
+    if (!l.num_outliers) return;
+    added.resize(size_t(rows) * ldy);
+    multiply_stored(*l.outliers, apart.data(), l.num_outliers, rows, added.data(), ldy, first, last);
+    for (int r = 0; r < rows; r++)
+        for (int n = first * PANEL; n < last * PANEL; n++) y[size_t(r) * ldy + n] += added[size_t(r) * ldy + n];
 }
 
 }  // namespace tandem
