@@ -16,6 +16,7 @@ from tandem.errors import ConfigError
 from tandem.geometry import DTYPE_BYTES, ModelGeometry, num_blocks
 
 BITS_PER_WEIGHT = {"int8": 8.0, "nf4": 4.5, "fp4": 4.5, "int4": 4.25}  # with the scales of their groups
+OUTLIER_BITS = 8 / 32  # more, where one input in 32 is kept in eight bits beside them
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 
 
@@ -64,6 +65,7 @@ def weights_bytes(geometry: ModelGeometry, dtype: str, quantization: str) -> int
     whole = geometry.vocab_size * geometry.hidden_size  # once more if the head has weights of its own
     share = (geometry.num_parameters - whole) / geometry.num_parameters
     bits = BITS_PER_WEIGHT[quantization.partition("-")[0]]
+    bits += OUTLIER_BITS if "outliers" in quantization else 0.0
     all_bytes = geometry.weights_bytes(dtype)
     return round(all_bytes * (1 - share) + geometry.num_parameters * share * bits / 8)
 

@@ -62,11 +62,11 @@ def load_decoder(
         return NativeDecoder.load(path, LeanConfig.parse(raw), raw, storage)
     if name == "lean":
         return LeanDecoder.load(path, LeanConfig.parse(raw), raw, storage, reason)
-    if storage.quantization != "none":
-        raise ConfigError(f"quantization needs an architecture of the Llama family: {reason}")
+    if storage.is_given:
+        raise ConfigError(f"a quantized checkpoint must be of the Llama family, and run on a CPU: {reason}")
     from tandem.engine.transformers_decoder import TransformersDecoder  # two seconds and more to import
 
-    return TransformersDecoder.load(path, dtype, storage.linear, device, reason)
+    return TransformersDecoder.load(path, dtype, storage, device, reason)
 
 
 def _as_stored(storage: Storage, found: str | None, path: Path) -> Storage:

@@ -26,6 +26,8 @@ from tandem.engine.attention import PagedAttention
 from tandem.engine.batch import ForwardBatch, SequenceRows
 from tandem.engine.linear import LinearChoice, common_table, swap_linears
 from tandem.engine.paged_cache import PagedCache
+from tandem.engine.quantization.modules import round_weights, swap_for_bitsandbytes
+from tandem.engine.storage import Storage
 from tandem.errors import ConfigError
 
 ATTENTION = "tandem_paged"
@@ -38,19 +40,27 @@ class TransformersDecoder:
 
     implementation = "transformers"
 
-    def __init__(self, model: PreTrainedModel, linear: str, reason: str) -> None:
+    def __init__(self, model: PreTrainedModel, linears: dict[str, LinearChoice], reason: str) -> None:
         self.reason = reason
         self.eos_token_ids = _eos_token_ids(model)
-        self.linears: dict[str, LinearChoice] = swap_linears(model, linear)
+        self.linears = linears
         self._model = model
         self._table = common_table(self.linears.values())
 
     @classmethod
     def load(
-        cls, path: Path, dtype: torch.dtype, linear: str, device: torch.device | str, reason: str
+        cls, path: Path, dtype: torch.dtype, storage: Storage, device: torch.device | str, reason: str
     ) -> TransformersDecoder:
         """Open a checkpoint whose files were checked. Raises `ConfigError`."""
-        return cls(_load_model(path, dtype, device), linear, reason)
+        model = _load_model(path, dtype)
+        module: torch.nn.Module = model
+        quantized: dict[str, LinearChoice] = {}
+        if storage.quantization != "none" and torch.device(device).type == "cpu":
+            round_weights(module, storage.quantization)
+        elif storage.quantization != "none":
+            quantized = swap_for_bitsandbytes(module, storage.quantization)
+        module.to(device)
+        return cls(model, swap_linears(module, storage.linear) | quantized, reason)
 
     def batch(self, sequences: Sequence[SequenceRows], cache: PagedCache) -> ForwardBatch:
         """Index one forward over these rows."""
@@ -107,7 +117,7 @@ AttentionInterface.register(ATTENTION, paged_attention)
 AttentionMaskInterface.register(ATTENTION, _no_mask)
 
 
-def _load_model(path: Path, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+def _load_model(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     _quiet()
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
@@ -124,7 +134,7 @@ def _load_model(path: Path, dtype: torch.dtype, device: torch.device | str) -> P
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{path} cannot be loaded as a decoder-only model: {error}") from error
     module: torch.nn.Module = model
-    module.to(device).requires_grad_(False).train(False)
+    module.requires_grad_(False).train(False)
     return model
 
 

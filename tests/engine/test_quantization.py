@@ -3,6 +3,7 @@
 import copy
 import json
 import time
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tandem.engine.quantization.formats import (
     quantize,
     requantized,
 )
+from tandem.engine.quantization.modules import round_weights, swap_for_bitsandbytes
 from tandem.errors import ConfigError
 
 INTEGERS = tuple(kind for kind in QUANTIZATIONS if kind.startswith("int4"))
@@ -234,26 +236,45 @@ def test_settings_that_cannot_work_are_refused(changes, message):
         ClusterConfig.from_dict(changes)
 
 
-def test_only_the_llama_family_is_quantized(saved_model):
-    with pytest.raises(ConfigError, match="quantization needs an architecture of the Llama family"):
-        ModelRunner.load(saved_model("gemma2")[1], num_blocks=2, block_size=16, quantization="nf4")
+@pytest.mark.parametrize("kind", ["nf4", "int4-rotated-outliers"])
+def test_other_families_compute_with_rounded_weights(saved_model, kind):
+    whole, path = saved_model("gemma2", True)
+    runner = ModelRunner.load(path, num_blocks=8, block_size=16, quantization=kind)
+    ids = list(range(3, 40))
+    got = runner.forward(runner.batch([SequenceRows(ids, 0, range(3), 37)]))
+    rounded = copy.deepcopy(whole)
+    round_weights(rounded, kind)
+    with torch.inference_mode():
+        expected = rounded(torch.tensor([ids])).logits[0].float()
+        assert not torch.allclose(whole(torch.tensor([ids])).logits[0].float(), got, atol=1e-3)
+    assert torch.allclose(got, expected, atol=1e-4)
 
 
-def swapped(linear, kind):
-    """The layer as bitsandbytes' own module."""
-    modules = pytest.importorskip("bitsandbytes").nn
-    name, _, nested = kind.partition("-")
-    shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
-    if name == "int8":
-        layer = modules.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
-        layer.weight = modules.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
-    else:
-        options = {"quant_type": name, "compress_statistics": bool(nested)}
-        layer = modules.Linear4bit(*shape, bias=bias, compute_dtype=torch.float32, **options)
-        layer.weight = modules.Params4bit(linear.weight.data, requires_grad=False, **options)
-    if bias:
-        layer.bias = linear.bias
-    return layer.to("cpu")
+@pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "fp4", "int8"])
+def test_bitsandbytes_executes_the_same_weights(kind):
+    """As on a GPU, with the modules' own CPU code."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(1)
+    layers = {"first": torch.nn.Linear(128, 64), "second": torch.nn.Linear(64, 64, bias=False)}
+    whole = torch.nn.Sequential(OrderedDict(layers | {"lm_head": torch.nn.Linear(64, 9)}))
+    theirs, rounded = copy.deepcopy(whole), copy.deepcopy(whole)
+    report = swap_for_bitsandbytes(theirs, kind)
+    assert {name: choice.kernel for name, choice in report.items()} == {
+        "first": f"bitsandbytes-{kind}",
+        "second": f"bitsandbytes-{kind}",
+    }
+    round_weights(rounded, kind)
+    x = torch.randn(5, 128)
+    with torch.inference_mode():
+        got, expected = theirs.to("cpu")(x), rounded(x)
+        assert not torch.allclose(whole(x), got, rtol=1e-3)
+    error = (got - expected).abs().max() / expected.abs().max()
+    assert error <= (2e-2 if kind == "int8" else 2e-3)  # its int8 product rounds activations, too
+
+
+def test_bitsandbytes_has_no_integers_of_four_bits(saved_model):
+    with pytest.raises(ConfigError, match="int4-rotated runs on a CPU only"):
+        swap_for_bitsandbytes(saved_model("llama3")[0], "int4-rotated")
 
 
 @pytest.fixture
@@ -261,12 +282,11 @@ def quantized_checkpoint(saved_model, tmp_path):
     """`make(kind)`: a model of bitsandbytes' modules, and the folder of what they save."""
 
     def make(kind):
+        pytest.importorskip("bitsandbytes")
         whole, path = saved_model("llama3", True)
         model = copy.deepcopy(whole)
-        for name, module in list(model.model.named_modules()):
-            if isinstance(module, torch.nn.Linear):
-                parent, _, child = name.rpartition(".")
-                setattr(model.model.get_submodule(parent), child, swapped(module, kind))
+        swap_for_bitsandbytes(model, kind)
+        model.to("cpu")
         tensors = {
             name: t.clone().contiguous() for name, t in model.state_dict().items() if name != "lm_head.weight"
         }
