@@ -21,7 +21,7 @@ from tandem.errors import InvalidRequest
 
 R = TypeVar("R", ObjectHeader, ChunkHeader, Seal)
 MAGIC = b"TKV\x01"
-VERSION = 1
+VERSION = 2
 MAX_HEADER_BYTES = 1024
 TAG = b"\x0a"  # field 1, length-delimited
 PREFIX = struct.Struct("<4sI")

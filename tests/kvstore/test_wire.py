@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvstore import wire
 from kvstore.records import ChunkHeader, ChunkRange, ObjectHeader, Seal
-from kvstore.wire import MAGIC, MAX_HEADER_BYTES, PREFIX, decode, encode
+from kvstore.wire import MAGIC, MAX_HEADER_BYTES, PREFIX, VERSION, decode, encode
 from tandem.errors import InvalidRequest
 from tandem.pb.kv.v1 import kv_pb2 as pb
 from tests.kvstore.samples import make_chunk, make_header, make_sample
@@ -198,12 +198,13 @@ def test_shape_of_the_map_is_fixed(data):
     variants = [
         msgpack.packb(fields | {"extra": 1}),  # unknown field
         msgpack.packb(dict(reversed(fields.items()))),  # version not first
-        msgpack.packb(fields | {"v": 2}),
+        msgpack.packb(fields | {"v": VERSION + 1}),
+        msgpack.packb(fields | {"v": VERSION - 1}),
         msgpack.packb(fields | {"v": True}),
         msgpack.packb(fields | {"kind": "pickle"}),
         msgpack.packb({name.encode(): value for name, value in fields.items()}),  # binary keys
-        bytes([packed[0] + 1]) + packed[1:] + msgpack.packb("v") + msgpack.packb(1),  # duplicate key
-        packed.replace(b"\xa1v\x01", b"\xa1v\xcc\x01", 1),  # a longer spelling of 1
+        bytes([packed[0] + 1]) + packed[1:] + msgpack.packb("v") + msgpack.packb(VERSION),  # duplicate key
+        packed.replace(b"\xa1v\x02", b"\xa1v\xcc\x02", 1),  # a longer spelling of 2
         packed + b"\xc0",
         *(msgpack.packb({k: v for k, v in fields.items() if k != name}) for name in fields),
     ]
