@@ -71,6 +71,15 @@ class DecodeServer:
         )
         return cls(host, worker, store_channel)
 
+    @property
+    def address(self) -> str:
+        """Where it serves gRPC, host:port."""
+        return self._host.address
+
+    async def drain(self, within_s: float) -> bool:
+        """Take no new work; whether all that ran has ended in that time."""
+        return await self._host.drain(within_s)
+
     async def stop(self) -> None:
         """Leave the router, end what runs, close."""
         await self._host.stop()

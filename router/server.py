@@ -50,7 +50,9 @@ NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 class Router:
     """Build it inside a running event loop, `start` it, and `stop` it when done."""
 
-    def __init__(self, config: ClusterConfig, internal_host: str = "127.0.0.1") -> None:
+    def __init__(
+        self, config: ClusterConfig, internal_host: str = "127.0.0.1", internal_port: int = 0
+    ) -> None:
         check_exposure(config.router.host, config.security)
         check_exposure(internal_host, config.security)
         self._config = config
@@ -73,7 +75,7 @@ class Router:
         self.port = bind(
             self._public, config.router.host, config.router.port, server_credentials(config.security)
         )
-        self.internal_address = f"{internal_host}:{bind(self._internal, internal_host, 0)}"
+        self.internal_address = f"{internal_host}:{bind(self._internal, internal_host, internal_port)}"
         self._health = health.aio.HealthServicer()
 
     async def start(

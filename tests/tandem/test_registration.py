@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from contextlib import asynccontextmanager
 
 import grpc
@@ -15,7 +16,7 @@ from tandem.ledger import Ledger, PoolAudit
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
 from tandem.registration import RouterLink, WorkerLoad
-from tandem.worker_host import WorkerHost
+from tandem.worker_host import WorkerHost, host_towards
 from tests.serving import until
 
 INFO = pb.WorkerInfo(worker_id="prefill-0", incarnation="a", role=pb.WORKER_ROLE_PREFILL, num_blocks=7)
@@ -175,6 +176,38 @@ async def test_a_host_whose_router_is_gone_stops_all_the_same():
     await server.stop(None)
     async with asyncio.timeout(5):
         await host.stop(grace_s=0)
+
+
+async def test_a_host_drains_until_nothing_runs_waits_or_is_held():
+    router = FakeRouter()
+    server, port = await serve(router)
+    host = WorkerHost(f"127.0.0.1:{port}")
+    ledger, loads = Ledger("decode", "blocks", 9), [WorkerLoad(9, 0, 1)]
+    await host.start(INFO, lambda server: None, lambda: loads[0], ledger.audit)
+    await until(lambda: router.registered)
+    assert not await host.drain(within_s=0.1), "one waits"
+    assert router.heartbeats[-1].draining
+
+    ledger.reserve("a", 3)
+    loads[0] = WorkerLoad(6, 1, 0)
+    draining = asyncio.create_task(host.drain(within_s=10))
+    await asyncio.sleep(0.2)
+    assert not draining.done(), "one runs"
+    ledger.release("a")
+    assert await draining
+    await host.stop(grace_s=0)
+    await server.stop(None)
+
+
+def test_a_host_listens_where_the_router_can_reach_it():
+    assert host_towards("127.0.0.1:50051") == "127.0.0.1"
+    try:
+        here = host_towards("198.51.100.1:50051")  # of a network for documentation: nothing is sent to it
+    except OSError:
+        pytest.skip("this machine has no network")
+    assert here != "127.0.0.1"
+    with socket.socket() as listener:
+        listener.bind((here, 0))  # so it is one of this machine's
 
 
 async def test_a_host_that_never_started_stops():
