@@ -46,6 +46,7 @@ class DecodeSequence:
     sampling: SamplingState
     blocks: list[int] = field(default_factory=list)
     arrived_ns: int = field(default_factory=time.monotonic_ns)
+    num_draft_computed: int = 0  # tokens whose KV came for the draft model, too
     num_computed: int = field(init=False)
     next_token: int = field(init=False)
     token_ids: list[int] = field(init=False)  # prompt and output; the last one is `next_token`

@@ -7,13 +7,15 @@ from collections.abc import Awaitable
 
 import grpc
 
-from decode_worker.drafting import make_decoder, usable_draft
+from decode_worker.drafting import make_decoder
 from decode_worker.restore import KvRestorer
 from decode_worker.service import DecodeServicer
 from decode_worker.worker import DecodeWorker
 from kvstore.client import KvClient
 from tandem.config import ClusterConfig
-from tandem.engine.loading import load_engine
+from tandem.draft_checkpoint import usable_draft
+from tandem.engine.loading import Engine, load_engine
+from tandem.engine.paged_cache import PagedCache
 from tandem.fingerprint import model_fingerprint
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
@@ -49,7 +51,7 @@ class DecodeServer:
             engine.model,
             engine.pool,
             Tokenizer.from_dir(config.model.path),
-            KvRestorer(client, engine.model.cache, engine.pool),
+            KvRestorer(client, engine.model.cache, engine.pool, _own_cache(engine)),
             decoder,
         )
         host = WorkerHost(router_address)
@@ -85,3 +87,10 @@ class DecodeServer:
         await self._host.stop()
         await self.worker.stop()
         await self._store.close()
+
+
+def _own_cache(engine: Engine) -> PagedCache | None:
+    """The cache of a draft model; a draft over the target's has none of its own."""
+    if engine.draft is None or engine.draft.cache is engine.model.cache:
+        return None
+    return engine.draft.cache

@@ -6,7 +6,7 @@ Holds no address: where stores are is configuration.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 from tandem.errors import InvalidRequest
@@ -24,9 +24,12 @@ def require(condition: bool) -> None:
         raise InvalidRequest("BAD_MESSAGE", "malformed request message")
 
 
-def object_id_of(tenant: str, request_id: str) -> bytes:
-    """The same 16 bytes for every attempt at a request, so that a later epoch fences an earlier writer."""
-    name = f"tandem.kv.v1|{len(tenant)}|{tenant}|{request_id}"
+def object_id_of(tenant: str, request_id: str, model: str = "target") -> bytes:
+    """The same 16 bytes for every attempt at a request, so that a later epoch fences an earlier writer.
+
+    `model` is target or draft: each has an object of its own.
+    """
+    name = f"tandem.kv.v1|{len(tenant)}|{tenant}|{model}|{request_id}"
     return hashlib.sha256(name.encode()).digest()[:OBJECT_ID_BYTES]
 
 
@@ -47,6 +50,8 @@ class KvHandle:
     num_bytes: int
     num_tokens: int
     fingerprint: bytes  # SHA-256 of what must match between writer and reader
+    # The draft model's KV of the same tokens, where the writer computed it; no part of this object's name.
+    draft: KvHandle | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         require(len(self.object_id) == OBJECT_ID_BYTES)
@@ -56,6 +61,11 @@ class KvHandle:
     def key(self) -> ObjectKey:
         return ObjectKey(self.object_id, self.epoch)
 
+    @property
+    def objects(self) -> tuple[KvHandle, ...]:
+        """Every object that the handle stands for, each to be given up by itself."""
+        return (self,) if self.draft is None else (self, self.draft)
+
     def to_pb(self) -> pb.KvHandle:
         return pb.KvHandle(
             object_id=self.object_id,
@@ -64,6 +74,7 @@ class KvHandle:
             num_bytes=self.num_bytes,
             num_tokens=self.num_tokens,
             fingerprint=self.fingerprint,
+            draft=self.draft.to_pb() if self.draft else None,
         )
 
     @classmethod
@@ -75,4 +86,5 @@ class KvHandle:
             num_bytes=message.num_bytes,
             num_tokens=message.num_tokens,
             fingerprint=message.fingerprint,
+            draft=cls.from_pb(message.draft) if message.HasField("draft") else None,
         )

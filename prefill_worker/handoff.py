@@ -3,6 +3,9 @@
 One `Handoff` per prompt, living on the event loop. The compute thread says how many tokens are done;
 full blocks leave at once, the last one when the prompt is complete. The blocks stay in the pool under
 a hold of their own until the store has them, whatever happens to the request meanwhile.
+
+A draft model's KV goes beside it as an object of its own. What goes wrong with that costs the decode worker
+the time to read the prompt for its draft, and nobody else anything.
 """
 
 from __future__ import annotations
@@ -10,21 +13,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvstore.client import KvClient
-from kvstore.key import KvHandle, object_id_of
-from kvstore.records import ChunkRange, ObjectHeader
-from kvstore.writer import KvWriter
+from kvstore.key import KvHandle
 from prefill_worker.job import PrefillJob
+from prefill_worker.sender import DraftSender, Format, ObjectSender
 from tandem.config import ClusterConfig
 from tandem.engine.block_pool import BlockPool
-from tandem.engine.kv_export import export_kv
 from tandem.engine.loading import Engine
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import Internal, TandemError
-from tandem.geometry import num_blocks
-from tandem.threads import to_thread_to_end
 
 log = logging.getLogger(__name__)
 HOLD = "handoff"
@@ -37,9 +36,8 @@ class HandoffContext:
     client: KvClient
     cache: PagedCache
     pool: BlockPool
-    dtype: str
-    fingerprint: bytes
-    chunk_bytes: int
+    form: Format
+    draft_cache: PagedCache | None = None
 
     @classmethod
     def of(
@@ -49,49 +47,16 @@ class HandoffContext:
             client,
             engine.model.cache,
             engine.pool,
-            config.model.dtype,
-            fingerprint,
-            config.kvstore.chunk_bytes,
+            Format(dtype=config.model.dtype, fingerprint=fingerprint, chunk_bytes=config.kvstore.chunk_bytes),
+            engine.draft.cache if engine.draft else None,
         )
-
-    def header(self, job: PrefillJob) -> ObjectHeader:
-        """The stored object's description: whole blocks, all layers."""
-        blocks = num_blocks(job.num_tokens, self.cache.block_size)
-        return ObjectHeader(
-            object_id=object_id_of("", job.work.request_id),
-            epoch=job.work.epoch,
-            tenant="",
-            fingerprint=self.fingerprint,
-            dtype=self.dtype,
-            num_layers=self.cache.geometry.num_layers,
-            num_tokens=job.num_tokens,
-            block_size=self.cache.block_size,
-            num_blocks=blocks,
-            total_bytes=blocks * self.cache.block_bytes,
-        )
-
-    def parts(self, start: int, end: int) -> list[ChunkRange]:
-        """Blocks [start, end) of all layers in parts of at most the chunk size, but of a block at least
-        one layer."""
-        num_layers = self.cache.geometry.num_layers
-        blocks = max(1, self.chunk_bytes // self.cache.block_bytes)
-        layers = min(num_layers, max(1, self.chunk_bytes * num_layers // self.cache.block_bytes))
-        return [
-            ChunkRange(
-                block_start=first,
-                num_blocks=min(blocks, end - first),
-                layer_start=layer,
-                num_layers=min(layers, num_layers - layer),
-            )
-            for first in range(start, end, blocks)
-            for layer in range(0, num_layers, layers)
-        ]
 
 
 async def release_handle(client: KvClient, handle: KvHandle) -> None:
-    """Give up a sealed object that nobody will fetch. What a lost store misses, the lease frees."""
+    """Give up sealed objects that nobody will fetch. What a lost store misses, the lease frees."""
     try:
-        await client.release(handle)
+        for each in handle.objects:
+            await client.release(each)
     except TandemError as error:
         log.warning("could not release stored KV: %s", error.reason)
 
@@ -152,20 +117,23 @@ class Handoff:
 
     async def _send(self) -> KvHandle | None:
         """Send blocks as they become complete, then seal. None if the hand-off was given up."""
-        num_sent = 0
         num_computed = await self._progress.get()
         if num_computed is None:
             return None
-        async with self._context.client.put(self._context.header(self._job)) as writer:
+        context, blocks = self._context, self._blocks
+        ends = context.client, context.form, self._job
+        async with (
+            ObjectSender(*ends, context.cache, blocks) as target,
+            DraftSender(*ends, context.draft_cache, blocks) as draft,
+        ):
             while num_computed is not None:
                 num_ready = self._num_ready(num_computed)
-                for part in self._context.parts(num_sent, num_ready):
-                    if self._job.is_cancelled:
-                        return None
-                    await self._send_part(writer, part)
-                num_sent = num_ready
-                if num_sent == len(self._blocks):
-                    return await writer.seal()
+                await target.send(num_ready)
+                await draft.send(num_ready)
+                if self._job.is_cancelled:
+                    return None
+                if num_ready == len(blocks):
+                    return replace(await target.seal(), draft=await draft.seal())
                 num_computed = await self._progress.get()
         return None
 
@@ -174,13 +142,3 @@ class Handoff:
         if num_computed == self._job.num_tokens:
             return len(self._blocks)
         return num_computed // self._context.cache.block_size
-
-    async def _send_part(self, writer: KvWriter, part: ChunkRange) -> None:
-        cache = self._context.cache
-        last = part.block_start + part.num_blocks
-        num_tokens = min(self._job.num_tokens, last * cache.block_size) - part.block_start * cache.block_size
-        blocks = self._blocks[part.block_start : last]
-        payload = await to_thread_to_end(
-            export_kv, cache, blocks, num_tokens, part.layer_start, part.num_layers
-        )
-        await writer.write(part, payload)

@@ -28,6 +28,7 @@ class PrefillJob:
     num_computed: int = 0  # tokens whose KV is in the cache
     num_overtaken: int = 0  # batches of younger prompts that started while there was no memory for this one
     handle: KvHandle | None = None  # once the store has sealed the KV
+    has_draft_kv: bool = True  # as far as the draft model, if there is one, could follow
     is_handed_off: bool = False  # a hand-off holds the blocks too
     is_cancelled: bool = False
 

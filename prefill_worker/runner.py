@@ -1,9 +1,14 @@
-"""Computes chunks of prompts in one forward and samples the first token of those that are complete."""
+"""Computes chunks of prompts in one forward and samples the first token of those that are complete.
+
+Where a draft model's KV is computed here too, it reads the same chunks. A draft that fails costs its KV,
+never a prompt.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefill_worker.job import PrefillJob
 from tandem.engine.batch import SequenceRows
@@ -11,6 +16,8 @@ from tandem.engine.decoder import Batch
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import BadLogits, SampledToken, Sampler
 from tandem.engine.work_state import sampling_state
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +51,9 @@ class PrefillStats:
 class PrefillRunner:
     """Owns nothing but the way from chunks to first tokens."""
 
-    def __init__(self, model: ModelRunner) -> None:
+    def __init__(self, model: ModelRunner, draft: ModelRunner | None = None) -> None:
         self._model = model
+        self._draft = draft
         self._sampler = Sampler()
         self.stats = PrefillStats()
 
@@ -53,6 +61,8 @@ class PrefillRunner:
         """Compute the chunks; one sampled token for each that completes its prompt, else None."""
         batch = self._model.batch([self._rows(chunk) for chunk in chunks])
         logits = self._model.forward(batch)
+        if self._draft is not None:
+            self._read_for_draft(self._draft, chunks)
         for chunk in chunks:
             chunk.job.num_computed += chunk.num_tokens
         self._count(batch, chunks)
@@ -61,6 +71,17 @@ class PrefillRunner:
             self._sampler.sample(logits, [sampling_state(chunk.job.work, self._model) for chunk in complete])
         )
         return [next(tokens) if chunk.job.num_left == 0 else None for chunk in chunks]
+
+    def _read_for_draft(self, draft: ModelRunner, chunks: Sequence[Chunk]) -> None:
+        following = [chunk for chunk in chunks if chunk.job.has_draft_kv]
+        if not following:
+            return
+        try:
+            draft.forward(draft.batch([replace(self._rows(chunk), num_logits=0) for chunk in following]))
+        except Exception:  # whatever a draft does, prompts go on
+            log.exception("the draft could not read %d prompts", len(following))
+            for chunk in following:
+                chunk.job.has_draft_kv = False
 
     @staticmethod
     def _rows(chunk: Chunk) -> SequenceRows:

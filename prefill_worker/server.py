@@ -12,6 +12,7 @@ from prefill_worker.handoff import HandoffContext
 from prefill_worker.service import PrefillServicer
 from prefill_worker.worker import PrefillWorker
 from tandem.config import ClusterConfig
+from tandem.draft_checkpoint import usable_draft
 from tandem.engine.loading import load_engine
 from tandem.fingerprint import model_fingerprint
 from tandem.pb.worker.v1 import worker_pb2 as pb
@@ -34,8 +35,11 @@ class PrefillServer:
     async def start(cls, config: ClusterConfig, worker_id: str, router: Awaitable[str]) -> PrefillServer:
         """Load the model, serve, register. The router, which hosts the store too, may become known while
         the model loads."""
+        reads_for_draft = config.speculation.draft_prefill == "prefill_worker"
+        draft_path = usable_draft(config) if reads_for_draft else None
+        budget_bytes, threads = config.cache.prefill_bytes, config.prefill.threads
         engine = await asyncio.to_thread(
-            load_engine, config, worker_id, config.cache.prefill_bytes, config.prefill.threads
+            load_engine, config, worker_id, budget_bytes, threads, draft_path, shares_weights=False
         )
         fingerprint = model_fingerprint(config)
         router_address = await router
@@ -43,7 +47,12 @@ class PrefillServer:
         client = KvClient(store_channel, config.kvstore)
         context = HandoffContext.of(config, engine, client, fingerprint)
         worker = PrefillWorker(
-            config.prefill, engine.model, engine.pool, Tokenizer.from_dir(config.model.path), context
+            config.prefill,
+            engine.model,
+            engine.pool,
+            Tokenizer.from_dir(config.model.path),
+            context,
+            engine.draft,
         )
         host = WorkerHost(router_address)
         servicer = PrefillServicer(worker, fingerprint)

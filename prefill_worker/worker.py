@@ -56,13 +56,14 @@ class PrefillWorker:
         pool: BlockPool,
         tokenizer: Tokenizer,
         handoff: HandoffContext,
+        draft: ModelRunner | None = None,
     ) -> None:
         self._config = config
         self._model = model
         self._pool = pool
         self._tokenizer = tokenizer
         self._handoff_context = handoff
-        self._runner = PrefillRunner(model)
+        self._runner = PrefillRunner(model, draft)
         self.stats = self._runner.stats
         self._buckets = LengthBuckets(config)
         self._long: deque[PrefillJob] = deque()  # prompts with chunks left

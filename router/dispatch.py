@@ -92,6 +92,12 @@ class Dispatcher:
         """The queue as an operator sees it."""
         return self._queue.snapshot()
 
+    def check_ready(self) -> None:
+        """Raise `Unavailable` unless there are workers of each kind, and time to serve."""
+        if self._draining:
+            raise draining()
+        self._admission.check_available()
+
     def next_epoch(self) -> int:
         """A number for one attempt, higher than any before."""
         return next(self._epochs)
@@ -99,7 +105,14 @@ class Dispatcher:
     def needs(self, request: Request) -> Needs:
         """What the request takes of each pool."""
         cache, model = self._config.cache, self._config.model
-        return needs_of(request, self._geometry, cache.block_size, model.dtype, draft=self._draft)
+        return needs_of(
+            request,
+            self._geometry,
+            cache.block_size,
+            model.dtype,
+            draft=self._draft,
+            stores_draft=self._config.speculation.draft_prefill == "prefill_worker",
+        )
 
     def start(self, requests: Sequence[Request]) -> list[Flight]:
         """Begin all completions of one request, or none.

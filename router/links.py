@@ -171,9 +171,10 @@ class StoreLink:
         self._stub: Any = kv_pb2_grpc.KvServiceStub(self._channel)
 
     async def release(self, handle: kv_pb2.KvHandle) -> None:
-        """Best effort: what this call misses, the lease frees."""
+        """Best effort: what this call misses, the lease frees. A draft's object goes with the target's."""
         try:
-            await self._stub.ReleaseKv(kv_pb2.ReleaseKvRequest(handle=handle), timeout=RELEASE_TIMEOUT_S)
+            for each in (handle, handle.draft) if handle.HasField("draft") else (handle,):
+                await self._stub.ReleaseKv(kv_pb2.ReleaseKvRequest(handle=each), timeout=RELEASE_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             log.warning("could not release stored KV: %s", to_tandem_error(error).reason)
 

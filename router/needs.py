@@ -19,7 +19,7 @@ class Needs:
     tokens: int  # prompt + max_tokens + lookahead
     decode_blocks: int
     decode_bytes: int  # of the target's KV, and the draft's where it keeps one
-    store_bytes: int  # KV of the prompt, in whole blocks
+    store_bytes: int  # KV of the prompt, in whole blocks; the draft's too where prefill computes it
     prefill_blocks: int
     prefill_tokens: int
 
@@ -31,6 +31,7 @@ def needs_of(
     dtype: str,
     lookahead: int = 0,
     draft: ModelGeometry | None = None,
+    stores_draft: bool = False,
 ) -> Needs:
     """The memory-fit arithmetic. `lookahead` is how many draft tokens a step may write past the end.
 
@@ -47,7 +48,7 @@ def needs_of(
         tokens=tokens,
         decode_blocks=decode_blocks,
         decode_bytes=decode_blocks * (block_bytes + draft_bytes),
-        store_bytes=prefill_blocks * block_bytes,
+        store_bytes=prefill_blocks * (block_bytes + (draft_bytes if stores_draft else 0)),
         prefill_blocks=prefill_blocks,
         prefill_tokens=prefill_tokens,
     )

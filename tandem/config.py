@@ -129,9 +129,8 @@ class SpeculationConfig:
     draft: str = "none"  # none | ngram | model | self | qspec
     draft_path: Path | None = None  # the draft model's checkpoint
     draft_quantization: str = "none"  # of a draft model's or a self-draft's linear weights
-    draft_activation_bits: int = (
-        0  # 4 | 8 | 32, of self and qspec drafts; 0: 8 or 32, as a probe finds faster
-    )
+    draft_activation_bits: int = 0  # of self and qspec drafts: 4, 8 or 32; 0: the faster of 8 and 32
+    draft_prefill: str = "decode_worker"  # or prefill_worker: who reads prompts for a draft model
     num_assistant_tokens: int = 0  # draft tokens per step where a request does not say; 0: what pays now
     num_assistant_tokens_schedule: str = "constant"  # constant | heuristic: how that number changes
     max_assistant_tokens: int = 8  # most a request may ask for
@@ -160,6 +159,14 @@ class SpeculationConfig:
         _check(
             not self.draft_activation_bits or self.draft in ("self", "qspec"),
             f"draft_activation_bits is for a self-draft or qspec, not for draft {self.draft}",
+        )
+        _check(
+            self.draft_prefill in ("decode_worker", "prefill_worker"),
+            f"draft_prefill must be decode_worker or prefill_worker, not {self.draft_prefill}",
+        )
+        _check(
+            self.draft_prefill == "decode_worker" or self.draft == "model",
+            f"draft_prefill prefill_worker is for a draft model, not for draft {self.draft}",
         )
         _check_positive(self, "max_assistant_tokens")
         _check(

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 from bench.inflate import Pair
 from bench.speculation.text import Tokens, batches
 from decode_worker.decoder import Advance, Decoder, PlainDecoder
-from decode_worker.drafting import make_decoder, usable_draft
+from decode_worker.drafting import make_decoder
 from decode_worker.sequence import DecodeSequence
 from decode_worker.speculative import SpeculativeDecoder
 from kvstore.key import KvHandle
 from tandem.config import ClusterConfig, ModelConfig, SpeculationConfig
+from tandem.draft_checkpoint import usable_draft
 from tandem.engine.batch import SequenceRows
 from tandem.engine.loading import load_engine
 from tandem.engine.work_state import sampling_state

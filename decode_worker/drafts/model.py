@@ -1,7 +1,8 @@
 """A separate, smaller model that drafts. Its KV lies in a cache of its own under the same block ids.
 
 The draft reads what it has missed (a new sequence's prompt, tokens of plain steps) in bounded pieces, so a
-long prompt delays no running sequence: until the draft has caught up, the sequence decodes plainly.
+long prompt delays no running sequence: until the draft has caught up, the sequence decodes plainly. Where the
+prefill worker has read the prompt for the draft, its KV came with the target's.
 What it knows of a sequence is one number, the tokens in its cache; a rejection lowers it.
 """
 
@@ -39,7 +40,7 @@ class ModelDraft(AutoregressiveDraft):
         budget = CATCH_UP_ROWS
         ready, rows = [], []
         for sequence in sequences:
-            known = self._num_computed.setdefault(sequence, 0)
+            known = self._num_computed.setdefault(sequence, sequence.num_draft_computed)
             missing = len(sequence.token_ids) - known
             if missing <= MAX_ASSISTANT_TOKENS + 1:  # what one step may have added
                 ready.append(sequence)

@@ -31,9 +31,17 @@ class Engine:
 
 
 def load_engine(
-    config: ClusterConfig, pool_name: str, budget_bytes: int, threads: int, draft: Path | None = None
+    config: ClusterConfig,
+    pool_name: str,
+    budget_bytes: int,
+    threads: int,
+    draft: Path | None = None,
+    shares_weights: bool = True,
 ) -> Engine:
     """Load the configured checkpoint, and a draft, with as many KV blocks as the budget holds.
+
+    `draft` is a draft model's checkpoint; without one the target's own weights may draft, unless
+    `shares_weights` is False.
 
     Raises `ConfigError` if a checkpoint is unusable or the budget is smaller than one block.
     """
@@ -48,7 +56,7 @@ def load_engine(
     model.warm_up()
     pool = BlockPool(pool_name, num_blocks, config.cache.block_size)
     log.info("%s runs by %s", config.model.served_name, model.describe())
-    drafting = _draft(config, model, draft, num_blocks)
+    drafting = _draft(config, model, draft, num_blocks) if draft or shares_weights else None
     if drafting is not None:
         log.info("its draft runs by %s", drafting.describe())
     return Engine(model, pool, num_blocks, block_bytes, drafting)

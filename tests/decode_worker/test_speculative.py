@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from decode_worker.decoder import Decoder, PlainDecoder
-from decode_worker.drafting import make_decoder, usable_draft
+from decode_worker.drafting import make_decoder
 from decode_worker.drafts.draft import Proposal
 from decode_worker.drafts.model import ModelDraft
 from decode_worker.drafts.ngram import NgramDraft
@@ -20,6 +20,7 @@ from decode_worker.sequence import DecodeSequence
 from decode_worker.speculative import MAX_FAILURES, SpeculativeDecoder
 from kvstore.key import KvHandle
 from tandem.config import ClusterConfig, ModelConfig, SpeculationConfig
+from tandem.draft_checkpoint import usable_draft
 from tandem.engine.batch import SequenceRows
 from tandem.engine.loading import load_engine
 from tandem.engine.model_runner import ModelRunner

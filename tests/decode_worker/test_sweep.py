@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from decode_worker.decoder import PlainDecoder
-from decode_worker.drafting import make_decoder, usable_draft
+from decode_worker.drafting import make_decoder
 from decode_worker.sequence import DecodeSequence
 from decode_worker.speculative import SpeculativeDecoder
 from tandem.config import CacheConfig, ClusterConfig, ModelConfig, SpeculationConfig
+from tandem.draft_checkpoint import usable_draft
 from tandem.engine.batch import SequenceRows
 from tandem.engine.loading import load_engine
 from tandem.engine.model_runner import ModelRunner

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from kvstore.key import KvHandle
 from prefill_worker.handoff import HandoffContext
 from prefill_worker.job import PrefillJob
+from prefill_worker.sender import Format
 from prefill_worker.worker import PrefillWorker
 from tandem.config import MIB, PrefillConfig
 from tandem.engine.block_pool import BlockPool
@@ -28,8 +29,9 @@ from tests.serving import (
 )
 
 
-def make_context(client, model, pool, chunk_bytes: int = MIB) -> HandoffContext:
-    return HandoffContext(client, model.cache, pool, "float32", FINGERPRINT, chunk_bytes)
+def make_context(client, model, pool, chunk_bytes: int = MIB, draft=None) -> HandoffContext:
+    form = Format(dtype="float32", fingerprint=FINGERPRINT, chunk_bytes=chunk_bytes)
+    return HandoffContext(client, model.cache, pool, form, draft.cache if draft else None)
 
 
 class Prompt:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from kvstore.key import KvHandle
 from kvstore.objects import ObjectState
-from prefill_worker.handoff import HOLD, Handoff, HandoffContext
+from prefill_worker.handoff import HOLD, Handoff
 from prefill_worker.job import PrefillJob
+from prefill_worker.sender import ObjectSender, parts_of
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.kv_export import export_kv
 from tandem.engine.paged_cache import PagedCache
@@ -23,7 +24,6 @@ from tandem.errors import TandemError
 from tests.prefill_worker.rig import make_context
 from tests.serving import (
     BLOCK_SIZE,
-    FINGERPRINT,
     NAN,
     Meddler,
     assert_empties,
@@ -47,8 +47,7 @@ from tests.serving import (
 def test_every_cell_travels_once_in_small_parts(num_layers, cell_tokens, chunk_bytes, start, count):
     geometry = replace(make_model(1).geometry, num_layers=num_layers, num_kv_heads=1, head_dim=4)
     cache = PagedCache(geometry, 1, cell_tokens)
-    context = HandoffContext(None, cache, None, "float32", FINGERPRINT, chunk_bytes)
-    parts = context.parts(start, start + count)
+    parts = parts_of(cache, chunk_bytes, start, start + count)
     cells = Counter(
         (block, layer)
         for part in parts
@@ -299,10 +298,18 @@ async def test_nothing_is_said_about_a_prompt_that_was_cancelled(running):
     assert sender.events == []
 
 
+def header_of(sender):
+    """What the store is told about the object."""
+    headers = []
+    client = Meddler(sender.running.client, put=lambda make, header: headers.append(header))
+    ObjectSender(client, sender.context.form, sender.job, sender.model.cache, sender.job.blocks)
+    return headers[0]
+
+
 async def test_a_later_attempt_at_the_same_request_is_an_object_of_its_own(running):
     first, second = Sender(running), Sender(running)
     second.job.work = replace(second.job.work, epoch=1)
-    headers = [sender.context.header(sender.job) for sender in (first, second)]
+    headers = [header_of(sender) for sender in (first, second)]
     assert headers[0].object_id == headers[1].object_id
     assert [header.epoch for header in headers] == [0, 1]
     assert headers[0].total_bytes == 7 * first.model.cache.block_bytes

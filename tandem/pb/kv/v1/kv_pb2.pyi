@@ -61,6 +61,7 @@ class KvHandle(_message.Message):
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
     object_id: _builtins.bytes
     """16 bytes, the same for every attempt at a request."""
     epoch: _builtins.int
@@ -73,6 +74,10 @@ class KvHandle(_message.Message):
     """Tokens whose KV it holds."""
     fingerprint: _builtins.bytes
     """SHA-256 of what must match between writer and reader."""
+    @_builtins.property
+    def draft(self) -> Global___KvHandle:
+        """The draft model's KV of the same tokens, an object of its own, where the writer computed it."""
+
     def __init__(
         self,
         *,
@@ -82,10 +87,11 @@ class KvHandle(_message.Message):
         num_bytes: _builtins.int = ...,
         num_tokens: _builtins.int = ...,
         fingerprint: _builtins.bytes = ...,
+        draft: Global___KvHandle | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "fingerprint", b"fingerprint", "num_bytes", b"num_bytes", "num_tokens", b"num_tokens", "object_id", b"object_id", "store_epoch", b"store_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draft", b"draft", "epoch", b"epoch", "fingerprint", b"fingerprint", "num_bytes", b"num_bytes", "num_tokens", b"num_tokens", "object_id", b"object_id", "store_epoch", b"store_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

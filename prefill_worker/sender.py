@@ -1,0 +1,164 @@
+"""One stored object on its way out: the blocks of one cache in order, in parts of bounded size."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, TypeVar
+
+from kvstore.client import KvClient
+from kvstore.key import KvHandle, object_id_of
+from kvstore.records import ChunkRange, ObjectHeader
+from kvstore.writer import KvWriter
+from prefill_worker.job import PrefillJob
+from tandem.engine.kv_export import export_kv
+from tandem.engine.paged_cache import PagedCache
+from tandem.errors import TandemError
+from tandem.geometry import num_blocks
+from tandem.threads import to_thread_to_end
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """What all objects of a worker have in common."""
+
+    dtype: str
+    fingerprint: bytes
+    chunk_bytes: int
+
+
+def parts_of(cache: PagedCache, chunk_bytes: int, start: int, end: int) -> list[ChunkRange]:
+    """Blocks [start, end) of all layers in parts of at most `chunk_bytes`, or of one layer of a block."""
+    num_layers = cache.geometry.num_layers
+    blocks = max(1, chunk_bytes // cache.block_bytes)
+    layers = min(num_layers, max(1, chunk_bytes * num_layers // cache.block_bytes))
+    return [
+        ChunkRange(
+            block_start=first,
+            num_blocks=min(blocks, end - first),
+            layer_start=layer,
+            num_layers=min(layers, num_layers - layer),
+        )
+        for first in range(start, end, blocks)
+        for layer in range(0, num_layers, layers)
+    ]
+
+
+class ObjectSender:
+    """`async with ObjectSender(…) as sender`: send what is ready, then seal; leaving before that aborts."""
+
+    model = "target"
+
+    def __init__(
+        self, client: KvClient, form: Format, job: PrefillJob, cache: PagedCache, blocks: Sequence[int]
+    ) -> None:
+        self._form = form
+        self._job = job
+        self._cache = cache
+        self._blocks = blocks
+        self._num_sent = 0
+        self._writer: KvWriter = client.put(self._header())
+
+    async def __aenter__(self) -> Self:
+        await self._writer.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._writer.__aexit__(kind, error, trace)
+
+    async def send(self, num_ready: int) -> None:
+        """Everything up to that block that has not been sent; stops early when nobody wants it any more."""
+        for part in parts_of(self._cache, self._form.chunk_bytes, self._num_sent, num_ready):
+            if self._job.is_cancelled:
+                return
+            await self._send_part(part)
+        self._num_sent = num_ready
+
+    async def seal(self) -> KvHandle:
+        return await self._writer.seal()
+
+    def _header(self) -> ObjectHeader:
+        """The stored object's description: whole blocks, all layers."""
+        blocks = num_blocks(self._job.num_tokens, self._cache.block_size)
+        return ObjectHeader(
+            object_id=object_id_of("", self._job.work.request_id, self.model),
+            epoch=self._job.work.epoch,
+            tenant="",
+            fingerprint=self._form.fingerprint,
+            dtype=self._form.dtype,
+            num_layers=self._cache.geometry.num_layers,
+            num_tokens=self._job.num_tokens,
+            block_size=self._cache.block_size,
+            num_blocks=blocks,
+            total_bytes=blocks * self._cache.block_bytes,
+        )
+
+    async def _send_part(self, part: ChunkRange) -> None:
+        size = self._cache.block_size
+        last = part.block_start + part.num_blocks
+        num_tokens = min(self._job.num_tokens, last * size) - part.block_start * size
+        blocks = self._blocks[part.block_start : last]
+        payload = await to_thread_to_end(
+            export_kv, self._cache, blocks, num_tokens, part.layer_start, part.num_layers
+        )
+        await self._writer.write(part, payload)
+
+
+class _DraftObjectSender(ObjectSender):
+    model = "draft"
+
+
+class DraftSender:
+    """The same for a draft model's KV, as well as it goes: after the first failure it does nothing more."""
+
+    def __init__(
+        self, client: KvClient, form: Format, job: PrefillJob, cache: PagedCache | None, blocks: Sequence[int]
+    ) -> None:
+        self._job = job
+        self._sender = _DraftObjectSender(client, form, job, cache, blocks) if cache else None
+
+    async def __aenter__(self) -> Self:
+        if self._sender is not None:
+            try:
+                await self._sender.__aenter__()
+            except TandemError as error:
+                self._give_up(error)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._sender is not None:
+            await self._sender.__aexit__(kind, error, trace)
+
+    async def send(self, num_ready: int) -> None:
+        """As `ObjectSender.send`, unless the draft model could not read the prompt."""
+        if self._sender is not None and self._job.has_draft_kv:
+            await self._attempt(self._sender.send(num_ready))
+
+    async def seal(self) -> KvHandle | None:
+        """The handle, if the object is complete."""
+        if self._sender is None or not self._job.has_draft_kv:
+            return None
+        return await self._attempt(self._sender.seal())
+
+    async def _attempt(self, step: Awaitable[T]) -> T | None:
+        try:
+            return await step
+        except TandemError as error:
+            if sender := self._give_up(error):
+                await sender.__aexit__(None, None, None)
+            return None
+
+    def _give_up(self, error: TandemError) -> ObjectSender | None:
+        log.warning("the draft's KV of %s stays behind: %s", self._job.work.request_id, error.reason)
+        sender, self._sender = self._sender, None
+        return sender
