@@ -30,6 +30,12 @@ def serve(
     draft: o.Draft = None,
     host: o.Host = "127.0.0.1",
     port: o.Port = 50051,
+    http_port: o.HttpPort = 8000,
+    api_key_file: o.ApiKeyFile = None,
+    tls_cert: o.TlsCert = None,
+    tls_key: o.TlsKey = None,
+    tls_client_ca: o.TlsClientCa = None,
+    insecure: o.Insecure = False,
     prefill: o.Prefills = 1,
     decode: o.Decodes = 1,
     dtype: o.Dtype = "float32",
@@ -55,6 +61,12 @@ def serve(
         draft_activation_bits=draft_activation_bits,
         host=host,
         port=port,
+        http_port=http_port,
+        api_key_file=api_key_file,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
+        insecure=insecure,
     )
     command.run(settings, prefill, decode, try_prompt, log_level, json_output)
 

@@ -57,6 +57,7 @@ class EmbeddedService:
     ) -> None:
         self.config = config
         self.address = ""
+        self.http_address = ""  # of the OpenAI API, where the settings ask for it
         self.internal_address = ""
         self._log_level = log_level
         self._on_event = on_event
@@ -69,12 +70,19 @@ class EmbeddedService:
         self._stopping = False
         self._failed: asyncio.Future[TandemError] = asyncio.get_running_loop().create_future()
 
+    @property
+    def base_url(self) -> str:
+        """What OpenAI's clients want to know."""
+        return f"{'https' if self.config.security.tls_cert else 'http'}://{self.http_address}/v1"
+
     async def __aenter__(self) -> Self:
         """Start everything and wait until it serves. Raises `ConfigError` or `Unavailable`."""
         try:
             await asyncio.gather(*(self._spawn(child) for child in (self._router, *self._workers)))
             facts = await self._facts(self._router)
             self.address = f"{self.config.router.host}:{facts['port']}"
+            if facts["http_port"] is not None:
+                self.http_address = f"{self.config.router.host}:{facts['http_port']}"
             self.internal_address = str(facts["internal"])
             self._watchers = [asyncio.create_task(self._watch(child)) for child in self._workers]
             self._watchers.append(asyncio.create_task(self._watch_router()))

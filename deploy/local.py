@@ -13,6 +13,7 @@ from typing import Self
 import grpc
 
 from decode_worker.server import DecodeServer
+from deploy.http import HttpFront
 from deploy.store import EmbeddedStore
 from prefill_worker.server import PrefillServer
 from router.server import Router
@@ -36,11 +37,14 @@ class LocalCluster:
     async def __aenter__(self) -> Self:
         self.store = EmbeddedStore(self.config)
         self.router = Router(self.config)
+        self.http = HttpFront(self.config)
         await self.store.start()
         await self.router.start(
             add_services=[self.store.add_to], audits=self.store.audits, collectors=[self.store.metrics()]
         )
+        await self.http.start(self.router)
         self.address = f"{self.config.router.host}:{self.router.port}"
+        self.http_address = f"{self.config.router.host}:{self.http.port}"
         self.channel: grpc.aio.Channel = channel(self.address)
         try:
             async with asyncio.timeout(READY_S):
@@ -59,6 +63,7 @@ class LocalCluster:
     ) -> None:
         await self.channel.close()
         await self.router.stop(drain_s=0.0)
+        await self.http.stop()
         await asyncio.gather(*(worker.stop() for worker in self._workers()))
         await self.router.close()
         await self.store.stop()

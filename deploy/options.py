@@ -36,6 +36,18 @@ LogLevel = Annotated[str, typer.Option(help="Log level of the service's processe
 
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
+HttpPort = Annotated[int, typer.Option(help="Port of the OpenAI API; 0 takes a free one.")]
+ApiKeyFile = Annotated[
+    Path | None, typer.Option(help="Bearer tokens that callers must show, one a line; for gRPC and HTTP.")
+]
+TlsCert = Annotated[Path | None, typer.Option(help="PEM certificate chain of both listeners.")]
+TlsKey = Annotated[Path | None, typer.Option(help="Its private key.")]
+TlsClientCa = Annotated[
+    Path | None, typer.Option(help="Let in only clients with a certificate of this authority.")
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Listen beyond this machine without tokens and TLS.")
+]
 Prefills = Annotated[int, typer.Option(help="Number of prefill workers.", min=1)]
 Decodes = Annotated[int, typer.Option(help="Number of decode workers.", min=1)]
 ConfigFile = Annotated[Path | None, typer.Option(help="YAML file with any setting of the service.")]

@@ -30,15 +30,18 @@ EXIT_CONFIG = 2
 
 
 async def run_router(config: ClusterConfig, leave: asyncio.Event) -> None:
+    from deploy.http import HttpFront
     from deploy.store import EmbeddedStore
     from router.server import Router
 
-    store, router = EmbeddedStore(config), Router(config)
+    store, router, http = EmbeddedStore(config), Router(config), HttpFront(config)
     await store.start()
     await router.start(add_services=[store.add_to], audits=store.audits, collectors=[store.metrics()])
-    _say(port=router.port, internal=router.internal_address)
+    await http.start(router)
+    _say(port=router.port, http_port=http.port, internal=router.internal_address)
     await leave.wait()
     await router.stop()
+    await http.stop()
     await router.close()
     await store.stop()
 

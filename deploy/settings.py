@@ -25,8 +25,13 @@ def load_config(
     draft_activation_bits: int = 0,
     host: str = "127.0.0.1",
     port: int = 0,
+    http_port: int | None = None,
+    **security: Path | bool | None,
 ) -> ClusterConfig:
-    """The file's settings, overridden by what the command line names. Raises `ConfigError`."""
+    """The file's settings, overridden by what the command line names. Raises `ConfigError`.
+
+    `security` are the fields of `SecurityConfig`; what is None or False was not named.
+    """
     values = _read(file) if file else {}
     chosen = values.setdefault("model", {})
     if model is not None or "path" not in chosen:
@@ -43,6 +48,8 @@ def load_config(
     router = values.setdefault("router", {})
     router.setdefault("host", host)
     router.setdefault("port", port)
+    router.setdefault("http_port", http_port)
+    values.setdefault("security", {}).update({name: value for name, value in security.items() if value})
     config = ClusterConfig.from_dict(values)
     return replace(config, model=settle(config.model))
 

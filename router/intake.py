@@ -90,6 +90,10 @@ class Intake:
         self._check_ids(token_ids)
         return self._tokenizer.decode(token_ids)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token stands for, which may be a part of a character."""
+        return self._tokenizer.token_bytes(token_id)
+
     def _deadline_s(self, *limits_s: float | None) -> float:
         """The earliest of the caller's limits and the server's default, on the monotonic clock."""
         left_s = min([self._config.router.default_timeout_s, *(s for s in limits_s if s is not None)])

@@ -14,6 +14,7 @@ from deploy.commands.show import show_timings, stream_text
 from deploy.embedded import EmbeddedService
 from tandem.client import TandemClient
 from tandem.config import ClusterConfig
+from tandem.errors import ConfigError
 from tandem.sampling import SamplingParams
 from tandem.security import check_exposure
 
@@ -26,6 +27,8 @@ def run(
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises `ConfigError` if the service cannot start."""
     check_exposure(config.router.host, config.security)
+    if try_prompt and (config.security.api_key_file or config.security.tls_cert):
+        raise ConfigError("--try calls without token and TLS; leave it out, and call with tandem generate")
     asyncio.run(_serve(config, num_prefill, num_decode, try_prompt, log_level, as_json))
 
 
@@ -42,14 +45,12 @@ async def _serve(
         config, num_prefill, num_decode, log_level, on_event=lambda text: err.print(f"[yellow]{text}[/]")
     )
     async with service:
-        err.print(
-            f"serving on [bold]{service.address}[/] (gRPC), ready in {time.monotonic() - began_s:.1f} s"
-        )
+        _say_serving(service, time.monotonic() - began_s, err)
         if as_json:
-            print(json.dumps({"address": service.address, "model": config.model.served_name}), flush=True)
+            print(json.dumps(_facts(service)), flush=True)
         if try_prompt:
             await _try(service.address, err)
-        _say_next(service.address, err)
+        _say_next(service, err)
         await service.while_healthy(leave.wait())
         err.print("finishing what runs, then leaving …")
 
@@ -65,9 +66,37 @@ async def _try(address: str, err: Console) -> None:
     show_timings(finished, err)
 
 
-def _say_next(address: str, err: Console) -> None:
+def _facts(service: EmbeddedService) -> dict[str, str | None]:
+    return {
+        "address": service.address,
+        "http_address": service.http_address or None,
+        "model": service.config.model.served_name,
+    }
+
+
+def _say_serving(service: EmbeddedService, took_s: float, err: Console) -> None:
+    err.print(f"serving on [bold]{service.address}[/] (gRPC), ready in {took_s:.1f} s")
+    if service.http_address:
+        err.print(f"       and [bold]{service.base_url}[/] (OpenAI API)")
+
+
+def _say_next(service: EmbeddedService, err: Console) -> None:
+    if service.config.security.api_key_file or service.config.security.tls_cert:
+        err.print("\ncallers need what --api-key-file and the --tls options name")
+    else:
+        _say_commands(service, err)
+    err.print("Ctrl-C stops the service.")
+
+
+def _say_commands(service: EmbeddedService, err: Console) -> None:
+    address = service.address
     err.print("\ntry next, in another terminal:")
     err.print(f'  .venv/bin/tandem generate "import os" --server {address}')
     err.print(f'  .venv/bin/tandem generate "class Stack:" --server {address} --temperature 0.8 --json')
+    if service.http_address:
+        err.print(
+            f"  curl {service.base_url}/completions -H 'content-type: application/json' "
+            '-d \'{"prompt": "import os"}\'',
+            markup=False,
+        )
     err.print("  .venv/bin/tandem plan --memory 8GiB")
-    err.print("Ctrl-C stops the service.")
