@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROTO_VENV := .venv-proto
 PROTO_STAMP := $(PROTO_VENV)/.installed
 
-.PHONY: setup proto proto-check lint type test test-fast test-ray e2e bench demo serve models clean
+.PHONY: setup proto proto-check lint type test test-fast test-ray redis e2e bench demo serve models clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 setup: $(STAMP)
+
+# Without one the tests that need it say so and are skipped.
+redis: $(STAMP)
+	-@.ci/redis
 
 # Stubs are made with the oldest protobuf we support, so the generator lives in a venv of its own.
 $(PROTO_STAMP): Makefile
@@ -44,7 +48,7 @@ lint: $(STAMP)
 type: $(STAMP)
 	$(BIN)/mypy
 
-test: $(STAMP)
+test: $(STAMP) redis
 	$(BIN)/python -m pytest -m "not ray"
 
 test-fast: $(STAMP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import grpc
@@ -28,6 +29,7 @@ class EmbeddedStore:
 
     async def stop(self) -> None:
         await self._sweeper.__aexit__(None, None, None)
+        await asyncio.to_thread(self._store.close)
 
     def add_to(self, server: grpc.aio.Server) -> None:
         add_to_server(KvServicer(self._store), server)

@@ -7,9 +7,10 @@ store's business (kvstore/store.py).
 from __future__ import annotations
 
 import pkgutil
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol, cast
-from urllib.parse import urlsplit
+from typing import Protocol, cast, runtime_checkable
+from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from kvstore import backends
 from kvstore.key import ObjectKey
@@ -17,7 +18,13 @@ from tandem.errors import ConfigError
 
 
 class Backend(Protocol):
-    """Messages of objects, in order of their index."""
+    """Messages of objects, in order of their index.
+
+    `put` and `get` raise NO_MEMORY_FIT_NOW, STORE_DOWN or STALE_HANDLE where the medium is full, gone, or
+    has lost the object.
+    """
+
+    is_blocking: bool  # operations wait for a disk or a peer: the store runs in a thread of its own
 
     def put(self, key: ObjectKey, index: int, message: bytes) -> None:
         """Keep a message; indices of a key come in order, from 0."""
@@ -26,10 +33,26 @@ class Backend(Protocol):
         """The message as it was put."""
 
     def delete(self, key: ObjectKey) -> None:
-        """Forget all messages of a key; one without messages is fine."""
+        """Forget all messages of a key; one without messages is fine. Never raises."""
 
     def close(self) -> None:
         """Give everything back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where the messages of an object lie one behind the other in a file of this host."""
+
+    path: str
+    ends: tuple[int, ...]  # byte offsets behind each message; the first starts at 0
+
+
+@runtime_checkable
+class Mappable(Protocol):
+    """A backend whose objects a process on the same host can map."""
+
+    def locate(self, key: ObjectKey) -> Location:
+        """Where the object is, as long as it is not deleted; a mapping made before stays good after."""
 
 
 def known_schemes() -> list[str]:
@@ -37,10 +60,27 @@ def known_schemes() -> list[str]:
 
 
 def backend_from_url(url: str) -> Backend:
-    """Open the backend that the URL's scheme names, `memory://` for one."""
+    """Open the backend that the URL's scheme names, `memory://` for one. `rediss` is `redis` over TLS."""
     scheme = urlsplit(url).scheme
+    module = "redis" if scheme == "rediss" else scheme
     known = known_schemes()
-    if scheme not in known:
+    if module not in known:
         names = ", ".join(f"{name}://" for name in known)
-        raise ConfigError(f"no KV backend for {url!r}; known: {names}")
-    return cast(Backend, import_module(f"kvstore.backends.{scheme}").open_backend(url))
+        raise ConfigError(f"no KV backend for {redacted(url)!r}; known: {names}")
+    return cast(Backend, import_module(f"kvstore.backends.{module}").open_backend(url))
+
+
+def redacted(url: str) -> str:
+    """The URL without its user, password and options, to be shown."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def options_of(url: SplitResult, *known: str) -> dict[str, str]:
+    """The URL's query as a mapping; an option nobody knows raises `ConfigError`."""
+    options = {name: values[-1] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
+    unknown = sorted(options.keys() - set(known))
+    if unknown:
+        names = ", ".join(known) or "none"
+        raise ConfigError(f"unknown option {unknown[0]} of a {url.scheme}:// backend; known: {names}")
+    return options

@@ -116,11 +116,11 @@ class Books:
 
     def bytes_in(self, *states: ObjectState) -> int:
         """Payload bytes charged to objects in these states."""
-        return sum(obj.header.total_bytes for obj in self.objects.values() if obj.state in states)
+        return sum(obj.header.total_bytes for obj in list(self.objects.values()) if obj.state in states)
 
     def audit(self) -> PoolAudit:
-        """The ledger's books; an orphan is a record without an object."""
-        return self.ledger.audit({obj.owner for obj in self.objects.values()})
+        """The ledger's books; an orphan is a record without an object. Any thread may ask."""
+        return self.ledger.audit({obj.owner for obj in list(self.objects.values())})
 
     def check_integrity(self) -> None:
         """free + owned == total, and everything owned is an object that some deadline will end."""

@@ -38,47 +38,54 @@ class KvServicer:
 
     def __init__(self, store: KvStore) -> None:
         self._store = store
+        self._turns = store.turns
 
     async def PutKv(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.PutKvResponse:
         header, _, _ = await self._next(request_iterator)
-        ticket = self._store.reserve(expect(ObjectHeader, header))
+        ticket = await self._turns.take(self._store.reserve, expect(ObjectHeader, header))
         try:
             await context.send_initial_metadata(RESERVED)
             while True:
                 record, payload, message = await self._next(request_iterator)
                 if isinstance(record, Seal):
-                    return pb.PutKvResponse(handle=self._store.seal(ticket, record).to_pb())
-                self._store.append(ticket, expect(ChunkHeader, record), payload, message)
+                    handle = await self._turns.take(self._store.seal, ticket, record)
+                    return pb.PutKvResponse(handle=handle.to_pb())
+                chunk = expect(ChunkHeader, record)
+                await self._turns.take(self._store.append, ticket, chunk, payload, message)
         finally:
-            self._store.abort(ticket)
+            self._turns.post(self._store.abort, ticket)
 
     async def GetKv(self, request: pb.GetKvRequest, context: Context) -> AsyncIterator[bytes]:
-        lease = self._store.lease(KvHandle.from_pb(request.handle), request.holder, request.lease_ms / 1000)
+        handle = KvHandle.from_pb(request.handle)
+        lease = await self._turns.take(self._store.lease, handle, request.holder, request.lease_ms / 1000)
         cut = self._cut_when_idle()
 
         def close(_: Any) -> None:
             cut.cancel()
-            self._store.end(lease)
+            self._turns.post(self._store.end, lease)
 
         # A generator that is cut while its message is sent hears nothing; this does.
         cast(Any, context).add_done_callback(close)
-        for message in self._store.read(lease):
+        messages = self._store.read(lease)
+        while (message := await self._turns.take(next, messages, None)) is not None:
             yield message
             cut.cancel()
             cut = self._cut_when_idle()
 
     async def StatKv(self, request: pb.StatKvRequest, context: Context) -> pb.StatKvResponse:
-        stat = self._store.stat(KvHandle.from_pb(request.handle))
+        stat = await self._turns.take(self._store.stat, KvHandle.from_pb(request.handle))
         return pb.StatKvResponse(
             state=_STATES[stat.state], num_bytes=stat.num_bytes, num_leases=stat.num_leases
         )
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, context: Context) -> pb.RenewLeaseResponse:
-        self._store.renew(KvHandle.from_pb(request.handle), request.holder, request.lease_ms / 1000)
+        handle = KvHandle.from_pb(request.handle)
+        await self._turns.take(self._store.renew, handle, request.holder, request.lease_ms / 1000)
         return pb.RenewLeaseResponse()
 
     async def ReleaseKv(self, request: pb.ReleaseKvRequest, context: Context) -> pb.ReleaseKvResponse:
-        was_held = self._store.release(KvHandle.from_pb(request.handle), request.holder)
+        handle = KvHandle.from_pb(request.handle)
+        was_held = await self._turns.take(self._store.release, handle, request.holder)
         return pb.ReleaseKvResponse(was_held=was_held)
 
     async def _next(self, requests: AsyncIterator[bytes]) -> tuple[Record, memoryview, bytes]:

@@ -9,8 +9,8 @@ The life of an object here:
    object waits for another reader; when the last lease runs out it goes.
 5. `release` gives up a lease or the whole object. Its bytes are free once its last lease has ended.
 
-Plain and synchronous, owned by one thread; every operation first sweeps what is due, so nothing past
-its deadline is ever seen. Knows nothing of sockets, tensors or what the bytes mean.
+Plain and synchronous, run by one thread at a time (`turns`); every operation first sweeps what is due,
+so nothing past its deadline is ever seen. Knows nothing of sockets, tensors or what the bytes mean.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from kvstore.history import History
 from kvstore.key import Buffer, KvHandle, ObjectKey, require
 from kvstore.objects import KvObject, Lease, ObjectStat, ObjectState, PutTicket, StoreCounters
 from kvstore.records import ChunkHeader, ObjectHeader, Seal
+from kvstore.turns import Turns
 from kvstore.wire import encode
 from tandem.config import KvStoreConfig
 from tandem.errors import DataLoss, FailedPrecondition, InvalidRequest, NotFound, Overloaded
@@ -48,6 +49,7 @@ class KvStore:
         self.store_epoch = secrets.randbits(64)
         self.counters = StoreCounters()
         self.config = config or KvStoreConfig()
+        self.turns = Turns(in_thread=backend.is_blocking)
         self._backend = backend
         self._clock = clock
         self._books = Books(backend, total_bytes, self.config, clock, self._note_freed)
@@ -177,6 +179,11 @@ class KvStore:
 
     def check_integrity(self) -> None:
         self._books.check_integrity()
+
+    def close(self) -> None:
+        """Finish what was asked for and give the backend's space back."""
+        self.turns.close()
+        self._backend.close()
 
     def _fence(self, header: ObjectHeader) -> None:
         """Refuse an attempt that a later one has overtaken, and end one that this one overtakes."""

@@ -53,5 +53,5 @@ class Sweeper:
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(self._every_s)
-            self._store.sweep()
+            await self._store.turns.take(self._store.sweep)
             self._last_s = self._clock()

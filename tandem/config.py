@@ -184,7 +184,7 @@ class SpeculationConfig:
 class KvStoreConfig:
     """Life times in the store. All are durations on the store's own clock."""
 
-    url: str = "memory://"
+    url: str = field(default="memory://", repr=False)  # memory, shm, disk or redis; may hold a password
     chunk_bytes: int = MIB
     put_deadline_s: float = 10.0
     lease_s: float = 30.0

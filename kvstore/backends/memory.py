@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
+from kvstore.backend import options_of
 from kvstore.key import ObjectKey
 
 
 class MemoryBackend:
     """A list of messages per key."""
+
+    is_blocking = False
 
     def __init__(self) -> None:
         self._messages: dict[ObjectKey, list[bytes]] = {}
@@ -27,4 +32,5 @@ class MemoryBackend:
 
 
 def open_backend(url: str) -> MemoryBackend:
+    options_of(urlsplit(url))
     return MemoryBackend()

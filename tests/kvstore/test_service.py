@@ -59,9 +59,9 @@ class Service:
 
 
 @asynccontextmanager
-async def serving(total_bytes=64 * MIB, config=None, port=0):
+async def serving(total_bytes=64 * MIB, config=None, port=0, backend=None):
     config = config or KvStoreConfig()
-    store = KvStore(MemoryBackend(), total_bytes, config)
+    store = KvStore(backend or MemoryBackend(), total_bytes, config)
     server = rpc.server(public=False)
     add_to_server(KvServicer(store), server)
     port = rpc.bind(server, "127.0.0.1", port)

@@ -1,0 +1,18 @@
+"""`disk:///PATH`: one file per object below PATH."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from kvstore.backend import options_of
+from kvstore.files import FileBackend
+from tandem.errors import ConfigError
+
+
+def open_backend(url: str) -> FileBackend:
+    parts = urlsplit(url)
+    options_of(parts)
+    if parts.netloc or not parts.path.strip("/"):
+        raise ConfigError(f"disk:// needs an absolute path, disk:///var/tmp/kv for one, not {url!r}")
+    return FileBackend(Path(unquote(parts.path)), is_blocking=True)
