@@ -43,11 +43,12 @@ def serve(
     draft_quantization: o.DraftQuantization = "none",
     draft_activation_bits: o.DraftActivationBits = 0,
     config: o.ConfigFile = None,
+    on_ray: o.OnRay = False,
     try_prompt: o.Try = False,
     log_level: o.LogLevel = "WARNING",
     json_output: o.Json = False,
 ) -> None:
-    """Start the service on this machine and keep it running until Ctrl-C."""
+    """Start the service and keep it running until Ctrl-C: on this machine, or on Ray."""
     from deploy.commands import serve as command
     from deploy.settings import load_config
 
@@ -68,7 +69,7 @@ def serve(
         tls_client_ca=tls_client_ca,
         insecure=insecure,
     )
-    command.run(settings, prefill, decode, try_prompt, log_level, json_output)
+    command.run(settings, prefill, decode, try_prompt, log_level, json_output, on_ray)
 
 
 @app.command()

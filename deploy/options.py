@@ -50,6 +50,9 @@ Insecure = Annotated[
 ]
 Prefills = Annotated[int, typer.Option(help="Number of prefill workers.", min=1)]
 Decodes = Annotated[int, typer.Option(help="Number of decode workers.", min=1)]
+OnRay = Annotated[
+    bool, typer.Option("--ray", help="Run on Ray Serve: the cluster of RAY_ADDRESS, or one of this machine.")
+]
 ConfigFile = Annotated[Path | None, typer.Option(help="YAML file with any setting of the service.")]
 Try = Annotated[
     bool, typer.Option("--try", help="Send one prompt through the whole path and show where its time went.")

@@ -1,4 +1,4 @@
-"""`tandem serve`: the embedded service in the foreground."""
+"""`tandem serve`: the service in the foreground, as a process tree or on Ray."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import signal
 import sys
 import time
+from functools import partial
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -18,22 +20,39 @@ from tandem.errors import ConfigError
 from tandem.sampling import SamplingParams
 from tandem.security import check_exposure
 
+if TYPE_CHECKING:
+    from deploy.cluster.service import RayService
+
+    Service = EmbeddedService | RayService
+
 TRY_PROMPT = "def fibonacci(n):"
 TRY_TOKENS = 64
 
 
 def run(
-    config: ClusterConfig, num_prefill: int, num_decode: int, try_prompt: bool, log_level: str, as_json: bool
+    config: ClusterConfig,
+    num_prefill: int,
+    num_decode: int,
+    try_prompt: bool,
+    log_level: str,
+    as_json: bool,
+    on_ray: bool = False,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises `ConfigError` if the service cannot start."""
     check_exposure(config.router.host, config.security)
     if try_prompt and (config.security.api_key_file or config.security.tls_cert):
         raise ConfigError("--try calls without token and TLS; leave it out, and call with tandem generate")
-    asyncio.run(_serve(config, num_prefill, num_decode, try_prompt, log_level, as_json))
+    asyncio.run(_serve(config, num_prefill, num_decode, try_prompt, log_level, as_json, on_ray))
 
 
 async def _serve(
-    config: ClusterConfig, num_prefill: int, num_decode: int, try_prompt: bool, log_level: str, as_json: bool
+    config: ClusterConfig,
+    num_prefill: int,
+    num_decode: int,
+    try_prompt: bool,
+    log_level: str,
+    as_json: bool,
+    on_ray: bool,
 ) -> None:
     err = Console(stderr=True, highlight=False, soft_wrap=True)
     leave = asyncio.Event()
@@ -41,10 +60,8 @@ async def _serve(
         asyncio.get_running_loop().add_signal_handler(number, leave.set)
     began_s = time.monotonic()
     err.print(f"starting [bold]{config.model.served_name}[/]: router + store, prefill, decode …")
-    service = EmbeddedService(
-        config, num_prefill, num_decode, log_level, on_event=lambda text: err.print(f"[yellow]{text}[/]")
-    )
-    async with service:
+    start = _ray_service if on_ray else partial(_embedded_service, err=err)
+    async with start(config, num_prefill, num_decode, log_level) as service:
         _say_serving(service, time.monotonic() - began_s, err)
         if as_json:
             print(json.dumps(_facts(service)), flush=True)
@@ -53,6 +70,24 @@ async def _serve(
         _say_next(service, err)
         await service.while_healthy(leave.wait())
         err.print("finishing what runs, then leaving …")
+
+
+def _embedded_service(
+    config: ClusterConfig, num_prefill: int, num_decode: int, log_level: str, err: Console
+) -> EmbeddedService:
+    return EmbeddedService(
+        config, num_prefill, num_decode, log_level, on_event=lambda text: err.print(f"[yellow]{text}[/]")
+    )
+
+
+def _ray_service(config: ClusterConfig, num_prefill: int, num_decode: int, log_level: str) -> RayService:
+    try:
+        from deploy.cluster.service import RayService
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"--ray needs Ray ({error.name} is not installed); run pip install 'tandem-serve[ray]'"
+        ) from error
+    return RayService(config, num_prefill, num_decode, log_level)
 
 
 async def _try(address: str, err: Console) -> None:
@@ -66,7 +101,7 @@ async def _try(address: str, err: Console) -> None:
     show_timings(finished, err)
 
 
-def _facts(service: EmbeddedService) -> dict[str, str | None]:
+def _facts(service: Service) -> dict[str, str | None]:
     return {
         "address": service.address,
         "http_address": service.http_address or None,
@@ -74,13 +109,13 @@ def _facts(service: EmbeddedService) -> dict[str, str | None]:
     }
 
 
-def _say_serving(service: EmbeddedService, took_s: float, err: Console) -> None:
+def _say_serving(service: Service, took_s: float, err: Console) -> None:
     err.print(f"serving on [bold]{service.address}[/] (gRPC), ready in {took_s:.1f} s")
     if service.http_address:
         err.print(f"       and [bold]{service.base_url}[/] (OpenAI API)")
 
 
-def _say_next(service: EmbeddedService, err: Console) -> None:
+def _say_next(service: Service, err: Console) -> None:
     if service.config.security.api_key_file or service.config.security.tls_cert:
         err.print("\ncallers need what --api-key-file and the --tls options name")
     else:
@@ -88,7 +123,7 @@ def _say_next(service: EmbeddedService, err: Console) -> None:
     err.print("Ctrl-C stops the service.")
 
 
-def _say_commands(service: EmbeddedService, err: Console) -> None:
+def _say_commands(service: Service, err: Console) -> None:
     address = service.address
     err.print("\ntry next, in another terminal:")
     err.print(f'  .venv/bin/tandem generate "import os" --server {address}')

@@ -1,0 +1,117 @@
+"""The Serve application's arguments and graph, without a cluster."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from pydantic import ValidationError
+from ray.serve._private.build_app import build_app
+from ray.serve.schema import ServeApplicationSchema
+
+from deploy.app import app
+from deploy.cluster.application import STOP_MARGIN_S, build
+from deploy.cluster.args import AppArgs
+from deploy.embedded import MALLOC
+from tandem.config import ClusterConfig, SecurityConfig
+from tandem.errors import ConfigError
+from tests.checkpoints import tiny_llama
+
+
+def deployments(application):
+    """By name, what Serve would deploy."""
+    return {d.name: d for d in build_app(application, name="tandem").deployments}
+
+
+def test_the_graph_has_a_router_and_both_kinds_of_worker():
+    found = deployments(app(AppArgs(model=str(tiny_llama()), prefill=2, decode=3)))
+    assert {name: d.num_replicas for name, d in found.items()} == {
+        "Router": 1,
+        "PrefillServer": 2,
+        "DecodeServer": 3,
+    }
+    settings = ClusterConfig.from_json(found["DecodeServer"].init_args[1])
+    assert settings.model.path == tiny_llama()
+
+
+def test_every_replica_has_time_to_drain_and_the_allocator_settings_of_the_embedded_mode():
+    settings = ClusterConfig()
+    for deployment in deployments(build(settings, AppArgs())).values():
+        config = deployment._deployment_config
+        assert config.graceful_shutdown_timeout_s == settings.router.drain_s + STOP_MARGIN_S
+        assert deployment.ray_actor_options["runtime_env"]["env_vars"].items() >= MALLOC.items()
+
+
+def test_what_the_operator_asks_for_goes_to_serve():
+    asked = {"ray_actor_options": {"num_cpus": 2, "num_gpus": 0.5}, "max_replicas_per_node": 1}
+    found = deployments(app(AppArgs(decode_config={"deployment_config": asked})))
+    actor = found["DecodeServer"].ray_actor_options
+    assert (actor["num_cpus"], actor["num_gpus"]) == (2, 0.5)
+    assert found["DecodeServer"]._replica_config.max_replicas_per_node == 1
+    assert found["PrefillServer"].ray_actor_options["num_cpus"] < 1
+
+
+def test_settings_come_from_a_file_and_in_place(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("cache: {block_size: 32}\nrouter: {max_queue: 7, port: 1234}\n")
+    tree = AppArgs(config=file, engine_kwargs={"router": {"max_queue": 9}}).config_tree()
+    assert (tree.cache.block_size, tree.router.max_queue, tree.router.port) == (32, 9, 1234)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"prefil": 2}, "prefil"),
+        ({"prefill": 0}, "greater than or equal to 1"),
+        ({"network": "internet"}, "loopback"),
+        ({"decode_config": {"replicas": 3}}, "replicas"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, says):
+    with pytest.raises(ValidationError, match=says):
+        AppArgs(**arguments)
+
+
+def test_unknown_settings_and_options_of_serve_are_refused():
+    with pytest.raises(ConfigError, match=r"unknown setting cache\.blok_size"):
+        AppArgs(engine_kwargs={"cache": {"blok_size": 3}}).config_tree()
+    with pytest.raises(ConfigError, match=r"PrefillServer.*num_replica"):
+        app(AppArgs(prefill_config={"deployment_config": {"num_replica": 3}}))
+
+
+def test_plain_traffic_between_machines_must_be_asked_for():
+    args = AppArgs(network="node")
+    with pytest.raises(ConfigError, match=r"set engine_kwargs\.security\.insecure"):
+        build(ClusterConfig(), args)
+    assert build(replace(ClusterConfig(), security=SecurityConfig(insecure=True)), args)
+
+
+def test_serve_accepts_the_application_by_its_import_path():
+    schema = ServeApplicationSchema(import_path="deploy.app:app", args={"prefill": 2, "decode": 2})
+    assert AppArgs.model_validate(schema.args).decode == 2
+
+
+WITHOUT_RAY = """
+import sys
+sys.modules["ray"] = None
+from deploy.cli import main
+main()
+"""
+
+
+@pytest.mark.e2e
+def test_without_ray_the_command_says_what_to_install():
+    command = [sys.executable, "-c", WITHOUT_RAY, "serve", "--ray", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "pip install 'tandem-serve[ray]'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_arguments_survive_json():
+    args = AppArgs(prefill=2, engine_kwargs={"cache": {"block_size": 32}})
+    assert AppArgs.model_validate(json.loads(args.model_dump_json())) == args
