@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import grpc
 
-from kvstore.key import KvHandle
+from kvstore.key import Buffer, KvHandle
 from kvstore.link import connected, store_errors
+from kvstore.mapping import MappedObject
 from kvstore.objects import ObjectStat, ObjectState
 from kvstore.reader import ReadCheck
 from kvstore.records import ChunkHeader, ObjectHeader
 from kvstore.writer import KvWriter
 from tandem.config import KvStoreConfig
-from tandem.errors import DataLoss, FailedPrecondition, NotFound
+from tandem.errors import DataLoss, FailedPrecondition, NotFound, TandemError
 from tandem.pb.kv.v1 import kv_pb2 as pb
 from tandem.pb.kv.v1 import kv_pb2_grpc
 
@@ -35,6 +36,7 @@ class KvClient:
         self._channel = channel
         self._config = config or KvStoreConfig()
         self._stub: Any = kv_pb2_grpc.KvServiceStub(channel)
+        self._may_map = True  # until the store's answer shows that it is not so
         self._get: Any = channel.unary_stream(GET_KV, pb.GetKvRequest.SerializeToString)
 
     def put(self, header: ObjectHeader) -> KvWriter:
@@ -51,13 +53,10 @@ class KvClient:
         iterator.
         """
         lease_s = lease_s or self._config.lease_s
-        await connected(self._channel)
-        request = pb.GetKvRequest(handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s))
-        call = self._get(request)
         check = ReadCheck(handle, tenant)
         renew_at_s = time.monotonic() + lease_s / 3
-        try:
-            while (message := await self._read(call)) is not None:
+        async with aclosing(self._messages(handle, holder, lease_s)) as messages:
+            async for message in messages:
                 chunk = self._verified(partial(check.accept, message))
                 if chunk is not None:
                     yield chunk
@@ -68,8 +67,6 @@ class KvClient:
                         await self.renew(handle, holder, lease_s)
                     renew_at_s = time.monotonic() + lease_s / 3
             self._verified(check.finish)
-        finally:
-            call.cancel()
 
     async def release(self, handle: KvHandle, holder: str = "") -> bool:
         """Give up a holder's lease, or without a holder the object. False if that came late."""
@@ -88,6 +85,34 @@ class KvClient:
         response = await self._ask(self._stub.StatKv, pb.StatKvRequest(handle=handle.to_pb()))
         name = pb.KvState.Name(response.state).removeprefix("KV_STATE_")
         return ObjectStat(ObjectState[name], response.num_bytes, response.num_leases)
+
+    async def _messages(self, handle: KvHandle, holder: str, lease_s: float) -> AsyncGenerator[Buffer]:
+        """What the store holds of the object, mapped where store and reader share a host."""
+        await connected(self._channel)
+        mapped = await self._mapped(handle, holder, lease_s) if self._may_map else None
+        if mapped is None:
+            request = pb.GetKvRequest(handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s))
+            call = self._get(request)
+            try:
+                while (message := await self._read(call)) is not None:
+                    yield message
+            finally:
+                call.cancel()
+        else:
+            try:
+                for view in mapped:
+                    yield view
+            finally:
+                with suppress(TandemError):  # what a lost store misses, the lease ends
+                    await self.release(handle, holder)
+
+    async def _mapped(self, handle: KvHandle, holder: str, lease_s: float) -> Iterator[Buffer] | None:
+        """Leased and mapped, or None: then nothing of this store can be mapped here, now or later."""
+        request = pb.MapKvRequest(handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s))
+        mapped = MappedObject.from_pb(await self._ask(self._stub.MapKv, request))
+        messages = mapped.messages() if mapped else None
+        self._may_map = messages is not None
+        return messages
 
     async def _ask(self, method: Any, request: Any) -> Any:
         await connected(self._channel)

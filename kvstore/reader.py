@@ -6,7 +6,7 @@ Whatever does not fit, in whichever way, is KV_CORRUPT: the reader must not deco
 from __future__ import annotations
 
 from kvstore.assembly import Assembly
-from kvstore.key import KvHandle, require
+from kvstore.key import Buffer, KvHandle, require
 from kvstore.records import ChunkHeader, ObjectHeader, Record, Seal
 from kvstore.wire import decode
 from tandem.errors import DataLoss, InvalidRequest
@@ -21,7 +21,7 @@ class ReadCheck:
         self._tenant = tenant
         self._assembly: Assembly | None = None
 
-    def accept(self, message: bytes) -> tuple[ChunkHeader, memoryview] | None:
+    def accept(self, message: Buffer) -> tuple[ChunkHeader, memoryview] | None:
         """The chunk in this message, if it holds one."""
         try:
             return self._accept(*decode(message))

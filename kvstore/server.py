@@ -72,6 +72,11 @@ class KvServicer:
             cut.cancel()
             cut = self._cut_when_idle()
 
+    async def MapKv(self, request: pb.MapKvRequest, context: Context) -> pb.MapKvResponse:
+        handle, lease_s = KvHandle.from_pb(request.handle), request.lease_ms / 1000
+        mapped = await self._turns.take(self._store.lease_to_map, handle, request.holder, lease_s)
+        return mapped.to_pb() if mapped else pb.MapKvResponse()
+
     async def StatKv(self, request: pb.StatKvRequest, context: Context) -> pb.StatKvResponse:
         stat = await self._turns.take(self._store.stat, KvHandle.from_pb(request.handle))
         return pb.StatKvResponse(
@@ -117,6 +122,7 @@ def add_to_server(servicer: KvServicer, server: grpc.aio.Server) -> None:
         "GetKv": grpc.unary_stream_rpc_method_handler(
             servicer.GetKv, request_deserializer=pb.GetKvRequest.FromString
         ),
+        "MapKv": unary(servicer.MapKv, pb.MapKvRequest.FromString, pb.MapKvResponse.SerializeToString),
         "StatKv": unary(servicer.StatKv, pb.StatKvRequest.FromString, pb.StatKvResponse.SerializeToString),
         "RenewLease": unary(
             servicer.RenewLease, pb.RenewLeaseRequest.FromString, pb.RenewLeaseResponse.SerializeToString

@@ -20,10 +20,11 @@ import time
 from collections.abc import Callable, Iterator
 
 from kvstore.assembly import Assembly
-from kvstore.backend import Backend
+from kvstore.backend import Backend, Mappable
 from kvstore.books import Books
 from kvstore.history import History
 from kvstore.key import Buffer, KvHandle, ObjectKey, require
+from kvstore.mapping import MappedObject
 from kvstore.objects import KvObject, Lease, ObjectStat, ObjectState, PutTicket, StoreCounters
 from kvstore.records import ChunkHeader, ObjectHeader, Seal
 from kvstore.turns import Turns
@@ -127,6 +128,16 @@ class KvStore:
             self._leased(lease)
             yield self._backend.get(obj.key, index)
         yield encode(obj.seal)
+
+    def lease_to_map(self, handle: KvHandle, holder: str, lease_s: float = 0.0) -> MappedObject | None:
+        """Lease the object and say where a reader on this host can map it. None, and nothing leased, if
+        the backend keeps nothing of the kind."""
+        if not isinstance(self._backend, Mappable):
+            return None
+        self.lease(handle, holder, lease_s)
+        obj = self._known(handle)
+        assert obj.seal is not None, obj.state
+        return MappedObject(self._backend.locate(obj.key), encode(obj.header), encode(obj.seal))
 
     def renew(self, handle: KvHandle, holder: str, lease_s: float = 0.0) -> None:
         """Let a lease run for `lease_s` from now; STALE_HANDLE if it is over."""

@@ -55,7 +55,7 @@ def encode(record: Record, payload: Buffer = b"") -> bytes:
     return b"".join((TAG, _varint(length), PREFIX.pack(MAGIC, len(header)), header, payload))
 
 
-def decode(message: bytes) -> tuple[Record, memoryview]:
+def decode(message: Buffer) -> tuple[Record, memoryview]:
     """The record in a message and a view of the payload behind it, or BAD_MESSAGE."""
     frame = _frame(message)
     require(len(frame) >= PREFIX.size)
@@ -72,10 +72,10 @@ def _varint(value: int) -> bytes:
     return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])
 
 
-def _frame(message: bytes) -> memoryview:
+def _frame(message: Buffer) -> memoryview:
     """What is behind the tag and the length, which must be exactly that long."""
     require(message[:1] == TAG)
-    num_prefix = next((end for end in range(2, 7) if message[end - 1 : end] < b"\x80"), 0)
+    num_prefix = next((end for end in range(2, min(7, len(message) + 1)) if message[end - 1] < 0x80), 0)
     frame = memoryview(message)[num_prefix:]
     require(num_prefix > 0 and message[1:num_prefix] == _varint(len(frame)))
     return frame

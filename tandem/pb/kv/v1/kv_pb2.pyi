@@ -3,8 +3,10 @@
 isort:skip_file
 The KV store. Internal: versioned apart from the public API."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
@@ -196,6 +198,74 @@ class GetKvResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetKvResponse: _TypeAlias = GetKvResponse  # noqa: Y015
+
+@_typing.final
+class MapKvRequest(_message.Message):
+    """Asks where an object lies."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    HOLDER_FIELD_NUMBER: _builtins.int
+    LEASE_MS_FIELD_NUMBER: _builtins.int
+    holder: _builtins.str
+    """Who reads; a lease belongs to a holder."""
+    lease_ms: _builtins.int
+    """Lease duration; the store's default when 0, at most ten times that."""
+    @_builtins.property
+    def handle(self) -> Global___KvHandle:
+        """Which one."""
+
+    def __init__(
+        self,
+        *,
+        handle: Global___KvHandle | None = ...,
+        holder: _builtins.str = ...,
+        lease_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "holder", b"holder", "lease_ms", b"lease_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MapKvRequest: _TypeAlias = MapKvRequest  # noqa: Y015
+
+@_typing.final
+class MapKvResponse(_message.Message):
+    """A file whose bytes are the object's chunk messages, as GetKv would send them, one behind the other."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    ENDS_FIELD_NUMBER: _builtins.int
+    HEADER_FIELD_NUMBER: _builtins.int
+    SEAL_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """The file; empty if this store keeps nothing that can be mapped, and then nothing is leased."""
+    header: _builtins.bytes
+    """The object's header frame, as GetKv would send it."""
+    seal: _builtins.bytes
+    """Its seal frame."""
+    @_builtins.property
+    def ends(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Byte offsets behind each message; the first starts at 0."""
+
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        ends: _abc.Iterable[_builtins.int] | None = ...,
+        header: _builtins.bytes = ...,
+        seal: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "header", b"header", "path", b"path", "seal", b"seal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MapKvResponse: _TypeAlias = MapKvResponse  # noqa: Y015
 
 @_typing.final
 class StatKvRequest(_message.Message):

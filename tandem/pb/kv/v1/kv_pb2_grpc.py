@@ -45,6 +45,11 @@ class KvServiceStub(object):
                 request_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvRequest.SerializeToString,
                 response_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvResponse.FromString,
                 _registered_method=True)
+        self.MapKv = channel.unary_unary(
+                '/tandem.kv.v1.KvService/MapKv',
+                request_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.MapKvRequest.SerializeToString,
+                response_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.MapKvResponse.FromString,
+                _registered_method=True)
         self.StatKv = channel.unary_unary(
                 '/tandem.kv.v1.KvService/StatKv',
                 request_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.StatKvRequest.SerializeToString,
@@ -77,6 +82,14 @@ class KvServiceServicer(object):
     def GetKv(self, request, context):
         """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease ends with the
         stream, however that ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MapKv(self, request, context):
+        """Leases one object and says where it lies, for a reader on the store's host to map. The reader gives the lease
+        back by ReleaseKv.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,6 +128,11 @@ def add_KvServiceServicer_to_server(servicer, server):
                     servicer.GetKv,
                     request_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvRequest.FromString,
                     response_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvResponse.SerializeToString,
+            ),
+            'MapKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.MapKv,
+                    request_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.MapKvRequest.FromString,
+                    response_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.MapKvResponse.SerializeToString,
             ),
             'StatKv': grpc.unary_unary_rpc_method_handler(
                     servicer.StatKv,
@@ -187,6 +205,33 @@ class KvService(object):
             '/tandem.kv.v1.KvService/GetKv',
             tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvRequest.SerializeToString,
             tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MapKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.kv.v1.KvService/MapKv',
+            tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.MapKvRequest.SerializeToString,
+            tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.MapKvResponse.FromString,
             options,
             channel_credentials,
             insecure,

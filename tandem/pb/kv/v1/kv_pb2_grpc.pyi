@@ -41,6 +41,10 @@ class KvServiceStub:
     """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease ends with the
     stream, however that ends.
     """
+    MapKv: _grpc.UnaryUnaryMultiCallable[_kv_pb2.MapKvRequest, _kv_pb2.MapKvResponse]
+    """Leases one object and says where it lies, for a reader on the store's host to map. The reader gives the lease
+    back by ReleaseKv.
+    """
     StatKv: _grpc.UnaryUnaryMultiCallable[_kv_pb2.StatKvRequest, _kv_pb2.StatKvResponse]
     """Says where an object is in its life."""
     RenewLease: _grpc.UnaryUnaryMultiCallable[_kv_pb2.RenewLeaseRequest, _kv_pb2.RenewLeaseResponse]
@@ -60,6 +64,10 @@ class KvServiceAsyncStub(KvServiceStub):
     GetKv: _aio.UnaryStreamMultiCallable[_kv_pb2.GetKvRequest, _kv_pb2.GetKvResponse]  # type: ignore[assignment]
     """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease ends with the
     stream, however that ends.
+    """
+    MapKv: _aio.UnaryUnaryMultiCallable[_kv_pb2.MapKvRequest, _kv_pb2.MapKvResponse]  # type: ignore[assignment]
+    """Leases one object and says where it lies, for a reader on the store's host to map. The reader gives the lease
+    back by ReleaseKv.
     """
     StatKv: _aio.UnaryUnaryMultiCallable[_kv_pb2.StatKvRequest, _kv_pb2.StatKvResponse]  # type: ignore[assignment]
     """Says where an object is in its life."""
@@ -89,6 +97,16 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_kv_pb2.GetKvResponse], _abc.AsyncIterator[_kv_pb2.GetKvResponse]]:
         """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease ends with the
         stream, however that ends.
+        """
+
+    @_abc_1.abstractmethod
+    def MapKv(
+        self,
+        request: _kv_pb2.MapKvRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.MapKvResponse, _abc.Awaitable[_kv_pb2.MapKvResponse]]:
+        """Leases one object and says where it lies, for a reader on the store's host to map. The reader gives the lease
+        back by ReleaseKv.
         """
 
     @_abc_1.abstractmethod
