@@ -15,6 +15,7 @@ from tandem.rpc import API_MESSAGE_BYTES
 from tandem.sampling import bad_param
 
 READ_S = 30.0
+DISCARDED_BYTES = 16 << 20
 
 
 class BadBody(InvalidRequest):
@@ -45,16 +46,22 @@ def _check_headers(request: Request) -> None:
     if request.headers.get("content-encoding", "identity") != "identity":
         raise BadBody("compressed requests are not accepted", 415)
     length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length) > API_MESSAGE_BYTES:
+    may_wait = "expect" in request.headers  # the caller sends nothing before we say so
+    if length.isdecimal() and int(length) > (API_MESSAGE_BYTES if may_wait else DISCARDED_BYTES):
         _refuse_size()
 
 
 async def _read(request: Request) -> bytes:
-    body = bytearray()
+    """The body. One somewhat too large is read to its end, as a caller that still sends hears nothing."""
+    body, num_bytes = bytearray(), 0
     async for part in request.stream():
-        body += part
-        if len(body) > API_MESSAGE_BYTES:
-            _refuse_size()
+        num_bytes += len(part)
+        if num_bytes <= API_MESSAGE_BYTES:
+            body += part
+        elif num_bytes > DISCARDED_BYTES:
+            break
+    if num_bytes > API_MESSAGE_BYTES:
+        _refuse_size()
     return bytes(body)
 
 
