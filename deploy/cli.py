@@ -26,6 +26,7 @@ EXIT_USAGE = 2
 
 @app.command()
 def serve(
+    context: typer.Context,
     model: o.Model = None,
     draft: o.Draft = None,
     host: o.Host = "127.0.0.1",
@@ -50,25 +51,9 @@ def serve(
 ) -> None:
     """Start the service and keep it running until Ctrl-C: on this machine, or on Ray."""
     from deploy.commands import serve as command
-    from deploy.settings import load_config
+    from deploy.settings import config_of
 
-    settings = load_config(
-        config,
-        model=model,
-        draft=draft,
-        dtype=dtype,
-        quantization=quantization,
-        draft_quantization=draft_quantization,
-        draft_activation_bits=draft_activation_bits,
-        host=host,
-        port=port,
-        http_port=http_port,
-        api_key_file=api_key_file,
-        tls_cert=tls_cert,
-        tls_key=tls_key,
-        tls_client_ca=tls_client_ca,
-        insecure=insecure,
-    )
+    settings = config_of(config, context.params)
     command.run(settings, prefill, decode, try_prompt, log_level, json_output, on_ray)
 
 

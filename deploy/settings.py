@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from deploy.models import resolve_model
-from tandem.config import BUNDLED_MODELS, DRAFTS, ClusterConfig
+from tandem.config import BUNDLED_MODELS, DRAFTS, ClusterConfig, SecurityConfig
 from tandem.engine.implementation import settle
 from tandem.errors import ConfigError
 
@@ -52,6 +54,12 @@ def load_config(
     values.setdefault("security", {}).update({name: value for name, value in security.items() if value})
     config = ClusterConfig.from_dict(values)
     return replace(config, model=settle(config.model))
+
+
+def config_of(file: Path | None, options: Mapping[str, Any]) -> ClusterConfig:
+    """The settings among a command's options, over the file's. Raises `ConfigError`."""
+    known = {*inspect.signature(load_config).parameters, *(f.name for f in fields(SecurityConfig))}
+    return load_config(file, **{name: value for name, value in options.items() if name in known})
 
 
 def _speculation(draft: str | None, is_bundled: bool) -> dict[str, Any]:
