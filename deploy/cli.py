@@ -125,6 +125,29 @@ def plan(
     command.run(side, context, batch, memory, block_size, json_output)
 
 
+@app.command()
+def deploy(
+    model: o.Model = None,
+    draft: o.Draft = None,
+    prefill: o.Prefills = 1,
+    decode: o.Decodes = 1,
+    port: o.Port = 50051,
+    http_port: o.HttpPort = 8080,
+    one_node: o.OneNode = False,
+    gpus: o.Gpus = 0,
+    image: o.Image = "tandem:latest",
+    out: o.Out = Path("."),
+    json_output: o.Json = False,
+) -> None:
+    """Write the files for a Ray cluster: Serve's config, and a KubeRay RayService."""
+    from deploy.commands import deploy as command
+
+    args = command.arguments(
+        model=model, draft=draft, prefill=prefill, decode=decode, port=port, http_port=http_port
+    )
+    command.run(args, one_node, gpus, image, out, json_output)
+
+
 @bench.command("speculation")
 def bench_speculation(
     large: o.Large = "111m",

@@ -90,6 +90,10 @@ Batch = Annotated[int, typer.Option(help="Requests at once.", min=1)]
 Memory = Annotated[str, typer.Option(help="Memory of a decode worker for weights and KV, such as 80GiB.")]
 BlockSize = Annotated[int, typer.Option(help="Tokens per KV block.", min=1)]
 
+OneNode = Annotated[bool, typer.Option("--one-node", help="All on one machine, on loopback.")]
+Gpus = Annotated[int, typer.Option(help="GPUs of each worker's pod.", min=0)]
+Image = Annotated[str, typer.Option(help="Container image, such as deploy/Dockerfile makes.")]
+
 Large = Annotated[str, typer.Option(help="Cost the bundled pair is grown to: 111m, 1b or 8b.")]
 Full = Annotated[bool, typer.Option("--full", help="Every combination: hours instead of minutes.")]
 Rounds = Annotated[int, typer.Option(help="Times each cell is measured.", min=1)]

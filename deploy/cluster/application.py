@@ -17,6 +17,7 @@ from deploy.embedded import MALLOC
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
 
+APP = "tandem"
 STOP_MARGIN_S = 10.0  # after draining: to say goodbye and close
 WORKER_CPUS = 0.2  # a share for the scheduler to place by, not a limit
 ROUTER_CPUS = 0.1

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ROUTER = "Router"
 LOOPBACK = "127.0.0.1"
+EVERYWHERE = ("0.0.0.0", "::")
 ASK_ROUTER_S = 5.0
 
 
@@ -65,12 +66,17 @@ class RouterReplica:
 
     async def addresses(self) -> dict[str, str]:
         """Where it listens: for gRPC and HTTP clients, for workers; and the node's own address."""
+        host = _node() if self._host in EVERYWHERE else self._host
         return {
-            "public": f"{self._host}:{self._router.port}",
-            "http": "" if self._http.port is None else f"{self._host}:{self._http.port}",
+            "public": f"{host}:{self._router.port}",
+            "http": "" if self._http.port is None else f"{host}:{self._http.port}",
             "internal": self._router.internal_address,
             "node": _node(),
         }
+
+    async def __call__(self, request: Any) -> dict[str, str]:
+        """Whoever comes by Serve's HTTP proxy is told where the service is."""
+        return await self.addresses()
 
     async def check_health(self) -> None:
         """Raises if the gRPC server does not answer."""

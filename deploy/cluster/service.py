@@ -17,13 +17,12 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from deploy.cluster.application import build
+from deploy.cluster.application import APP, build
 from deploy.cluster.args import AppArgs
 from tandem.client import TandemClient
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError, Unavailable
 
-APP = "tandem"
 READY_S = 300.0
 FAILED = "DEPLOY_FAILED"
 
