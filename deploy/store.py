@@ -21,7 +21,9 @@ class EmbeddedStore:
 
     def __init__(self, config: ClusterConfig) -> None:
         backend = backend_from_url(config.kvstore.url)
-        self._store = KvStore(backend, config.cache.store_bytes, config.kvstore)
+        self._store = KvStore(
+            backend, config.cache.store_bytes, config.kvstore, prefix_bytes=config.cache.prefix_bytes
+        )
         self._sweeper = Sweeper(self._store)
 
     async def start(self) -> None:

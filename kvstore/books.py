@@ -6,6 +6,7 @@ object and no object is without a deadline. Decides nothing: who may do what is 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 from kvstore.backend import Backend
@@ -26,12 +27,16 @@ class Books:
         self,
         backend: Backend,
         total_bytes: int,
+        prefix_bytes: int,
         config: KvStoreConfig,
         clock: Callable[[], float],
         on_free: Callable[[KvObject], None],
     ) -> None:
+        self.num_evicted = 0
         self.objects: dict[ObjectKey, KvObject] = {}
         self.ledger = Ledger("kvstore", "bytes", total_bytes, clock)
+        self.prefix_ledger = Ledger("kvstore prefixes", "bytes", prefix_bytes, clock)
+        self._evictable: OrderedDict[ObjectKey, KvObject] = OrderedDict()  # least recently used first
         self._backend = backend
         self._config = config
         self._clock = clock
@@ -39,9 +44,14 @@ class Books:
         self._expiry: ExpiryHeap[tuple[ObjectKey, str]] = ExpiryHeap()  # "" or the holder of a lease
 
     def reserve(self, header: ObjectHeader) -> KvObject | None:
-        """A new object with all its bytes charged, or None if they do not fit now."""
-        obj = KvObject(header)
-        if not self.ledger.reserve(obj.owner, header.total_bytes, generation=header.epoch, hold=WRITER):
+        """A new object with all its bytes charged, or None if they do not fit now. The least recently used
+        prefixes that nobody reads make room for a new one."""
+        obj, ledger = KvObject(header), self.ledger_of(header)
+        if header.is_prefix and header.total_bytes <= ledger.total:
+            while ledger.free < header.total_bytes and self._evictable:
+                self.free(next(iter(self._evictable.values())), ObjectState.EXPIRED)
+                self.num_evicted += 1
+        if not ledger.reserve(obj.owner, header.total_bytes, generation=header.epoch, hold=WRITER):
             return None
         self.objects[obj.key] = obj
         self._wait(obj, self._config.put_deadline_s)
@@ -58,13 +68,14 @@ class Books:
         obj.seal = seal
         self._hold(obj, SEALED)
         self._drop_hold(obj, WRITER)
-        self._wait(obj, self._config.lease_s)
+        self._wait_for_reader(obj)
 
     def lease(self, obj: KvObject, lease: Lease, lease_s: float) -> None:
         """Let a holder in; an earlier lease of the same holder is over."""
         if obj.state is ObjectState.SEALED:
             obj.to(ObjectState.LEASED)
             self._expiry.remove((obj.key, ""))
+            self._evictable.pop(obj.key, None)
         obj.leases[lease.holder] = lease
         self._hold(obj, lease.hold)
         self.renew(obj, lease.holder, lease_s)
@@ -73,7 +84,9 @@ class Books:
         self._expiry.set((obj.key, holder), self._clock() + lease_s)
 
     def end_lease(self, obj: KvObject, holder: str, *, has_expired: bool = False) -> None:
-        """After the last one the object waits for another reader, unless that lease ran out."""
+        """After the last one the object waits for another reader, unless that lease ran out; a prefix waits
+        in any case."""
+        has_expired = has_expired and not obj.header.is_prefix
         if len(obj.leases) > 1:
             self._forget_lease(obj, holder)
         elif obj.state is ObjectState.RELEASED or has_expired:
@@ -81,7 +94,7 @@ class Books:
         else:
             self._forget_lease(obj, holder)
             obj.to(ObjectState.SEALED)
-            self._wait(obj, self._config.lease_s)
+            self._wait_for_reader(obj)
 
     def give_up(self, obj: KvObject) -> None:
         """Free the object now, or when its last lease ends."""
@@ -97,6 +110,7 @@ class Books:
         for holder in list(obj.leases):
             self._forget_lease(obj, holder)
         self._expiry.remove((obj.key, ""))
+        self._evictable.pop(obj.key, None)
         self._backend.delete(obj.key)
         self._drop_hold(obj, WRITER if obj.seal is None else SEALED)
         del self.objects[obj.key]
@@ -118,28 +132,48 @@ class Books:
         """Payload bytes charged to objects in these states."""
         return sum(obj.header.total_bytes for obj in list(self.objects.values()) if obj.state in states)
 
-    def audit(self) -> PoolAudit:
-        """The ledger's books; an orphan is a record without an object. Any thread may ask."""
-        return self.ledger.audit({obj.owner for obj in list(self.objects.values())})
+    def ledger_of(self, header: ObjectHeader) -> Ledger:
+        """Hand-offs and prefixes have a budget each: neither can take the other's."""
+        return self.prefix_ledger if header.is_prefix else self.ledger
+
+    def audits(self) -> tuple[PoolAudit, PoolAudit]:
+        """The books of hand-offs and of prefixes; an orphan is a record without an object. Any thread may
+        ask."""
+        live = {obj.owner for obj in list(self.objects.values())}
+        return self.ledger.audit(live), self.prefix_ledger.audit(live)
 
     def check_integrity(self) -> None:
         """free + owned == total, and everything owned is an object that some deadline will end."""
-        audit = self.audit()
-        assert audit.is_balanced, audit
-        assert not audit.orphans, audit.orphans
-        assert audit.owned == self.bytes_in(*ObjectState), audit
+        audits = self.audits()
+        for audit in audits:
+            assert audit.is_balanced, audit
+            assert not audit.orphans, audit.orphans
+        assert sum(audit.owned for audit in audits) == self.bytes_in(*ObjectState), audits
+        idle = {obj.key for obj in self.objects.values() if self._is_evictable(obj)}
+        assert idle == self._evictable.keys(), (idle, self._evictable)
         num_deadlines = sum(max(1, len(obj.leases)) for obj in self.objects.values())
         assert num_deadlines == len(self._expiry), (num_deadlines, len(self._expiry))
 
     def _wait(self, obj: KvObject, wait_s: float) -> None:
         self._expiry.set((obj.key, ""), self._clock() + wait_s)
 
+    def _wait_for_reader(self, obj: KvObject) -> None:
+        if obj.header.is_prefix:
+            self._evictable[obj.key] = obj
+            self._wait(obj, self._config.prefix_s)
+        else:
+            self._wait(obj, self._config.lease_s)
+
+    @staticmethod
+    def _is_evictable(obj: KvObject) -> bool:
+        return bool(obj.header.is_prefix) and obj.state is ObjectState.SEALED
+
     def _hold(self, obj: KvObject, hold: str) -> None:
-        held = self.ledger.hold(obj.owner, hold, generation=obj.key.epoch)
+        held = self.ledger_of(obj.header).hold(obj.owner, hold, generation=obj.key.epoch)
         assert held, (obj.key, hold)
 
     def _drop_hold(self, obj: KvObject, hold: str) -> None:
-        self.ledger.release(obj.owner, generation=obj.key.epoch, hold=hold)
+        self.ledger_of(obj.header).release(obj.owner, generation=obj.key.epoch, hold=hold)
 
     def _forget_lease(self, obj: KvObject, holder: str) -> None:
         self._drop_hold(obj, obj.leases.pop(holder).hold)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -79,6 +79,15 @@ class KvClient:
         lease_ms = _ms(lease_s or self._config.lease_s)
         request = pb.RenewLeaseRequest(handle=handle.to_pb(), holder=holder, lease_ms=lease_ms)
         await self._ask(self._stub.RenewLease, request)
+
+    async def find(
+        self, object_ids: Sequence[bytes], fingerprint: bytes, tenant: str
+    ) -> tuple[list[KvHandle], bytes]:
+        """Handles of cached prefixes up to the first that is missing, and the salt of their names, which is
+        empty if the store keeps none."""
+        request = pb.FindKvRequest(object_ids=object_ids, fingerprint=fingerprint, tenant=tenant)
+        response: pb.FindKvResponse = await self._ask(self._stub.FindKv, request)
+        return [KvHandle.from_pb(handle) for handle in response.handles], response.salt
 
     async def stat(self, handle: KvHandle) -> ObjectStat:
         """Where an object is in its life; NO_SUCH_HANDLE or STALE_HANDLE if it is over."""

@@ -20,7 +20,7 @@ import xxhash
 from kvstore.key import Buffer
 from kvstore.records import DIGEST_BYTES, ChunkRange, ObjectHeader
 
-_OBJECT = struct.Struct("<16sQ32sIIIIQ")
+_OBJECT = struct.Struct("<16sQ32sIIIIQI")
 _CHUNK = struct.Struct("<cIIIIIQ")
 _SEAL = struct.Struct("<cI")
 
@@ -40,6 +40,7 @@ class ObjectDigest:
                 header.block_size,
                 header.num_blocks,
                 header.total_bytes,
+                header.is_prefix,
             )
         )
         for text in (header.tenant, header.codec, header.dtype, header.layout):

@@ -76,6 +76,12 @@ class KvObject:
     def is_readable(self) -> bool:
         return self.state in (ObjectState.SEALED, ObjectState.LEASED)
 
+    def is_prefix_of(self, fingerprint: bytes, tenant: str) -> bool:
+        """Whether this is a prefix that the tenant's prompts for that model build may use now."""
+        header = self.header
+        is_theirs = header.fingerprint == fingerprint and header.tenant == tenant
+        return bool(header.is_prefix) and is_theirs and self.is_readable
+
     def to(self, state: ObjectState) -> None:
         """Move to `state`; a move the table does not list is a bug and raises ValueError."""
         if state not in TRANSITIONS[self.state]:
@@ -114,5 +120,8 @@ class StoreCounters:
     refused_full: int = 0
     refused_stale: int = 0
     refused_corrupt: int = 0
+    evicted: int = 0  # prefixes that made room for newer ones
+    prefix_hits: int = 0  # pieces of prefixes that were asked for and there
+    prefix_misses: int = 0
     expired: int = 0  # objects and leases whose time ran out
     late: int = 0  # operations that came late, twice or for something unknown, and were ignored

@@ -45,6 +45,7 @@ class ObjectHeader:
     block_size: int  # tokens
     num_blocks: int
     total_bytes: int  # of all payloads
+    is_prefix: int = 0  # 1: named by its tokens, kept for whoever comes by and evicted for newer ones
 
     def __post_init__(self) -> None:
         require(len(self.object_id) == OBJECT_ID_BYTES)
@@ -52,6 +53,7 @@ class ObjectHeader:
         require(len(self.tenant) <= MAX_TENANT)
         require(self.codec in CODECS and self.layout == KV_LAYOUT and self.dtype in DTYPE_BYTES)
         _in(self.epoch, 0, MAX_EPOCH)
+        _in(self.is_prefix, 0, 1)
         _in(self.num_layers, 1, MAX_LAYERS)
         _in(self.block_size, 1, MAX_BLOCK_SIZE)
         _in(self.num_blocks, 1, MAX_BLOCKS)

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import grpc
 
-from kvstore.key import KvHandle
+from kvstore.key import KvHandle, require
 from kvstore.objects import ObjectState
 from kvstore.records import ChunkHeader, ObjectHeader, Record, Seal
 from kvstore.store import MAX_LEASE_FACTOR, KvStore
@@ -23,6 +23,7 @@ from tandem.pb.kv.v1 import kv_pb2 as pb
 
 Context = grpc.aio.ServicerContext[Any, Any]
 SERVICE = "tandem.kv.v1.KvService"
+MAX_PIECES = 1 << 14  # of one prompt's prefix
 RESERVED = (("kv-reserved", "1"),)  # initial metadata of a put: the bytes are there, send them
 
 _STATES = {
@@ -77,6 +78,14 @@ class KvServicer:
         mapped = await self._turns.take(self._store.lease_to_map, handle, request.holder, lease_s)
         return mapped.to_pb() if mapped else pb.MapKvResponse()
 
+    async def FindKv(self, request: pb.FindKvRequest, context: Context) -> pb.FindKvResponse:
+        require(len(request.object_ids) <= MAX_PIECES)
+        ids, tenant = list(request.object_ids), request.tenant
+        handles = await self._turns.take(self._store.find, ids, request.fingerprint, tenant)
+        return pb.FindKvResponse(
+            handles=[handle.to_pb() for handle in handles], salt=self._store.salt(tenant)
+        )
+
     async def StatKv(self, request: pb.StatKvRequest, context: Context) -> pb.StatKvResponse:
         stat = await self._turns.take(self._store.stat, KvHandle.from_pb(request.handle))
         return pb.StatKvResponse(
@@ -123,6 +132,7 @@ def add_to_server(servicer: KvServicer, server: grpc.aio.Server) -> None:
             servicer.GetKv, request_deserializer=pb.GetKvRequest.FromString
         ),
         "MapKv": unary(servicer.MapKv, pb.MapKvRequest.FromString, pb.MapKvResponse.SerializeToString),
+        "FindKv": unary(servicer.FindKv, pb.FindKvRequest.FromString, pb.FindKvResponse.SerializeToString),
         "StatKv": unary(servicer.StatKv, pb.StatKvRequest.FromString, pb.StatKvResponse.SerializeToString),
         "RenewLease": unary(
             servicer.RenewLease, pb.RenewLeaseRequest.FromString, pb.RenewLeaseResponse.SerializeToString

@@ -15,9 +15,10 @@ so nothing past its deadline is ever seen. Knows nothing of sockets, tensors or 
 
 from __future__ import annotations
 
+import hmac
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from kvstore.assembly import Assembly
 from kvstore.backend import Backend, Mappable
@@ -46,14 +47,16 @@ class KvStore:
         total_bytes: int,
         config: KvStoreConfig | None = None,
         clock: Callable[[], float] = time.monotonic,
+        prefix_bytes: int = 0,
     ) -> None:
         self.store_epoch = secrets.randbits(64)
+        self._salt = secrets.token_bytes(32)
         self.counters = StoreCounters()
         self.config = config or KvStoreConfig()
         self.turns = Turns(in_thread=backend.is_blocking)
         self._backend = backend
         self._clock = clock
-        self._books = Books(backend, total_bytes, self.config, clock, self._note_freed)
+        self._books = Books(backend, total_bytes, prefix_bytes, self.config, clock, self._note_freed)
         self._history = History()
 
     def reserve(self, header: ObjectHeader) -> PutTicket:
@@ -65,8 +68,9 @@ class KvStore:
             return self._repeat(existing, header)
         obj = self._books.reserve(header)
         if obj is None:
-            raise self._full(header.total_bytes)
+            raise self._full(header)
         self.counters.reserved += 1
+        self.counters.evicted = self._books.num_evicted
         return PutTicket(obj, Assembly(header))
 
     def append(self, ticket: PutTicket, chunk: ChunkHeader, payload: Buffer, message: bytes) -> None:
@@ -181,8 +185,32 @@ class KvStore:
         self.counters.expired += num_due
         return num_due
 
+    def find(self, object_ids: Sequence[bytes], fingerprint: bytes, tenant: str) -> list[KvHandle]:
+        """Handles of the prefixes that are readable, up to the first that is not."""
+        self.sweep()
+        found = []
+        for object_id in object_ids:
+            obj = self._books.objects.get(ObjectKey(object_id, 0))
+            if obj is None or not obj.is_prefix_of(fingerprint, tenant):
+                break
+            found.append(obj.header.handle(self.store_epoch))
+        self.counters.prefix_hits += len(found)
+        self.counters.prefix_misses += len(object_ids) - len(found)
+        return found
+
+    def salt(self, tenant: str) -> bytes:
+        """What names a tenant's prefixes in this life of the store; empty if it keeps none."""
+        if not self._books.prefix_ledger.total:
+            return b""
+        return hmac.digest(self._salt, tenant.encode(), "sha256")
+
     def audit(self) -> PoolAudit:
-        return self._books.audit()
+        """The books of hand-offs: empty when nothing runs."""
+        return self._books.audits()[0]
+
+    def audits(self) -> tuple[PoolAudit, PoolAudit]:
+        """The books of hand-offs and those of cached prefixes."""
+        return self._books.audits()
 
     def bytes_in(self, *states: ObjectState) -> int:
         """Payload bytes charged to objects in these states."""
@@ -257,9 +285,10 @@ class KvStore:
         self.counters.refused_stale += 1
         return FailedPrecondition("STALE_HANDLE", message)
 
-    def _full(self, num_bytes: int) -> InvalidRequest | Overloaded:
+    def _full(self, header: ObjectHeader) -> InvalidRequest | Overloaded:
         self.counters.refused_full += 1
-        total, free = self._books.ledger.total, self._books.ledger.free
+        ledger, num_bytes = self._books.ledger_of(header), header.total_bytes
+        total, free = ledger.total, ledger.free
         figures = {"needed_bytes": str(num_bytes), "free_bytes": str(free), "total_bytes": str(total)}
         if num_bytes > total:
             message = f"object needs {num_bytes} bytes; the store holds {total}"

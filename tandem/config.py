@@ -88,10 +88,12 @@ class CacheConfig:
     block_size: int = 16  # tokens
     prefill_bytes: int = 256 * MIB
     decode_bytes: int = 512 * MIB
-    store_bytes: int = 512 * MIB
+    store_bytes: int = 512 * MIB  # of prompts on their way from prefill to decode
+    prefix_bytes: int = 0  # of the store, for prompts' beginnings to be used again; 0: none is kept
 
     def __post_init__(self) -> None:
         _check_positive(self, "block_size", "prefill_bytes", "decode_bytes", "store_bytes")
+        _check(self.prefix_bytes >= 0, "cache prefix_bytes must be 0 (no cached prefixes) or more")
         _check(64 % self.block_size == 0, f"block size must divide 64, not {self.block_size}")
 
 
@@ -188,10 +190,13 @@ class KvStoreConfig:
     chunk_bytes: int = MIB
     put_deadline_s: float = 10.0
     lease_s: float = 30.0
+    prefix_s: float = 600.0  # a cached prefix that nobody used for this long goes
+    prefix_tokens: int = 64  # tokens of one cached piece of a prefix
     sweep_s: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_positive(self, "chunk_bytes", "put_deadline_s", "lease_s", "sweep_s")
+        _check_positive(self, "chunk_bytes", "put_deadline_s", "lease_s", "prefix_s", "sweep_s")
+        _check_positive(self, "prefix_tokens")
         _check(self.chunk_bytes <= 4 * MIB, "kvstore chunk_bytes must be at most 4 MiB")
 
 
@@ -248,6 +253,11 @@ class ClusterConfig:
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
+        _check(
+            self.kvstore.prefix_tokens % self.cache.block_size == 0,
+            f"kvstore prefix_tokens must be whole blocks of {self.cache.block_size} tokens, not "
+            f"{self.kvstore.prefix_tokens}",
+        )
         _check(
             self.speculation.draft != "qspec" or self.model.quantization in FOUR_BITS,
             f"draft qspec shares the target's four-bit weights: set model.quantization to one of "

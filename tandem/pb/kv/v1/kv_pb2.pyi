@@ -268,6 +268,66 @@ class MapKvResponse(_message.Message):
 Global___MapKvResponse: _TypeAlias = MapKvResponse  # noqa: Y015
 
 @_typing.final
+class FindKvRequest(_message.Message):
+    """Asks for the pieces of a prompt's beginning, first piece first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBJECT_IDS_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    fingerprint: _builtins.bytes
+    """SHA-256 of what must match between writer and reader."""
+    tenant: _builtins.str
+    """Whose prefixes."""
+    @_builtins.property
+    def object_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Names made of tokens and salt (kvstore/chain.py); none just asks for the salt."""
+
+    def __init__(
+        self,
+        *,
+        object_ids: _abc.Iterable[_builtins.bytes] | None = ...,
+        fingerprint: _builtins.bytes = ...,
+        tenant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "object_ids", b"object_ids", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindKvRequest: _TypeAlias = FindKvRequest  # noqa: Y015
+
+@_typing.final
+class FindKvResponse(_message.Message):
+    """What is there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLES_FIELD_NUMBER: _builtins.int
+    SALT_FIELD_NUMBER: _builtins.int
+    salt: _builtins.bytes
+    """Enters the names of this tenant's pieces in this life of the store; empty if it keeps no prefixes."""
+    @_builtins.property
+    def handles(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvHandle]:
+        """Handles of the pieces up to the first that is missing."""
+
+    def __init__(
+        self,
+        *,
+        handles: _abc.Iterable[Global___KvHandle] | None = ...,
+        salt: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handles", b"handles", "salt", b"salt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindKvResponse: _TypeAlias = FindKvResponse  # noqa: Y015
+
+@_typing.final
 class StatKvRequest(_message.Message):
     """Asks about an object."""
 

@@ -50,6 +50,11 @@ class KvServiceStub(object):
                 request_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.MapKvRequest.SerializeToString,
                 response_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.MapKvResponse.FromString,
                 _registered_method=True)
+        self.FindKv = channel.unary_unary(
+                '/tandem.kv.v1.KvService/FindKv',
+                request_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.FindKvRequest.SerializeToString,
+                response_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.FindKvResponse.FromString,
+                _registered_method=True)
         self.StatKv = channel.unary_unary(
                 '/tandem.kv.v1.KvService/StatKv',
                 request_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.StatKvRequest.SerializeToString,
@@ -95,6 +100,13 @@ class KvServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindKv(self, request, context):
+        """Finds the longest run of cached prefixes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StatKv(self, request, context):
         """Says where an object is in its life.
         """
@@ -133,6 +145,11 @@ def add_KvServiceServicer_to_server(servicer, server):
                     servicer.MapKv,
                     request_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.MapKvRequest.FromString,
                     response_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.MapKvResponse.SerializeToString,
+            ),
+            'FindKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindKv,
+                    request_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.FindKvRequest.FromString,
+                    response_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.FindKvResponse.SerializeToString,
             ),
             'StatKv': grpc.unary_unary_rpc_method_handler(
                     servicer.StatKv,
@@ -232,6 +249,33 @@ class KvService(object):
             '/tandem.kv.v1.KvService/MapKv',
             tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.MapKvRequest.SerializeToString,
             tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.MapKvResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.kv.v1.KvService/FindKv',
+            tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.FindKvRequest.SerializeToString,
+            tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.FindKvResponse.FromString,
             options,
             channel_credentials,
             insecure,

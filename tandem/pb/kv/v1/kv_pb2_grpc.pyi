@@ -45,6 +45,8 @@ class KvServiceStub:
     """Leases one object and says where it lies, for a reader on the store's host to map. The reader gives the lease
     back by ReleaseKv.
     """
+    FindKv: _grpc.UnaryUnaryMultiCallable[_kv_pb2.FindKvRequest, _kv_pb2.FindKvResponse]
+    """Finds the longest run of cached prefixes."""
     StatKv: _grpc.UnaryUnaryMultiCallable[_kv_pb2.StatKvRequest, _kv_pb2.StatKvResponse]
     """Says where an object is in its life."""
     RenewLease: _grpc.UnaryUnaryMultiCallable[_kv_pb2.RenewLeaseRequest, _kv_pb2.RenewLeaseResponse]
@@ -69,6 +71,8 @@ class KvServiceAsyncStub(KvServiceStub):
     """Leases one object and says where it lies, for a reader on the store's host to map. The reader gives the lease
     back by ReleaseKv.
     """
+    FindKv: _aio.UnaryUnaryMultiCallable[_kv_pb2.FindKvRequest, _kv_pb2.FindKvResponse]  # type: ignore[assignment]
+    """Finds the longest run of cached prefixes."""
     StatKv: _aio.UnaryUnaryMultiCallable[_kv_pb2.StatKvRequest, _kv_pb2.StatKvResponse]  # type: ignore[assignment]
     """Says where an object is in its life."""
     RenewLease: _aio.UnaryUnaryMultiCallable[_kv_pb2.RenewLeaseRequest, _kv_pb2.RenewLeaseResponse]  # type: ignore[assignment]
@@ -108,6 +112,14 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         """Leases one object and says where it lies, for a reader on the store's host to map. The reader gives the lease
         back by ReleaseKv.
         """
+
+    @_abc_1.abstractmethod
+    def FindKv(
+        self,
+        request: _kv_pb2.FindKvRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.FindKvResponse, _abc.Awaitable[_kv_pb2.FindKvResponse]]:
+        """Finds the longest run of cached prefixes."""
 
     @_abc_1.abstractmethod
     def StatKv(
