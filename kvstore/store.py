@@ -67,10 +67,10 @@ class KvStore:
         if existing is not None:
             return self._repeat(existing, header)
         obj = self._books.reserve(header)
+        self.counters.evicted = self._books.num_evicted
         if obj is None:
             raise self._full(header)
         self.counters.reserved += 1
-        self.counters.evicted = self._books.num_evicted
         return PutTicket(obj, Assembly(header))
 
     def append(self, ticket: PutTicket, chunk: ChunkHeader, payload: Buffer, message: bytes) -> None:

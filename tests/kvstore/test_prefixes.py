@@ -31,8 +31,9 @@ def store(clock):
     store = KvStore(MemoryBackend(), 2 * SIZE, CONFIG, clock, prefix_bytes=3 * SIZE)
     yield store
     store.check_integrity()
-    clock.advance(1000)
-    store.sweep()
+    for _ in range(2):  # leases first, then what was leased
+        clock.advance(1000)
+        store.sweep()
     assert all(audit.is_empty for audit in store.audits())
     assert not store._backend._messages
 
@@ -77,7 +78,7 @@ def test_the_least_recently_used_makes_room(store):
     store.end(store.lease(handles[1], "reader"))  # 2 is the oldest use now
     put(store, prefix(4))
     assert [number for number in (1, 2, 3, 4) if found(store, number)] == [1, 3, 4]
-    assert store.counters.evicted in (0, 1)
+    assert store.counters.evicted == 1
     put(store, prefix(5))
     assert [number for number in (1, 2, 3, 4, 5) if found(store, number)] == [1, 4, 5]
     assert store.counters.evicted == 2
