@@ -37,6 +37,8 @@ async def send(address: str, head: str, body: bytes = b"", tls: ssl.SSLContext |
             raw = await reader.read()
         finally:
             writer.close()
+    if not raw:
+        raise ConnectionError("hung up without a reply")
     top, _, rest = raw.partition(b"\r\n\r\n")
     status, *headers = top.decode().split("\r\n")
     fields = dict(line.lower().split(": ", 1) for line in headers)

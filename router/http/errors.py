@@ -15,7 +15,7 @@ from tandem.errors import Internal, TandemError
 
 log = logging.getLogger(__name__)
 
-_PARAM = re.compile(r"`(\w+)`")
+_PARAM = re.compile(r"`([^`]+)`")
 
 
 def json_bytes(value: Any) -> bytes:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp
 
 from tandem.config import SecurityConfig
 from tandem.errors import ConfigError
-from tandem.security import check_exposure, check_pair
+from tandem.security import check_exposure, check_pair, read_public
 
 BACKLOG = 1024
 KEEP_ALIVE_S = 75  # of a connection nobody uses; more than load balancers wait
@@ -34,20 +34,14 @@ class HttpServer:
 
     def __init__(self, host: str, port: int, security: SecurityConfig) -> None:
         check_exposure(host, security)
-        if security.tls_cert and security.tls_key:
-            check_pair(security.tls_cert, security.tls_key)
+        _check_tls(security)
         self._security = security
         self._socket = _listen(host, port)
         self.port: int = self._socket.getsockname()[1]
 
     async def start(self, app: ASGIApp) -> None:
-        """Serve `app` until `stop`. Raises `ConfigError` if the client CA is none."""
-        settings = self._settings(app)
-        try:
-            settings.load()
-        except (ssl.SSLError, OSError) as error:
-            raise ConfigError(f"{self._security.tls_client_ca} is not a certificate in PEM form") from error
-        self._server = _Server(settings)
+        """Serve `app` until `stop`."""
+        self._server = _Server(self._settings(app))
         self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
 
     async def stop(self) -> None:
@@ -74,6 +68,18 @@ class HttpServer:
             ssl_ca_certs=str(security.tls_client_ca) if security.tls_client_ca else None,
             ssl_cert_reqs=ssl.CERT_REQUIRED if security.tls_client_ca else ssl.CERT_NONE,
         )
+
+
+def _check_tls(security: SecurityConfig) -> None:
+    """Raise `ConfigError` for files that TLS cannot work with."""
+    if security.tls_cert and security.tls_key:
+        check_pair(security.tls_cert, security.tls_key)
+    if security.tls_client_ca:
+        read_public(security.tls_client_ca)
+        try:
+            ssl.create_default_context(cafile=security.tls_client_ca)
+        except ssl.SSLError as error:
+            raise ConfigError(f"{security.tls_client_ca} is not a certificate in PEM form") from error
 
 
 def _listen(host: str, port: int) -> socket.socket:
