@@ -50,7 +50,14 @@ class AppArgs(BaseModel):
 
     def config_tree(self) -> ClusterConfig:
         """The service's settings. Raises `ConfigError`."""
-        config = load_config(self.config, model=self.model, draft=self.draft, host=self.host, port=self.port)
+        config = load_config(
+            self.config,
+            model=self.model,
+            draft=self.draft,
+            host=self.host,
+            port=self.port,
+            http_port=self.http_port,
+        )
         if not self.engine_kwargs:
             return config
         return ClusterConfig.from_dict(_merged(json.loads(config.to_json()), self.engine_kwargs))
