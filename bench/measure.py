@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -27,6 +28,7 @@ from rich.table import Table
 
 T = TypeVar("T")
 WIDTH = 140  # of tables that go to a file
+LIMIT_FLOATS, LIMIT_SIZE = 1 << 26, 2048  # of the tensor that is summed; of the matrices multiplied
 PLAIN_LINE_EVERY_S = 10.0  # without a terminal: one line of progress this often at most
 
 
@@ -87,6 +89,29 @@ def machine(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What no program on this machine gets past, as measured now."""
+
+    bytes_per_s: float  # read from memory
+    flops: float  # of fp32 products
+
+
+def limits(threads: int, rounds: int = 5) -> Limits:
+    """The best of some rounds of summing a large tensor and of multiplying two large matrices."""
+    torch.set_num_threads(threads)
+    large, matrix = torch.ones(LIMIT_FLOATS), torch.randn(LIMIT_SIZE, LIMIT_SIZE)
+    arms = {"sum": partial(_seconds, large.sum), "product": partial(_seconds, lambda: matrix @ matrix)}
+    times = interleave(arms, rounds)
+    return Limits(4 * LIMIT_FLOATS / min(times["sum"]), 2 * LIMIT_SIZE**3 / min(times["product"]))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began_s = time.perf_counter()
+    call()
+    return time.perf_counter() - began_s
 
 
 def _processor() -> str:

@@ -44,7 +44,6 @@ def serve(
     dtype: o.Dtype = "float32",
     quantization: o.Quantization = "none",
     draft_quantization: o.DraftQuantization = "none",
-    draft_activation_bits: o.DraftActivationBits = 0,
     config: o.ConfigFile = None,
     on_ray: o.OnRay = False,
     try_prompt: o.Try = False,
@@ -179,6 +178,21 @@ def bench_kernels(
     from deploy.commands import bench as command
 
     command.kernels(rounds, threads, out, json_output)
+
+
+@bench.command("peers")
+def bench_peers(
+    shape: o.PeerShape = "111m",
+    rounds: o.Rounds = 3,
+    threads: o.Threads = 2,
+    openvino_python: o.OpenVinoPython = None,
+    out: o.Out = Path("bench-results/peers"),
+    json_output: o.Json = False,
+) -> None:
+    """Prefill and decode beside transformers and OpenVINO GenAI, and how far the machine's limits are."""
+    from deploy.commands import bench as command
+
+    command.peers(shape, rounds, threads, openvino_python, out, json_output)
 
 
 def main() -> None:

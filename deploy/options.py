@@ -26,9 +26,6 @@ Quantization = Annotated[
     typer.Option(help=f"Linear weights: {', '.join(QUANTIZATIONS)}."),
 ]
 DraftQuantization = Annotated[str, typer.Option(help="The same for the draft's, or for a self-draft's.")]
-DraftActivationBits = Annotated[
-    int, typer.Option(help="Of a self or qspec draft: 4 (emulated), 8 or 32; 0 takes the faster of 8 and 32.")
-]
 Server = Annotated[
     str | None, typer.Option(help="host:port of a running service; without it one is started.")
 ]
@@ -95,6 +92,9 @@ Gpus = Annotated[int, typer.Option(help="GPUs of each worker's pod.", min=0)]
 Image = Annotated[str, typer.Option(help="Container image, such as deploy/Dockerfile makes.")]
 
 Large = Annotated[str, typer.Option(help="Cost the bundled pair is grown to: 111m, 1b or 8b.")]
+PeerShape = Annotated[
+    str, typer.Option(help="Model of the comparison: raw (the bundled one), 111m or 1b with random weights.")
+]
 Full = Annotated[bool, typer.Option("--full", help="Every combination: hours instead of minutes.")]
 Rounds = Annotated[int, typer.Option(help="Times each cell is measured.", min=1)]
 Minutes = Annotated[float, typer.Option(help="Begin nothing new after this time.", min=0)]

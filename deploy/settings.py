@@ -24,7 +24,6 @@ def load_config(
     dtype: str = "float32",
     quantization: str = "none",
     draft_quantization: str = "none",
-    draft_activation_bits: int = 0,
     host: str = "127.0.0.1",
     port: int = 0,
     http_port: int | None = None,
@@ -45,8 +44,6 @@ def load_config(
         values["speculation"] = _speculation(draft, is_bundled=chosen["path"] == str(resolve_model(None)))
     if draft_quantization != "none":
         values["speculation"]["draft_quantization"] = draft_quantization
-    if draft_activation_bits:
-        values["speculation"]["draft_activation_bits"] = draft_activation_bits
     router = values.setdefault("router", {})
     router.setdefault("host", host)
     router.setdefault("port", port)

@@ -1,6 +1,6 @@
 """Others on the same pair and prompts: whole requests, prompt included, one at a time, greedy.
 
-transformers runs in this process, OpenVINO GenAI in the Python that has it (openvino_peer.py).
+transformers runs in this process, OpenVINO GenAI in the Python that has it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from transformers.utils import logging
 
 from bench.inflate import Pair
 from bench.measure import Spread, interleave
-from bench.speculation.openvino_peer import K as OPENVINO_K
-from bench.speculation.openvino_peer import OpenVino
+from bench.openvino.peer import OpenVino, Pipeline
 from bench.speculation.rig import Rig
 from bench.speculation.text import Tokens
 from decode_worker.decoder import Decoder
 from tandem.sampling import SamplingParams
 
 TANDEM, TANDEM_PLAIN = "Tandem, k by what pays", "Tandem, plain"
+OPENVINO_K = (3, 5)
 ASSISTED_K = 3  # beside transformers' own default
 DEFAULT_ASSISTANT_TOKENS, DEFAULT_THRESHOLD = 20, 0.4  # transformers' own
 Arm = Callable[[Sequence[Tokens]], float]  # prompts to output tokens per second
@@ -108,12 +108,25 @@ def transformers(pair: Pair, output_tokens: int) -> dict[str, Arm]:
     }
 
 
+def openvino_pipelines(pair: Pair) -> dict[str, Pipeline]:
+    """What `openvino` asks for."""
+    return {
+        "plain": Pipeline(pair.target),
+        "speculative": Pipeline(pair.target, pair.draft, cache_gb=1),
+    }
+
+
 def openvino(peer: OpenVino, output_tokens: int) -> dict[str, Arm]:
     """Plain, and speculative with several numbers of draft tokens."""
-    complete = partial(peer.complete, max_tokens=output_tokens)
+
+    def complete(k: int, prompts: Sequence[Tokens]) -> float:
+        name = "speculative" if k else "plain"
+        seconds, outputs = peer.complete(name, prompts, output_tokens, k=k)
+        return sum(len(output) for output in outputs) / seconds
+
     return {
-        "OpenVINO GenAI, plain": partial(complete, k=0),
-        **{f"OpenVINO GenAI, speculative, k={k}": partial(complete, k=k) for k in OPENVINO_K},
+        "OpenVINO GenAI, plain": partial(complete, 0),
+        **{f"OpenVINO GenAI, speculative, k={k}": partial(complete, k) for k in OPENVINO_K},
     }
 
 

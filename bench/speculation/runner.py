@@ -12,7 +12,8 @@ import torch
 
 from bench.inflate import BUNDLED, Pair, inflated_pair
 from bench.measure import Meter
-from bench.speculation import agreement, openvino_peer, peers, precision, sweep
+from bench.openvino import peer as openvino_peer
+from bench.speculation import agreement, peers, precision, sweep
 from bench.speculation.agreement import Agreement
 from bench.speculation.cells import TEMPERATURE, Group, designed, everything
 from bench.speculation.peers import PeerRow
@@ -139,7 +140,10 @@ class Benchmark:
         with ExitStack() as stack:
             if python is not None:
                 try:
-                    child = stack.enter_context(openvino_peer.running(python, pair, self._options.threads))
+                    pipelines = peers.openvino_pipelines(pair)
+                    child = stack.enter_context(
+                        openvino_peer.running(python, pipelines, self._options.threads)
+                    )
                     everybody |= peers.openvino(child, OUTPUT_TOKENS)
                 except ConfigError as error:
                     self._skip(f"{name}: OpenVINO GenAI", str(error))

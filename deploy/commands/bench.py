@@ -50,3 +50,14 @@ def kernels(rounds: int, threads: int, out: Path, as_json: bool) -> None:
         raise ConfigError(f"there is nothing of ours to compare: {error}") from error
     if as_json:
         print(json.dumps(content))
+
+
+def peers(
+    shape: str, rounds: int, threads: int, openvino_python: Path | None, out: Path, as_json: bool
+) -> None:
+    """Ourselves beside others on one checkpoint. Raises `ConfigError` for what cannot be measured here."""
+    from bench.peers.run import Options, run
+
+    content = run(Options(shape, rounds, threads, openvino_python, out), as_json)
+    if as_json:
+        print(json.dumps(content))

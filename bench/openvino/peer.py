@@ -5,37 +5,49 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from bench.inflate import Pair
 from bench.speculation.text import Tokens
 from tandem.engine.native.build import cache_folder
 from tandem.errors import ConfigError
 from tandem.fingerprint import checkpoint_digest
 
-CHILD = Path(__file__).with_name("openvino_child.py")
+CHILD = Path(__file__).with_name("child.py")
 NEEDED = "it needs openvino-genai, and optimum-intel to convert the checkpoints"
-EXPORT_TIMEOUT_S = 900
-K = (3, 5)
+EXPORT_TIMEOUT_S = 1800
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """One model as OpenVINO runs it."""
+
+    target: Path  # a checkpoint of ours
+    draft: Path | None = None
+    bits: int = 16  # of the target's weights: 16 (as in the file), 8 or 4
+    cache_gb: int = 0  # 0: the simple pipeline; more: continuous batching with so much KV
 
 
 class OpenVino:
-    """Two pipelines, plain and speculative, in another process."""
+    """Pipelines by name, in another process."""
 
     def __init__(self, child: subprocess.Popen[str], errors: IO[str]) -> None:
         self._child = child
         self._errors = errors
 
-    def complete(self, prompts: Sequence[Tokens], max_tokens: int, k: int) -> float:
-        """Output tokens per second, one prompt after the other; k = 0 is plain decoding.
+    def complete(
+        self, name: str, prompts: Sequence[Tokens], max_tokens: int, *, k: int = 0, together: bool = False
+    ) -> tuple[float, list[list[int]]]:
+        """Seconds and outputs, one prompt after the other or all at once; k = 0 drafts nothing.
 
         Raises `ConfigError` if the child has ended.
         """
-        answer = self._ask({"prompts": prompts, "max_tokens": max_tokens, "k": k})
-        return sum(len(output) for output in answer["outputs"]) / float(answer["seconds"])
+        request = {"pipeline": name, "prompts": prompts, "max_tokens": max_tokens, "k": k}
+        answer = self._ask(request | {"together": together})
+        return float(answer["seconds"]), answer["outputs"]
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._child.stdin is not None
@@ -53,10 +65,18 @@ class OpenVino:
 
 
 @contextmanager
-def running(python: Path, pair: Pair, threads: int) -> Iterator[OpenVino]:
+def running(python: Path, pipelines: Mapping[str, Pipeline], threads: int) -> Iterator[OpenVino]:
     """Raises `ConfigError` if the checkpoints cannot be converted by that Python."""
-    folders = [_converted(python, path) for path in pair]
-    command = [str(part) for part in (python, "-I", CHILD, "serve", *folders, threads)]
+    wanted = {
+        name: {
+            "target": str(_converted(python, each.target, each.bits)),
+            "draft": str(_converted(python, each.draft)) if each.draft else None,
+            "cache_gb": each.cache_gb,
+        }
+        for name, each in pipelines.items()
+    }
+    settings = json.dumps({"threads": threads, "pipelines": wanted})
+    command = [str(part) for part in (python, "-I", CHILD, "serve", settings)]
     pipe = subprocess.PIPE
     with (
         tempfile.TemporaryFile("w+") as errors,
@@ -72,14 +92,14 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["it said nothing"])[-1]
 
 
-def _converted(python: Path, checkpoint: Path) -> Path:
+def _converted(python: Path, checkpoint: Path, bits: int = 16) -> Path:
     """The checkpoint in OpenVINO's format: made once, kept in the user's cache by content."""
-    place = cache_folder() / "openvino" / checkpoint_digest(checkpoint).hex()[:16]
+    place = cache_folder() / "openvino" / f"{checkpoint_digest(checkpoint).hex()[:16]}-{bits}"
     if not place.exists():
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
             folder = Path(scratch) / "model"
-            command = [str(part) for part in (python, "-I", CHILD, "export", checkpoint, folder)]
+            command = [str(part) for part in (python, "-I", CHILD, "export", checkpoint, folder, bits)]
             try:
                 done = subprocess.run(
                     command, capture_output=True, text=True, timeout=EXPORT_TIMEOUT_S, check=False

@@ -1,0 +1,1 @@
+"""OpenVINO GenAI as a peer, in the Python that has it."""
