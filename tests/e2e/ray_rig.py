@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import socket
 import tempfile
 from pathlib import Path
@@ -88,3 +89,10 @@ async def until(condition, within_s: float = PATIENCE_S) -> None:
     async with asyncio.timeout(within_s):
         while not await asyncio.to_thread(condition):  # noqa: ASYNC110 (nobody tells a test)
             await asyncio.sleep(0.1)
+
+
+def sides_of(built: ClusterConfig) -> dict[str, dict[str, object]]:
+    """Pools and time limits as `engine_kwargs`; what to serve and where is said by other arguments."""
+    values = json.loads(built.to_json())
+    router = {"default_timeout_s": values["router"]["default_timeout_s"]}
+    return {"cache": values["cache"], "kvstore": values["kvstore"], "router": router}
