@@ -7,6 +7,7 @@ import functools
 import json
 import socket
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -14,7 +15,7 @@ from ray import serve
 
 from deploy.cluster.application import APP
 from tandem.client import TandemClient
-from tandem.config import ClusterConfig
+from tandem.config import ClusterConfig, SecurityConfig
 from tandem.sampling import SamplingParams
 from tests.checkpoints import save_llama
 from tests.e2e.harness import Result, config
@@ -30,14 +31,15 @@ def long_llama() -> Path:
     return save_llama(Path(tempfile.mkdtemp(prefix="tandem-test-")) / "long-llama", max_context=2048)
 
 
-def settings(**router: object) -> ClusterConfig:
-    return config(
+def settings(security: SecurityConfig | None = None, **router: object) -> ClusterConfig:
+    built = config(
         prefill_blocks=512,
         decode_blocks=2048,
         store_blocks=2048,
         model={"path": long_llama()},
         router={"default_timeout_s": PATIENCE_S, **router},
     )
+    return replace(built, security=security or SecurityConfig())
 
 
 def free_port() -> int:
@@ -96,3 +98,10 @@ def sides_of(built: ClusterConfig) -> dict[str, dict[str, object]]:
     values = json.loads(built.to_json())
     router = {"default_timeout_s": values["router"]["default_timeout_s"]}
     return {"cache": values["cache"], "kvstore": values["kvstore"], "router": router}
+
+
+def nodes_of(deployment: str) -> set[str]:
+    """Ids of the nodes on which a deployment's replicas are alive."""
+    details = serve.context._get_global_client().get_serve_details()
+    found = details["applications"][APP]["deployments"][deployment]["replicas"]
+    return {replica["node_id"] for replica in found if replica["state"] == "RUNNING"}
