@@ -4,8 +4,9 @@ One `Handoff` per prompt, living on the event loop. The compute thread says how 
 full blocks leave at once, the last one when the prompt is complete. The blocks stay in the pool under
 a hold of their own until the store has them, whatever happens to the request meanwhile.
 
-A draft model's KV goes beside it as an object of its own. What goes wrong with that costs the decode worker
-the time to read the prompt for its draft, and nobody else anything.
+When the object is sealed, the pieces of the prompt's beginning are published for others
+(prefill_worker/prefixes.py). A draft model's KV goes beside it as an object of its own; what goes wrong
+with that costs the decode worker the time to read the prompt for its draft, and nobody else anything.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from kvstore.client import KvClient
 from kvstore.key import KvHandle
 from prefill_worker.job import PrefillJob
+from prefill_worker.prefixes import PrefixCache
 from prefill_worker.sender import DraftSender, Format, ObjectSender
 from tandem.config import ClusterConfig
 from tandem.engine.block_pool import BlockPool
@@ -38,18 +40,19 @@ class HandoffContext:
     pool: BlockPool
     form: Format
     draft_cache: PagedCache | None = None
+    prefixes: PrefixCache | None = None
 
     @classmethod
     def of(
         cls, config: ClusterConfig, engine: Engine, client: KvClient, fingerprint: bytes
     ) -> HandoffContext:
-        return cls(
-            client,
-            engine.model.cache,
-            engine.pool,
-            Format(dtype=config.model.dtype, fingerprint=fingerprint, chunk_bytes=config.kvstore.chunk_bytes),
-            engine.draft.cache if engine.draft else None,
+        form = Format(
+            dtype=config.model.dtype, fingerprint=fingerprint, chunk_bytes=config.kvstore.chunk_bytes
         )
+        cache, draft_cache = engine.model.cache, engine.draft.cache if engine.draft else None
+        prefixes = PrefixCache(client, cache, form, config.kvstore.prefix_tokens)
+        keeps_prefixes = config.cache.prefix_bytes > 0
+        return cls(client, cache, engine.pool, form, draft_cache, prefixes if keeps_prefixes else None)
 
 
 async def release_handle(client: KvClient, handle: KvHandle) -> None:
@@ -99,6 +102,8 @@ class Handoff:
                 await release_handle(self._context.client, self._job.handle)  # too late to forget it
             elif self._job.handle is not None:
                 self._job.emit(self._job.handle)
+                if self._context.prefixes is not None:
+                    await self._context.prefixes.publish(self._job, self._blocks)
         except TandemError as error:
             self._fail(error)
         except Exception:

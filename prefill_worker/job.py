@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from kvstore.key import KvHandle
@@ -26,6 +26,8 @@ class PrefillJob:
     arrived_s: float = field(default_factory=time.monotonic)
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose KV is in the cache
+    pieces: Sequence[KvHandle] = ()  # of its beginning, cached in the store
+    num_cached: int = 0  # tokens whose KV came from there
     num_overtaken: int = 0  # batches of younger prompts that started while there was no memory for this one
     handle: KvHandle | None = None  # once the store has sealed the KV
     has_draft_kv: bool = True  # as far as the draft model, if there is one, could follow

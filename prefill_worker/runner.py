@@ -7,6 +7,7 @@ never a prompt.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -40,6 +41,7 @@ class PrefillStats:
     num_prompts: int = 0
     num_tokens: int = 0
     num_padded_rows: int = 0  # attention rows computed for nothing
+    compute_s: float = 0.0
     queue_s: float = 0.0  # summed over prompts: arrival until the first chunk starts
 
     @property
@@ -59,8 +61,10 @@ class PrefillRunner:
 
     def run(self, chunks: Sequence[Chunk]) -> list[SampledToken | BadLogits | None]:
         """Compute the chunks; one sampled token for each that completes its prompt, else None."""
+        started_s = time.monotonic()
         batch = self._model.batch([self._rows(chunk) for chunk in chunks])
         logits = self._model.forward(batch)
+        self.stats.compute_s += time.monotonic() - started_s
         if self._draft is not None:
             self._read_for_draft(self._draft, chunks)
         for chunk in chunks:

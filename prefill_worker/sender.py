@@ -50,6 +50,16 @@ def parts_of(cache: PagedCache, chunk_bytes: int, start: int, end: int) -> list[
     ]
 
 
+async def export_part(
+    cache: PagedCache, blocks: Sequence[int], num_tokens: int, part: ChunkRange
+) -> memoryview:
+    """The bytes of a part of `blocks`, which hold `num_tokens` tokens in all."""
+    size, last = cache.block_size, part.block_start + part.num_blocks
+    num_in_part = min(num_tokens, last * size) - part.block_start * size
+    chosen = blocks[part.block_start : last]
+    return await to_thread_to_end(export_kv, cache, chosen, num_in_part, part.layer_start, part.num_layers)
+
+
 class ObjectSender:
     """`async with ObjectSender(…) as sender`: send what is ready, then seal; leaving before that aborts."""
 
@@ -102,13 +112,7 @@ class ObjectSender:
         )
 
     async def _send_part(self, part: ChunkRange) -> None:
-        size = self._cache.block_size
-        last = part.block_start + part.num_blocks
-        num_tokens = min(self._job.num_tokens, last * size) - part.block_start * size
-        blocks = self._blocks[part.block_start : last]
-        payload = await to_thread_to_end(
-            export_kv, self._cache, blocks, num_tokens, part.layer_start, part.num_layers
-        )
+        payload = await export_part(self._cache, self._blocks, self._job.num_tokens, part)
         await self._writer.write(part, payload)
 
 

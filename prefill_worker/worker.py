@@ -1,9 +1,10 @@
 """The prefill worker: one compute thread that turns prompts into first tokens and KV.
 
 The life of a prompt here:
- 1. `submit` (any thread) puts it in the inbox and wakes the compute thread.
+ 1. `submit` (any thread) looks for its beginning in the store's cache, puts it in the inbox and wakes the
+    compute thread.
  2. It waits in its length bucket, briefly, for company.
- 3. Blocks for all of its tokens are taken from the pool, or it goes on waiting.
+ 3. Blocks for all of its tokens are taken from the pool, or it goes on waiting. What is cached is placed.
  4. It is computed in chunks of at most the token budget; a long prompt takes turns with short ones.
  5. After each chunk the hand-off sends the finished blocks to the store.
  6. The first token is sampled and emitted at once. If it ends the request, the KV is not needed.
@@ -19,9 +20,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from prefill_worker.buckets import LengthBuckets
-from prefill_worker.handoff import HOLD, Handoff, HandoffContext, release_handle
+from prefill_worker.handoff import HOLD, HandoffContext
+from prefill_worker.handoffs import Handoffs
 from prefill_worker.job import Event, PrefillJob
 from prefill_worker.runner import Chunk, PrefillRunner
 from tandem.config import PrefillConfig
@@ -62,14 +65,14 @@ class PrefillWorker:
         self._model = model
         self._pool = pool
         self._tokenizer = tokenizer
-        self._handoff_context = handoff
         self._runner = PrefillRunner(model, draft)
         self.stats = self._runner.stats
         self._buckets = LengthBuckets(config)
         self._long: deque[PrefillJob] = deque()  # prompts with chunks left
         self._inbox: deque[PrefillJob] = deque()
-        self._handoffs: dict[PrefillJob, Handoff] = {}  # event loop only
-        self._releases: set[asyncio.Task[None]] = set()  # event loop only
+        self._restored: deque[PrefillJob] = deque()  # with the cached part of their prompt in the pool
+        self._handoffs = Handoffs(handoff, self._notify)  # event loop only
+        self._prefixes = handoff.prefixes  # event loop only
         self._wake = threading.Condition()
         self._stopping = False
         self._long_is_next = False
@@ -83,7 +86,8 @@ class PrefillWorker:
 
     @property
     def num_running(self) -> int:
-        return len(self._long) + len(self._handoffs)
+        finding = self._prefixes.num_running if self._prefixes else 0
+        return len(self._long) + len(self._handoffs) + len(self._restored) + finding
 
     def audit(self) -> PoolAudit:
         return self._pool.audit()
@@ -97,37 +101,49 @@ class PrefillWorker:
         needed, most = num_blocks(len(work.token_ids), self._pool.block_size), self._pool.num_blocks
         if needed > most:
             raise InvalidRequest("NEVER_FITS", f"prompt needs {needed} KV blocks; the worker has {most}")
+        if self._stopping:
+            raise Unavailable.draining()
         job = PrefillJob(work, lambda event: self._post(emit, event))
-        with self._wake:
-            if self._stopping:
-                raise Unavailable.draining()
-            self._inbox.append(job)
-            self._wake.notify()
+        if self._prefixes is not None and self._prefixes.may_help(job):
+            self._loop.call_soon_threadsafe(self._prefixes.start_find, job, self._enter)
+        else:
+            self._enter(job)
         return job
 
     def cancel(self, job: PrefillJob) -> None:
         """Stop working on a prompt. Call on the event loop; unknown or finished jobs are ignored."""
         job.is_cancelled = True
-        self._give_up(job)
-        if job.handle is not None:  # sealed, but perhaps never received
-            task = self._loop.create_task(release_handle(self._handoff_context.client, job.handle))
-            self._releases.add(task)
-            task.add_done_callback(self._releases.discard)
-        with self._wake:
-            self._wake.notify()
+        self._handoffs.cancel(job)
+        self._notify()
 
     async def stop(self) -> None:
         """Finish the current chunk, send the rest away, wait for hand-offs on their way."""
-        with self._wake:
-            self._stopping = True
-            self._wake.notify()
+        self._stopping = True
+        self._notify()
         await asyncio.to_thread(self._thread.join)
-        for job, handoff in list(self._handoffs.items()):
-            if job.num_left:
-                handoff.give_up()
-            await handoff.wait()
-        if self._releases:
-            await asyncio.wait(self._releases)
+        if self._prefixes is not None:
+            await self._prefixes.stop()
+        await self._handoffs.stop()
+
+    def _enter(self, job: PrefillJob) -> None:
+        """In line for its blocks."""
+        self._pass_on(job, self._inbox)
+
+    def _go_on(self, job: PrefillJob) -> None:
+        """Compute what was not cached."""
+        self._pass_on(job, self._restored)
+
+    def _pass_on(self, job: PrefillJob, line: deque[PrefillJob]) -> None:
+        with self._wake:
+            if not self._stopping:
+                line.append(job)
+                return self._wake.notify()
+        return self._refuse(job, Unavailable.draining())
+
+    def _notify(self) -> None:
+        """Something changed that the compute thread may wait for, free blocks for one."""
+        with self._wake:
+            self._wake.notify()
 
     def _post(self, emit: Callable[[Event], None], event: Event) -> None:
         self._loop.call_soon_threadsafe(emit, event)
@@ -140,9 +156,9 @@ class PrefillWorker:
                 self._step()
             except Exception:  # the top of the loop: one bad step must not end the worker
                 log.exception("prefill step failed")
-        left = [*self._long, *self._buckets.drop(lambda job: True), *self._inbox]
-        self._long.clear()
-        self._inbox.clear()
+        left = [*self._long, *self._buckets.drop(lambda job: True), *self._inbox, *self._restored]
+        for line in (self._long, self._inbox, self._restored):
+            line.clear()
         for job in left:
             self._refuse(job, Unavailable.draining())
 
@@ -152,6 +168,8 @@ class PrefillWorker:
             while not self._stopping:
                 while self._inbox:
                     self._buckets.add(self._inbox.popleft())
+                while self._restored:
+                    self._long.appendleft(self._restored.popleft())
                 self._buckets.drop(self._is_departed)  # they hold nothing yet
                 due_s, now_s = self._buckets.due_s(time.monotonic()), time.monotonic()
                 is_due = due_s is not None and due_s <= now_s
@@ -194,9 +212,11 @@ class PrefillWorker:
         batch = self._buckets.next_batch(self._allocate)
         for job in batch:
             self._runner.stats.queue_s += time.monotonic() - job.arrived_s
-            if job.num_tokens > self._config.token_budget:
+            if job.pieces and self._prefixes is not None:
+                self._loop.call_soon_threadsafe(self._prefixes.start_restore, job, self._go_on)
+            elif job.num_tokens > self._config.token_budget:
                 self._long.append(job)
-        return [self._chunk(job) for job in batch]
+        return [self._chunk(job) for job in batch if not job.pieces]
 
     def _chunk(self, job: PrefillJob) -> Chunk:
         return Chunk(job, min(job.num_left, self._config.token_budget))
@@ -237,7 +257,7 @@ class PrefillWorker:
             return True
         stream = job.work.output_stream(self._tokenizer, self._model.eos_token_ids)
         delta = stream.append(token.token_id, logprobs_of(token))
-        job.emit(delta)
+        job.emit(replace(delta, cached=min(job.num_cached, job.work.num_prompt_tokens)))
         return delta.finish is not None
 
     def _fail(self, jobs: list[PrefillJob], error: Exception) -> None:
@@ -263,7 +283,7 @@ class PrefillWorker:
         """The prompt leaves: its hand-off gives up, its blocks are free once nobody reads them."""
         job.is_cancelled = True
         if job.is_handed_off:
-            self._loop.call_soon_threadsafe(self._give_up, job)
+            self._loop.call_soon_threadsafe(self._handoffs.give_up, job)
         self._free(job)
 
     def _free(self, job: PrefillJob) -> None:
@@ -275,23 +295,5 @@ class PrefillWorker:
         if not job.is_handed_off:
             self._pool.hold(job.work.request_id, HOLD, generation=job.work.epoch)
             job.is_handed_off = True
-            self._loop.call_soon_threadsafe(self._start_handoff, job, tuple(job.blocks))
-        self._loop.call_soon_threadsafe(self._advance, job, job.num_computed)
-
-    # --- event loop ---
-
-    def _start_handoff(self, job: PrefillJob, blocks: tuple[int, ...]) -> None:
-        self._handoffs[job] = Handoff(self._handoff_context, job, blocks, self._handoff_ended)
-
-    def _advance(self, job: PrefillJob, num_computed: int) -> None:
-        if job in self._handoffs:
-            self._handoffs[job].advance(num_computed)
-
-    def _give_up(self, job: PrefillJob) -> None:
-        if job in self._handoffs:
-            self._handoffs[job].give_up()
-
-    def _handoff_ended(self, job: PrefillJob) -> None:
-        del self._handoffs[job]
-        with self._wake:  # its blocks may be what somebody waits for
-            self._wake.notify()
+            self._loop.call_soon_threadsafe(self._handoffs.start, job, tuple(job.blocks))
+        self._loop.call_soon_threadsafe(self._handoffs.advance, job, job.num_computed)

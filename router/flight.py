@@ -88,7 +88,7 @@ class Flight:
         self._num_given = self._delivered = request.num_output_tokens
         self._delivered_s = request.lifecycle.received_s  # when, last
         self._num_admitted = 0
-        self._drafted = self._accepted = 0
+        self._drafted = self._accepted = self._cached = 0
         self._handle: kv_pb2.KvHandle | None = None  # stored KV that nobody has fetched yet
         self._new_ids: list[int] = []  # delivered, and not yet part of `request`
         self._replanned: set[str] = set()
@@ -149,6 +149,7 @@ class Flight:
             usage = Usage(
                 prompt=self.request.num_prompt_tokens,
                 completion=self._delivered,
+                cached=self._cached,
                 drafted=self._drafted,
                 accepted=self._accepted,
                 speculation=last.speculation,
@@ -267,6 +268,7 @@ class Flight:
         self._dispatcher.metrics.note_tokens(len(delta.token_ids), now_s - self._delivered_s, first=is_first)
         self._delivered, self._delivered_s = self._delivered + len(delta.token_ids), now_s
         self._drafted += delta.drafted
+        self._cached = max(self._cached, delta.cached)
         self._accepted += delta.accepted
         self._new_ids.extend(delta.token_ids)
         self._events.put_nowait(delta)

@@ -52,6 +52,7 @@ class OutputDelta:
     drafted: int = 0  # draft tokens proposed on the way to these tokens
     accepted: int = 0  # draft tokens among those proposed that the target accepted
     speculation: SpeculationUsage | None = None  # of the whole request, with its last token
+    cached: int = 0  # with the first token: prompt tokens whose KV was not computed again
 
     def followed_by(self, other: OutputDelta) -> OutputDelta:
         """Both as one."""
@@ -64,6 +65,7 @@ class OutputDelta:
             self.drafted + other.drafted,
             self.accepted + other.accepted,
             other.speculation,
+            max(self.cached, other.cached),
         )
 
     def to_pb(self) -> worker_pb2.OutputDelta:
@@ -75,6 +77,7 @@ class OutputDelta:
             drafted=self.drafted,
             accepted=self.accepted,
             speculation=self.speculation.to_pb() if self.speculation else None,
+            cached=self.cached,
         )
         set_matched_stop(message, self.matched_stop)
         return message
@@ -91,6 +94,7 @@ class OutputDelta:
             drafted=message.drafted,
             accepted=message.accepted,
             speculation=_speculation_of(message),
+            cached=message.cached,
         )
 
 

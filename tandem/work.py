@@ -30,6 +30,7 @@ class Work:
     deadline_s: float
     fingerprint: bytes
     speculation: SpeculationParams = field(default_factory=SpeculationParams)
+    tenant: str = ""
 
     @classmethod
     def of(cls, request: Request, epoch: int, fingerprint: bytes) -> Work:
@@ -42,6 +43,7 @@ class Work:
             deadline_s=request.deadline_s,
             fingerprint=fingerprint,
             speculation=request.speculation,
+            tenant=request.tenant,
         )
 
     @property
@@ -88,6 +90,7 @@ class Work:
             timeout_ms=timeout_ms,
             fingerprint=self.fingerprint,
             speculation=self.speculation.to_pb(),
+            tenant=self.tenant,
         )
 
     @classmethod
@@ -102,6 +105,7 @@ class Work:
             deadline_s=time.monotonic() + message.timeout_ms / 1e3,
             fingerprint=message.fingerprint,
             speculation=SpeculationParams.from_pb(message.speculation),
+            tenant=message.tenant,
         )
         if not work._is_complete:
             raise InvalidRequest("BAD_MESSAGE", "malformed request message")
