@@ -173,7 +173,7 @@ async def test_the_command_says_what_is_wrong_in_one_line_and_exits_with_2(tmp_p
     model = broken_model(tmp_path, "model.safetensors").model.path
     command = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", "from deploy.cli import main; main()"),
-        *("serve", "--model", str(model), "--port", "0"),
+        *("serve", "--model", str(model), "--port", "0", "--http-port", "0"),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
