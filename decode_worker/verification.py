@@ -6,7 +6,7 @@ gives the bonus token. Sampling states are advanced over every token taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,8 +73,10 @@ def _side_by_side(
         rows = [first_rows[i] + offset for i in matched]
         tokens = sampler.sample(logits[rows], [sequences[i].sampling for i in matched]) if matched else []
         results: dict[int, SampledToken | BadLogits] = dict(zip(matched, tokens, strict=True))
-        for i in judged:
-            results[i] = _judge(sequences[i], proposals[i], offset, logits[first_rows[i] + offset])
+        if judged:
+            rows = [first_rows[i] + offset for i in judged]
+            pairs = [(sequences[i], proposals[i]) for i in judged]
+            results |= zip(judged, _judge(pairs, offset, logits[rows]), strict=True)
         alive = [i for i in alive if _take(sequences[i], proposals[i], offset, results[i], advances[i])]
         offset += 1
 
@@ -98,22 +100,32 @@ def _take(
     return False
 
 
-def _judge(sequence: DecodeSequence, proposal: Proposal, offset: int, row: Any) -> SampledToken | BadLogits:
-    """Speculative sampling of one place: the draft token, or a recovered or bonus token."""
-    state = sequence.sampling
-    scores = process_logits(row[None], [state])
-    target_probs = scores[0].double().softmax(-1).cpu().numpy()
-    if not np.isfinite(target_probs).all():
-        return BadLogits()
+def _judge(pairs: Sequence[Pair], offset: int, logits: Any) -> list[SampledToken | BadLogits]:
+    """Speculative sampling of one place, `logits` [pairs, vocab]: draft tokens, recovered or bonus tokens."""
+    states = [sequence.sampling for sequence, _ in pairs]
+    probs = process_logits(logits, states).double().softmax(-1).cpu().numpy()
+    is_finite = np.isfinite(probs).all(-1)
+    seeds, positions = [state.seed for state in states], [state.position for state in states]
+    chances = {
+        stream: uniforms(seeds, positions, stream).tolist()
+        for stream in (Stream.TOKEN, Stream.ACCEPT, Stream.RESIDUAL)
+    }
+    results: list[SampledToken | BadLogits] = []
+    for i, (state, (_, proposal)) in enumerate(zip(states, pairs, strict=True)):
+        chance = {stream: found[i] for stream, found in chances.items()}
+        token_id = _choose(proposal, offset, probs[i], chance) if is_finite[i] else None
+        results.append(BadLogits() if token_id is None else sampled_token(token_id, logits[i], state))
+    return results
 
-    def chance(stream: Stream) -> float:
-        return float(uniforms([state.seed], [state.position], stream)[0])
 
+def _choose(
+    proposal: Proposal, offset: int, target_probs: acceptance.Probs, chance: Mapping[Stream, float]
+) -> int:
+    """The token of one place, by the numbers that belong to it."""
     if offset == len(proposal.token_ids):
-        return sampled_token(acceptance.draw(target_probs, chance(Stream.TOKEN)), row, state)
+        return acceptance.draw(target_probs, chance[Stream.TOKEN])
     draft_id = proposal.token_ids[offset]
     draft_probs = proposal.probs[offset] if proposal.probs else acceptance.point(draft_id, target_probs)
-    if acceptance.is_accepted(draft_id, draft_probs, target_probs, chance(Stream.ACCEPT)):
-        return sampled_token(draft_id, row, state)
-    rest = acceptance.residual(draft_probs, target_probs)
-    return sampled_token(acceptance.draw(rest, chance(Stream.RESIDUAL)), row, state)
+    if acceptance.is_accepted(draft_id, draft_probs, target_probs, chance[Stream.ACCEPT]):
+        return draft_id
+    return acceptance.draw(acceptance.residual(draft_probs, target_probs), chance[Stream.RESIDUAL])
