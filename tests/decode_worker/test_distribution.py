@@ -23,10 +23,10 @@ from tandem.engine.sampler import process_logits
 from tandem.engine.work_state import sampling_state
 from tandem.sampling import SamplingParams
 from tandem.speculation import SpeculationParams, SpeculationPolicy
-from tandem.tokenizer import Tokenizer
 from tandem.work import Work
 from tests.checkpoints import tiny_llama
 from tests.decode_worker.test_speculative import HANDLE, run
+from tests.serving import tokenizer
 
 NUM_DRAWS, BATCH, FALSE_ALARM = 20_000, 500, 1e-4
 NUM_TOKENS = 3  # the first two are counted; the third lets drafts reach further
@@ -74,7 +74,7 @@ def sequence(
         work,
         HANDLE,
         emit=lambda news: None,
-        output=work.output_stream(Tokenizer.from_dir(tiny_llama()), ()),
+        output=work.output_stream(tokenizer(), ()),
         sampling=sampling_state(work, target),
         blocks=[index],
     )
