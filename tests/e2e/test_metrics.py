@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -26,6 +28,7 @@ from tests.web import get, post
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
+ROOT = Path(__file__).resolve().parents[2]
 PREFILL, DECODE = ("prefill", "prefill-0"), ("decode", "decode-0")
 
 
@@ -117,3 +120,10 @@ async def test_a_refused_body_is_counted_as_one(cluster):
             after["tandem_admission_decisions_total", "refused", reply.code]
             == 1 + (before["tandem_admission_decisions_total", "refused", reply.code])
         )
+
+
+async def test_the_documentation_names_every_metric_there_is(cluster):
+    documented = set(re.findall(r"`(tandem_\w+)`", (ROOT / "docs" / "http.md").read_text()))
+    reply = await get(cluster.http_address, "/metrics")
+    served = set(re.findall(r"^# TYPE (\w+)", reply.body.decode(), re.MULTILINE))
+    assert served == documented
