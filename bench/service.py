@@ -84,11 +84,11 @@ def prompts_of(path: Path, count: int) -> list[list[int]]:
 
 
 @contextmanager
-def serving(path: Path, draft: str) -> Iterator[str]:
+def serving(path: Path, draft: str, *options: str) -> Iterator[str]:
     """The address of a service started for this block by the command line."""
-    command = [sys.executable, "-m", "deploy.cli", "serve", "--port", "0", "--json"]
+    command = [sys.executable, "-m", "deploy.cli", "serve", "--port", "0", "--http-port", "0", "--json"]
     process = subprocess.Popen(
-        [*command, "--model", str(path), "--draft", draft], stdout=subprocess.PIPE, text=True
+        [*command, "--model", str(path), "--draft", draft, *options], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     try:
