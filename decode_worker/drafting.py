@@ -15,6 +15,8 @@ from tandem.config import SpeculationConfig
 from tandem.engine.costs import measure_costs
 from tandem.engine.loading import Engine
 
+TYPICAL_DEPTH = 3  # draft tokens at which a draft's forward is timed
+
 
 def make_decoder(config: SpeculationConfig, engine: Engine) -> Decoder:
     """Plain, or speculative with the configured draft."""
@@ -28,7 +30,8 @@ def make_decoder(config: SpeculationConfig, engine: Engine) -> Decoder:
     else:
         return PlainDecoder(engine.model)
     # Costs are measured now, before anybody owns a block.
-    costs = StepCosts(measure_costs(engine.model), measure_costs(engine.draft) if engine.draft else None)
+    drafting = measure_costs(engine.draft, depth=TYPICAL_DEPTH) if engine.draft else None
+    costs = StepCosts(measure_costs(engine.model), drafting)
     return SpeculativeDecoder(engine.model, draft, _lookahead(config, costs), costs)
 
 

@@ -25,7 +25,7 @@ def measure(target: ModelRunner, draft: ModelRunner | None, batch: int, k: int) 
     """Overwrites the cache's first blocks. Without a draft model drafting costs nothing."""
     rows = (batch, batch * (k + 1))
     target_s, verify_s = measure_costs(target, rows).seconds
-    draft_s = measure_costs(draft, rows[:1]).seconds[0] if draft else 0.0
+    draft_s = measure_costs(draft, rows[:1], depth=k).seconds[0] if draft else 0.0
     return StepCosts(draft_s, target_s, verify_s)
 
 

@@ -76,11 +76,15 @@ class LiveCosts:
             self._seconds[index] *= 1 + change * max(weight, FOLLOW_ALL)
 
 
-def measure_costs(model: ModelRunner, rows: Sequence[int] = ROWS) -> ForwardCosts:
-    """Best of a few forwards of one row per sequence. Writes to the first blocks: nobody may own them yet."""
-    block_size = model.cache.block_size
-    context = min(CONTEXT, model.cache.num_blocks * block_size) - 1
-    table = range(-(-(context + 1) // block_size))
+def measure_costs(model: ModelRunner, rows: Sequence[int] = ROWS, depth: int = 1) -> ForwardCosts:
+    """Best of a few forwards of one row per sequence. Writes to the first blocks: nobody may own them yet.
+
+    With a `depth` above 1 and a model that guesses in one call, of a forward in a guess of that many tokens.
+    """
+    size = model.cache.block_size
+    depth = min(depth, model.cache.num_blocks * size) if model.can_guess else 1
+    context = min(CONTEXT, model.cache.num_blocks * size) - depth
+    table = range(-(-(context + depth) // size))
     batches = [[SequenceRows((0,), context, table)] * num_rows for num_rows in rows]
     best_s = [float("inf")] * len(batches)
     began_s = time.perf_counter()
@@ -88,7 +92,14 @@ def measure_costs(model: ModelRunner, rows: Sequence[int] = ROWS) -> ForwardCost
         if number >= REPEATS and time.perf_counter() - began_s > PATIENCE_S:
             break
         for index, batch in enumerate(batches):  # in turns: a disturbance hits all sizes alike
-            start_s = time.perf_counter()
-            model.forward(model.batch(batch))
-            best_s[index] = min(best_s[index], time.perf_counter() - start_s)
+            best_s[index] = min(best_s[index], _seconds_per_forward(model, batch, depth))
     return ForwardCosts(tuple(rows), tuple(accumulate(best_s, max)))  # more rows never cost less
+
+
+def _seconds_per_forward(model: ModelRunner, batch: list[SequenceRows], depth: int) -> float:
+    began_s = time.perf_counter()
+    if depth > 1:
+        model.guess(batch, [depth] * len(batch), [0.0] * len(batch))
+    else:
+        model.forward(model.batch(batch))
+    return (time.perf_counter() - began_s) / depth

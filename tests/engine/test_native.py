@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.batch import SequenceRows
+from tandem.engine.costs import measure_costs
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.native import build, library
 from tandem.engine.native.build import NotNativeError
@@ -228,3 +229,17 @@ def test_a_model_without_numbers_guesses_tokens_of_the_vocabulary(make_runner):
     rows = [SequenceRows([3], 10, [0])]
     assert runner.guess(rows, [4], [0.0])[0].token_ids == [0, 0, 0, 0]
     assert runner.guess(rows, [4], [0.1])[0].is_unsure
+
+
+def test_the_cost_of_a_draft_is_that_of_guessing(make_runner, monkeypatch):
+    """A forward inside a guess, without Python between the forwards."""
+    runner = make_runner("llama3", implementation="native")
+    calls = []
+    guess = runner.guess
+    monkeypatch.setattr(runner, "guess", lambda *args: calls.append(args[1]) or guess(*args))
+    costs = measure_costs(runner, (1, 4), depth=3)
+    assert set(map(tuple, calls)) == {(3,), (3, 3, 3, 3)}
+    assert 0 < costs.seconds[0] <= costs.seconds[1]
+    calls.clear()
+    measure_costs(runner, (1, 4))
+    assert not calls
