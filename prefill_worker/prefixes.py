@@ -31,6 +31,7 @@ from tandem.threads import to_thread_to_end
 log = logging.getLogger(__name__)
 FIND_S = 0.25
 RESTORE_S = 2.0  # what is not here by then is computed
+AT_ONCE = 8  # pieces of one prompt on their way
 
 
 @dataclass(slots=True)
@@ -123,22 +124,33 @@ class PrefixCache:
 
     async def _restore(self, job: PrefillJob) -> None:
         started_s = time.monotonic()
-        try:
-            async with asyncio.timeout(RESTORE_S):
-                for place, handle in enumerate(job.pieces):
-                    if job.is_cancelled:
-                        return
+        is_restored = [False] * len(job.pieces)
+        some = asyncio.Semaphore(AT_ONCE)
+
+        async def restore(place: int, handle: KvHandle) -> None:
+            async with some:
+                if not job.is_cancelled:
                     await self._restore_piece(job, handle, self._blocks_of(place, job.blocks))
-                    job.num_cached += self._piece_tokens
-                    self.stats.num_bytes += handle.num_bytes
-        except (TandemError, TimeoutError) as error:
-            self._note("restore", error)
+                    is_restored[place] = True
+
+        try:
+            async with asyncio.timeout(RESTORE_S), asyncio.TaskGroup() as group:
+                for place, handle in enumerate(job.pieces):
+                    group.create_task(restore(place, handle))
+        except* (TandemError, TimeoutError) as errors:
+            self._note("restore", errors.exceptions[0])
         finally:
-            job.num_computed = job.num_cached
-            job.has_draft_kv = job.has_draft_kv and not job.num_cached  # a draft model has not read these
-            self.stats.num_hits += job.num_cached > 0
-            self.stats.num_tokens += job.num_cached
-            self.stats.restore_s += time.monotonic() - started_s
+            num_pieces = [*is_restored, False].index(False)  # up to the first that is missing
+            self._count(job, num_pieces, time.monotonic() - started_s)
+
+    def _count(self, job: PrefillJob, num_pieces: int, seconds: float) -> None:
+        job.num_computed = job.num_cached = num_pieces * self._piece_tokens
+        if job.num_cached:
+            job.has_draft_kv = False  # a draft model has not read these tokens
+            self.stats.num_hits += 1
+        self.stats.num_tokens += job.num_cached
+        self.stats.num_bytes += sum(handle.num_bytes for handle in job.pieces[:num_pieces])
+        self.stats.restore_s += seconds
 
     async def _restore_piece(self, job: PrefillJob, handle: KvHandle, blocks: Sequence[int]) -> None:
         """A piece counts only when all of it was checked; until then its blocks are as good as empty."""

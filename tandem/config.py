@@ -191,7 +191,7 @@ class KvStoreConfig:
     put_deadline_s: float = 10.0
     lease_s: float = 30.0
     prefix_s: float = 600.0  # a cached prefix that nobody used for this long goes
-    prefix_tokens: int = 64  # tokens of one cached piece of a prefix
+    prefix_tokens: int = 128  # tokens of one cached piece of a prefix
     sweep_s: float = 0.5
 
     def __post_init__(self) -> None:
