@@ -51,8 +51,9 @@ class Location:
 class Mappable(Protocol):
     """A backend whose objects a process on the same host can map."""
 
-    def locate(self, key: ObjectKey) -> Location:
-        """Where the object is, as long as it is not deleted; a mapping made before stays good after."""
+    def locate(self, key: ObjectKey) -> Location | None:
+        """Where the object is, as long as it is not deleted; a mapping made before stays good after. None if
+        this one cannot be mapped."""
 
 
 def known_schemes() -> list[str]:
@@ -60,7 +61,15 @@ def known_schemes() -> list[str]:
 
 
 def backend_from_url(url: str) -> Backend:
-    """Open the backend that the URL's scheme names, `memory://` for one. `rediss` is `redis` over TLS."""
+    """Open the backend that the URL's scheme names, `memory://` for one, or several as tiers
+    (kvstore/tiers.py): `memory://?bytes=N+disk:///PATH`."""
+    from kvstore.tiers import open_tiers, split_tiers
+
+    return open_tiers(split_tiers(url), _open_one)
+
+
+def _open_one(url: str) -> Backend:
+    """`rediss` is `redis` over TLS."""
     scheme = urlsplit(url).scheme
     module = "redis" if scheme == "rediss" else scheme
     known = known_schemes()

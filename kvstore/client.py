@@ -116,11 +116,12 @@ class KvClient:
                     await self.release(handle, holder)
 
     async def _mapped(self, handle: KvHandle, holder: str, lease_s: float) -> Iterator[Buffer] | None:
-        """Leased and mapped, or None: then nothing of this store can be mapped here, now or later."""
+        """Leased and mapped, or None. A store of which nothing can be mapped here is not asked again."""
         request = pb.MapKvRequest(handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s))
-        mapped = MappedObject.from_pb(await self._ask(self._stub.MapKv, request))
+        response: pb.MapKvResponse = await self._ask(self._stub.MapKv, request)
+        mapped = MappedObject.from_pb(response)
         messages = mapped.messages() if mapped else None
-        self._may_map = messages is not None
+        self._may_map = messages is not None or response.may_map_others
         return messages
 
     async def _ask(self, method: Any, request: Any) -> Any:

@@ -76,7 +76,7 @@ class KvServicer:
     async def MapKv(self, request: pb.MapKvRequest, context: Context) -> pb.MapKvResponse:
         handle, lease_s = KvHandle.from_pb(request.handle), request.lease_ms / 1000
         mapped = await self._turns.take(self._store.lease_to_map, handle, request.holder, lease_s)
-        return mapped.to_pb() if mapped else pb.MapKvResponse()
+        return mapped.to_pb() if mapped else pb.MapKvResponse(may_map_others=self._store.may_map)
 
     async def FindKv(self, request: pb.FindKvRequest, context: Context) -> pb.FindKvResponse:
         require(len(request.object_ids) <= MAX_PIECES)

@@ -28,6 +28,7 @@ from kvstore.key import Buffer, KvHandle, ObjectKey, require
 from kvstore.mapping import MappedObject
 from kvstore.objects import KvObject, Lease, ObjectStat, ObjectState, PutTicket, StoreCounters
 from kvstore.records import ChunkHeader, ObjectHeader, Seal
+from kvstore.refusals import refuse_full
 from kvstore.turns import Turns
 from kvstore.wire import encode
 from tandem.config import KvStoreConfig
@@ -135,13 +136,21 @@ class KvStore:
 
     def lease_to_map(self, handle: KvHandle, holder: str, lease_s: float = 0.0) -> MappedObject | None:
         """Lease the object and say where a reader on this host can map it. None, and nothing leased, if
-        the backend keeps nothing of the kind."""
+        it cannot be mapped."""
         if not isinstance(self._backend, Mappable):
             return None
-        self.lease(handle, holder, lease_s)
-        obj = self._known(handle)
+        lease = self.lease(handle, holder, lease_s)
+        obj, location = self._leased(lease), self._backend.locate(handle.key)
+        if location is None:
+            self.end(lease)
+            return None
         assert obj.seal is not None, obj.state
-        return MappedObject(self._backend.locate(obj.key), encode(obj.header), encode(obj.seal))
+        return MappedObject(location, encode(obj.header), encode(obj.seal))
+
+    @property
+    def may_map(self) -> bool:
+        """Whether any object of this store can be mapped."""
+        return isinstance(self._backend, Mappable)
 
     def renew(self, handle: KvHandle, holder: str, lease_s: float = 0.0) -> None:
         """Let a lease run for `lease_s` from now; STALE_HANDLE if it is over."""
@@ -287,12 +296,5 @@ class KvStore:
 
     def _full(self, header: ObjectHeader) -> InvalidRequest | Overloaded:
         self.counters.refused_full += 1
-        ledger, num_bytes = self._books.ledger_of(header), header.total_bytes
-        total, free = ledger.total, ledger.free
-        figures = {"needed_bytes": str(num_bytes), "free_bytes": str(free), "total_bytes": str(total)}
-        if num_bytes > total:
-            message = f"object needs {num_bytes} bytes; the store holds {total}"
-            return InvalidRequest("NEVER_FITS", message, metadata=figures)
-        message = f"object needs {num_bytes} bytes; the store has {free} of {total} free"
-        wait_ms = max(1, int(1000 * self.config.sweep_s))
-        return Overloaded("NO_MEMORY_FIT_NOW", message, retry_after_ms=wait_ms, metadata=figures)
+        ledger = self._books.ledger_of(header)
+        return refuse_full(header.total_bytes, ledger.free, ledger.total, self.config.sweep_s)

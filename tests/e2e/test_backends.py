@@ -42,6 +42,13 @@ async def test_tokens_are_the_same_with_every_backend(scheme, tmp_path, cluster)
             assert place.contents(store_of(other)._backend) == []
 
 
+async def test_tokens_are_the_same_with_tiers(tmp_path, cluster):
+    url = f"memory://?bytes={64 << 10}+shm://?bytes={64 << 10}+disk://{tmp_path}"
+    async with running(config(kvstore={"url": url})) as other:
+        assert await tokens_of(other) == await tokens_of(cluster)
+        assert store_of(other)._backend.num_demoted > 0
+
+
 @pytest.mark.redis
 async def test_requests_end_while_redis_is_away_and_work_when_it_is_back(tmp_path):
     with redis_server.running(tmp_path) as server:

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tandem/pb/kv/v1/kv.proto\x12\x0ctandem.kv.v1\"\xa4\x01\n\x08KvHandle\x12\x11\n\tobject_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0bstore_epoch\x18\x03 \x01(\x04\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12%\n\x05\x64raft\x18\x07 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\"\x1d\n\x0cPutKvRequest\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c\"7\n\rPutKvResponse\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\"X\n\x0cGetKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"\x1e\n\rGetKvResponse\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c\"X\n\x0cMapKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"I\n\rMapKvResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04\x65nds\x18\x02 \x03(\x04\x12\x0e\n\x06header\x18\x03 \x01(\x0c\x12\x0c\n\x04seal\x18\x04 \x01(\x0c\"H\n\rFindKvRequest\x12\x12\n\nobject_ids\x18\x01 \x03(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"G\n\x0e\x46indKvResponse\x12\'\n\x07handles\x18\x01 \x03(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0c\n\x04salt\x18\x02 \x01(\x0c\"7\n\rStatKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\"]\n\x0eStatKvResponse\x12$\n\x05state\x18\x01 \x01(\x0e\x32\x15.tandem.kv.v1.KvState\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x12\n\nnum_leases\x18\x03 \x01(\r\"]\n\x11RenewLeaseRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"\x14\n\x12RenewLeaseResponse\"J\n\x10ReleaseKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\"%\n\x11ReleaseKvResponse\x12\x10\n\x08was_held\x18\x01 \x01(\x08*{\n\x07KvState\x12\x18\n\x14KV_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11KV_STATE_RESERVED\x10\x01\x12\x13\n\x0fKV_STATE_SEALED\x10\x02\x12\x13\n\x0fKV_STATE_LEASED\x10\x03\x12\x15\n\x11KV_STATE_RELEASED\x10\x04\x32\xfe\x03\n\tKvService\x12\x42\n\x05PutKv\x12\x1a.tandem.kv.v1.PutKvRequest\x1a\x1b.tandem.kv.v1.PutKvResponse(\x01\x12\x42\n\x05GetKv\x12\x1a.tandem.kv.v1.GetKvRequest\x1a\x1b.tandem.kv.v1.GetKvResponse0\x01\x12@\n\x05MapKv\x12\x1a.tandem.kv.v1.MapKvRequest\x1a\x1b.tandem.kv.v1.MapKvResponse\x12\x43\n\x06\x46indKv\x12\x1b.tandem.kv.v1.FindKvRequest\x1a\x1c.tandem.kv.v1.FindKvResponse\x12\x43\n\x06StatKv\x12\x1b.tandem.kv.v1.StatKvRequest\x1a\x1c.tandem.kv.v1.StatKvResponse\x12O\n\nRenewLease\x12\x1f.tandem.kv.v1.RenewLeaseRequest\x1a .tandem.kv.v1.RenewLeaseResponse\x12L\n\tReleaseKv\x12\x1e.tandem.kv.v1.ReleaseKvRequest\x1a\x1f.tandem.kv.v1.ReleaseKvResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tandem/pb/kv/v1/kv.proto\x12\x0ctandem.kv.v1\"\xa4\x01\n\x08KvHandle\x12\x11\n\tobject_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0bstore_epoch\x18\x03 \x01(\x04\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12%\n\x05\x64raft\x18\x07 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\"\x1d\n\x0cPutKvRequest\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c\"7\n\rPutKvResponse\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\"X\n\x0cGetKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"\x1e\n\rGetKvResponse\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c\"X\n\x0cMapKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"a\n\rMapKvResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04\x65nds\x18\x02 \x03(\x04\x12\x0e\n\x06header\x18\x03 \x01(\x0c\x12\x0c\n\x04seal\x18\x04 \x01(\x0c\x12\x16\n\x0emay_map_others\x18\x05 \x01(\x08\"H\n\rFindKvRequest\x12\x12\n\nobject_ids\x18\x01 \x03(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"G\n\x0e\x46indKvResponse\x12\'\n\x07handles\x18\x01 \x03(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0c\n\x04salt\x18\x02 \x01(\x0c\"7\n\rStatKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\"]\n\x0eStatKvResponse\x12$\n\x05state\x18\x01 \x01(\x0e\x32\x15.tandem.kv.v1.KvState\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x12\n\nnum_leases\x18\x03 \x01(\r\"]\n\x11RenewLeaseRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"\x14\n\x12RenewLeaseResponse\"J\n\x10ReleaseKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\"%\n\x11ReleaseKvResponse\x12\x10\n\x08was_held\x18\x01 \x01(\x08*{\n\x07KvState\x12\x18\n\x14KV_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11KV_STATE_RESERVED\x10\x01\x12\x13\n\x0fKV_STATE_SEALED\x10\x02\x12\x13\n\x0fKV_STATE_LEASED\x10\x03\x12\x15\n\x11KV_STATE_RELEASED\x10\x04\x32\xfe\x03\n\tKvService\x12\x42\n\x05PutKv\x12\x1a.tandem.kv.v1.PutKvRequest\x1a\x1b.tandem.kv.v1.PutKvResponse(\x01\x12\x42\n\x05GetKv\x12\x1a.tandem.kv.v1.GetKvRequest\x1a\x1b.tandem.kv.v1.GetKvResponse0\x01\x12@\n\x05MapKv\x12\x1a.tandem.kv.v1.MapKvRequest\x1a\x1b.tandem.kv.v1.MapKvResponse\x12\x43\n\x06\x46indKv\x12\x1b.tandem.kv.v1.FindKvRequest\x1a\x1c.tandem.kv.v1.FindKvResponse\x12\x43\n\x06StatKv\x12\x1b.tandem.kv.v1.StatKvRequest\x1a\x1c.tandem.kv.v1.StatKvResponse\x12O\n\nRenewLease\x12\x1f.tandem.kv.v1.RenewLeaseRequest\x1a .tandem.kv.v1.RenewLeaseResponse\x12L\n\tReleaseKv\x12\x1e.tandem.kv.v1.ReleaseKvRequest\x1a\x1f.tandem.kv.v1.ReleaseKvResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.pb.kv.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KVSTATE']._serialized_start=1115
-  _globals['_KVSTATE']._serialized_end=1238
+  _globals['_KVSTATE']._serialized_start=1139
+  _globals['_KVSTATE']._serialized_end=1262
   _globals['_KVHANDLE']._serialized_start=43
   _globals['_KVHANDLE']._serialized_end=207
   _globals['_PUTKVREQUEST']._serialized_start=209
@@ -46,23 +46,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MAPKVREQUEST']._serialized_start=419
   _globals['_MAPKVREQUEST']._serialized_end=507
   _globals['_MAPKVRESPONSE']._serialized_start=509
-  _globals['_MAPKVRESPONSE']._serialized_end=582
-  _globals['_FINDKVREQUEST']._serialized_start=584
-  _globals['_FINDKVREQUEST']._serialized_end=656
-  _globals['_FINDKVRESPONSE']._serialized_start=658
-  _globals['_FINDKVRESPONSE']._serialized_end=729
-  _globals['_STATKVREQUEST']._serialized_start=731
-  _globals['_STATKVREQUEST']._serialized_end=786
-  _globals['_STATKVRESPONSE']._serialized_start=788
-  _globals['_STATKVRESPONSE']._serialized_end=881
-  _globals['_RENEWLEASEREQUEST']._serialized_start=883
-  _globals['_RENEWLEASEREQUEST']._serialized_end=976
-  _globals['_RENEWLEASERESPONSE']._serialized_start=978
-  _globals['_RENEWLEASERESPONSE']._serialized_end=998
-  _globals['_RELEASEKVREQUEST']._serialized_start=1000
-  _globals['_RELEASEKVREQUEST']._serialized_end=1074
-  _globals['_RELEASEKVRESPONSE']._serialized_start=1076
-  _globals['_RELEASEKVRESPONSE']._serialized_end=1113
-  _globals['_KVSERVICE']._serialized_start=1241
-  _globals['_KVSERVICE']._serialized_end=1751
+  _globals['_MAPKVRESPONSE']._serialized_end=606
+  _globals['_FINDKVREQUEST']._serialized_start=608
+  _globals['_FINDKVREQUEST']._serialized_end=680
+  _globals['_FINDKVRESPONSE']._serialized_start=682
+  _globals['_FINDKVRESPONSE']._serialized_end=753
+  _globals['_STATKVREQUEST']._serialized_start=755
+  _globals['_STATKVREQUEST']._serialized_end=810
+  _globals['_STATKVRESPONSE']._serialized_start=812
+  _globals['_STATKVRESPONSE']._serialized_end=905
+  _globals['_RENEWLEASEREQUEST']._serialized_start=907
+  _globals['_RENEWLEASEREQUEST']._serialized_end=1000
+  _globals['_RENEWLEASERESPONSE']._serialized_start=1002
+  _globals['_RENEWLEASERESPONSE']._serialized_end=1022
+  _globals['_RELEASEKVREQUEST']._serialized_start=1024
+  _globals['_RELEASEKVREQUEST']._serialized_end=1098
+  _globals['_RELEASEKVRESPONSE']._serialized_start=1100
+  _globals['_RELEASEKVRESPONSE']._serialized_end=1137
+  _globals['_KVSERVICE']._serialized_start=1265
+  _globals['_KVSERVICE']._serialized_end=1775
 # @@protoc_insertion_point(module_scope)

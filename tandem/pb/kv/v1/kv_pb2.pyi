@@ -241,12 +241,15 @@ class MapKvResponse(_message.Message):
     ENDS_FIELD_NUMBER: _builtins.int
     HEADER_FIELD_NUMBER: _builtins.int
     SEAL_FIELD_NUMBER: _builtins.int
+    MAY_MAP_OTHERS_FIELD_NUMBER: _builtins.int
     path: _builtins.str
-    """The file; empty if this store keeps nothing that can be mapped, and then nothing is leased."""
+    """The file; empty if the object cannot be mapped, and then nothing is leased."""
     header: _builtins.bytes
     """The object's header frame, as GetKv would send it."""
     seal: _builtins.bytes
     """Its seal frame."""
+    may_map_others: _builtins.bool
+    """Whether another object may be mapped where this one is not."""
     @_builtins.property
     def ends(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Byte offsets behind each message; the first starts at 0."""
@@ -258,10 +261,11 @@ class MapKvResponse(_message.Message):
         ends: _abc.Iterable[_builtins.int] | None = ...,
         header: _builtins.bytes = ...,
         seal: _builtins.bytes = ...,
+        may_map_others: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "header", b"header", "path", b"path", "seal", b"seal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "header", b"header", "may_map_others", b"may_map_others", "path", b"path", "seal", b"seal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
