@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client.registry import Collector
 
 from router.admission import Admission
+from router.balance import Demand
 from router.dispatch import Dispatcher
 from router.gauges import RouterGauges
 from router.grpc_front import GenerationServicer, ModelServicer
@@ -109,6 +110,19 @@ class Router:
     def is_ready(self) -> bool:
         """Whether at least one worker of each kind takes work."""
         return all(self.registry.ready(role) for role in (WorkerRole.PREFILL, WorkerRole.DECODE))
+
+    def demand(self) -> Demand:
+        """What is asked of each side now, for whoever scales them."""
+        prefills, decodes = map(self._admission.candidates, (WorkerRole.PREFILL, WorkerRole.DECODE))
+        waiting = self.dispatcher.queue_snapshot().waiting
+        return Demand(
+            num_prefill=len(prefills),
+            num_decode=len(decodes),
+            queued_tokens=sum(worker.queued_tokens for worker in prefills),
+            decode_blocks=sum(worker.num_blocks for worker in decodes),
+            reserved_blocks=sum(worker.num_blocks - worker.free_blocks for worker in decodes),
+            waiting_blocks=sum(need * count for need, count in waiting.items()),
+        )
 
     async def ready(self) -> None:
         """Until there has been a worker of each kind."""

@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve import Application
 
 from deploy.cluster.args import AppArgs, DeploymentArgs
+from deploy.cluster.autoscaling import with_policy
 from deploy.cluster.replicas import ROUTER, RouterReplica, WorkerReplica
 from deploy.embedded import MALLOC
 from tandem.config import ClusterConfig
@@ -43,6 +44,9 @@ def build(config: ClusterConfig, args: AppArgs) -> Application:
         ("DecodeServer", "decode", args.decode_config, args.decode),
     ):
         options = _options(config, side, {"num_replicas": count})
+        if autoscaling := options.get("autoscaling_config"):
+            del options["num_replicas"]
+            options["autoscaling_config"] = with_policy(role, autoscaling)
         worker = _deployment(WorkerReplica, name, options)
         workers.append(worker.bind(role, text, args.network, args.log_level))
     on_head = {"ray_actor_options": {"num_cpus": ROUTER_CPUS, "resources": HEAD}}
@@ -59,8 +63,6 @@ def _options(config: ClusterConfig, side: DeploymentArgs, defaults: dict[str, An
         **defaults,
         **side.deployment_config,
     }
-    if "autoscaling_config" in side.deployment_config:
-        options.pop("num_replicas", None)
     options["ray_actor_options"] = _with_environment(options["ray_actor_options"])
     return options
 

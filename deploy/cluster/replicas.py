@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -74,9 +75,15 @@ class RouterReplica:
             "node": _node(),
         }
 
+    async def demand(self) -> dict[str, float]:
+        """What is asked of each side: the fields of `router.balance.Demand`."""
+        return asdict(self._router.demand())
+
     async def __call__(self, request: Any) -> dict[str, str]:
-        """Whoever comes by Serve's HTTP proxy is told where the service is."""
-        return await self.addresses()
+        """Whoever comes by Serve's HTTP proxy is told where the service is, and which side is short."""
+        from router.balance import Targets, advise
+
+        return {**await self.addresses(), "advice": advise(self._router.demand(), Targets()).value}
 
     async def check_health(self) -> None:
         """Raises if the gRPC server does not answer."""
@@ -116,6 +123,15 @@ class WorkerReplica:
             return  # the router is being replaced, which is not this worker's fault
         if address != self._router_address:
             raise RuntimeError(f"the router moved from {self._router_address} to {address}")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve's autoscaling goes by; nothing while the router is away."""
+        try:
+            async with asyncio.timeout(ASK_ROUTER_S):
+                demand: dict[str, float] = await self._router.demand.remote()
+        except (TimeoutError, RayError):
+            return {}
+        return demand
 
     async def __del__(self) -> None:
         """Drain, then leave: Serve awaits this before it ends the process."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
@@ -15,7 +16,9 @@ from ray.serve.schema import ServeApplicationSchema
 from deploy.app import app
 from deploy.cluster.application import STOP_MARGIN_S, build
 from deploy.cluster.args import AppArgs
+from deploy.cluster.autoscaling import DecodePolicy, PrefillPolicy
 from deploy.embedded import MALLOC
+from router.balance import Demand
 from tandem.config import ClusterConfig, SecurityConfig
 from tandem.errors import ConfigError
 from tests.checkpoints import tiny_llama
@@ -94,6 +97,37 @@ def test_plain_traffic_between_machines_must_be_asked_for():
 def test_serve_accepts_the_application_by_its_import_path():
     schema = ServeApplicationSchema(import_path="deploy.app:app", args={"prefill": 2, "decode": 2})
     assert AppArgs.model_validate(schema.args).decode == 2
+
+
+def context(target, **metrics):
+    """As Serve hands it to a policy: each metric by replica."""
+    return SimpleNamespace(target_num_replicas=target, aggregated_metrics=metrics)
+
+
+def reported(**figures):
+    idle = {field.name: 0.0 for field in fields(Demand)} | {"num_decode": 2.0, "decode_blocks": 200.0}
+    return {name: {"a": value / 2, "b": value} for name, value in (idle | figures).items()}
+
+
+def test_each_side_is_scaled_by_its_own_need():
+    busy = context(1, **reported(queued_tokens=3000, reserved_blocks=160, waiting_blocks=80))
+    assert PrefillPolicy(queued_tokens=1000)(busy) == (3, {})
+    assert DecodePolicy(occupancy=0.8)(busy) == (pytest.approx(3), {})
+
+
+def test_before_the_first_report_nothing_changes():
+    for policy in (PrefillPolicy(), DecodePolicy()):
+        assert policy(context(3)) == (3, {})
+        assert policy(context(3, queued_tokens={})) == (3, {})
+
+
+def test_autoscaling_comes_with_our_policy_and_serve_can_load_it():
+    scaled = {"deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 4}}}
+    found = deployments(app(AppArgs(prefill_config=scaled, decode_config=scaled)))
+    for name, policy in (("PrefillServer", PrefillPolicy), ("DecodeServer", DecodePolicy)):
+        config = found[name]._deployment_config.autoscaling_config
+        assert config.max_replicas == 4
+        assert config.policy.get_policy() is policy
 
 
 WITHOUT_RAY = """

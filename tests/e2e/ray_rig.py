@@ -31,10 +31,12 @@ def long_llama() -> Path:
     return save_llama(Path(tempfile.mkdtemp(prefix="tandem-test-")) / "long-llama", max_context=2048)
 
 
-def settings(security: SecurityConfig | None = None, **router: object) -> ClusterConfig:
+def settings(
+    security: SecurityConfig | None = None, decode_blocks: int = 2048, **router: object
+) -> ClusterConfig:
     built = config(
         prefill_blocks=512,
-        decode_blocks=2048,
+        decode_blocks=decode_blocks,
         store_blocks=2048,
         model={"path": long_llama()},
         router={"default_timeout_s": PATIENCE_S, **router},
