@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any
 
+from tandem.config_values import build
 from tandem.errors import ConfigError
 from tandem.geometry import DTYPE_BYTES
 
@@ -177,9 +176,8 @@ class SpeculationConfig:
         )
         _check(self.num_assistant_tokens >= 0, "num_assistant_tokens must be 0 (what pays now) or more")
         _check(self.max_assistant_tokens <= 15, "at most 15 assistant tokens are checked in one step")
-        _check(
-            0 <= self.assistant_confidence_threshold <= 1, "assistant_confidence_threshold must be in [0, 1]"
-        )
+        threshold = self.assistant_confidence_threshold
+        _check(0 <= threshold <= 1, "assistant_confidence_threshold must be in [0, 1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,7 +265,7 @@ class ClusterConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ClusterConfig:
         """Build from nested plain values. Unknown keys and wrong types raise `ConfigError`."""
-        return _build(cls, values, "")
+        return build(cls, values)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), default=str)
@@ -275,28 +273,3 @@ class ClusterConfig:
     @classmethod
     def from_json(cls, text: str) -> ClusterConfig:
         return cls.from_dict(json.loads(text))
-
-
-T = TypeVar("T")
-
-
-def _build(kind: type[T], values: dict[str, Any], where: str) -> T:
-    _check(isinstance(values, dict), f"{where.rstrip('.') or 'the configuration'} must be a mapping")
-    hints = get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind) if f.init]  # type: ignore[arg-type]
-    for key in values:
-        _check(key in names, f"unknown setting {where}{key}; known: {', '.join(sorted(names))}")
-    return kind(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type[Any], hint), value, f"{where}.")
-    if isinstance(hint, types.UnionType):
-        return None if value is None else _convert(typing.get_args(hint)[0], value, where)
-    if hint is Path:
-        return Path(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    _check(type(value) is hint, f"{where} must be of type {hint.__name__}, not {type(value).__name__}")
-    return value
