@@ -18,7 +18,7 @@ class Ask:
 
     prompt: str | Sequence[int]
     add_special_tokens: bool = True  # to a text; False where a template has written them
-    delivered: Sequence[int] = ()  # output tokens the caller has already, of a stream that broke
+    delivered: Sequence[int] = ()  # output tokens the caller has already, of a stream that was lost
     sampling: SamplingParams = field(default_factory=SamplingParams)
     speculation: SpeculationParams = field(default_factory=SpeculationParams)
     model: str = ""  # empty: the one served
@@ -31,6 +31,7 @@ class Ask:
         """Absent fields take the defaults. Raises `BAD_PARAM`."""
         return cls(
             prompt=_prompt(message),
+            delivered=tuple(message.delivered_token_ids),
             sampling=SamplingParams.from_pb(message.sampling),
             speculation=SpeculationParams.from_pb(message.speculation),
             model=message.model,

@@ -49,7 +49,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
         flights = await self._start(request.input, context)
         try:
-            positions = [0] * len(flights)
+            positions = [flight.request.num_output_tokens for flight in flights]
             async with aclosing(interleave(flights)) as happenings:
                 async for index, event in happenings:
                     yield _event_to_pb(index, event, positions[index], flights[index])

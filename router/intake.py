@@ -62,9 +62,10 @@ class Intake:
         sampling.check_vocabulary(self._geometry.vocab_size)
         token_ids = await self._prompt(ask)
         max_tokens = self._max_tokens(len(token_ids), sampling)
+        self._check_delivered(ask, max_tokens)
         request = Request(
             request_id=request_id,
-            token_ids=tuple(token_ids),
+            token_ids=(*token_ids, *ask.delivered),
             num_prompt_tokens=len(token_ids),
             sampling=sampling,
             max_tokens=max_tokens,
@@ -116,6 +117,16 @@ class Intake:
     def _check_ids(self, token_ids: Sequence[int]) -> None:
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self._geometry.vocab_size):
             raise bad_param(f"`token_ids` must be in [0, {self._geometry.vocab_size})")
+
+    def _check_delivered(self, ask: Ask, max_tokens: int) -> None:
+        """Another seed, or another completion, would go on with another text."""
+        if not ask.delivered:
+            return
+        self._check_ids(ask.delivered)
+        if ask.sampling.n > 1 or len(ask.delivered) >= max_tokens:
+            raise bad_param("`delivered_token_ids` need `n` 1, and must be fewer than `max_tokens`")
+        if ask.sampling.seed is None and not ask.sampling.is_greedy:
+            raise bad_param("`delivered_token_ids` need the `seed` they were drawn with")
 
     def _max_tokens(self, num_prompt_tokens: int, sampling: SamplingParams) -> int:
         """What was asked for, or whatever the context leaves; at least one token either way."""

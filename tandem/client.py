@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -13,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tandem.errors import InvalidRequest, TandemError, Unavailable, error_from_reason
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
+from tandem.progress import StreamProgress
 from tandem.rpc import channel, to_tandem_error
 from tandem.rpc_auth import bearer
 from tandem.sampling import SamplingParams
@@ -20,6 +22,7 @@ from tandem.speculation import SpeculationParams
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 RETRY_S = 0.05
+RESUME_S = 30.0
 
 
 class TandemClient:
@@ -56,22 +59,41 @@ class TandemClient:
         priority: int = 0,
         speculation: SpeculationParams | None = None,
         timeout_s: float | None = None,
+        resume_s: float = RESUME_S,
     ) -> AsyncGenerator[pb.StreamGenerateResponse]:
         """Events as they happen: Admitted, TokenChunks, one Finished per completion.
 
-        Raises the server's `TandemError`. Leaving the iteration early cancels the request.
+        A stream that is lost after it began is taken up again for `resume_s`, with no token doubled or
+        missing; only one of several completions, or of policy AUTO, cannot be (`tandem.progress`). Raises
+        the server's `TandemError`. Leaving the iteration early cancels the request.
         """
         message = generation_input(
             prompt, sampling, request_id=request_id, priority=priority, speculation=speculation
         )
+        progress = StreamProgress(message, timeout_s, resume_s)
+        while True:
+            try:
+                async with aclosing(self._events(progress)) as events:
+                    async for event in events:
+                        if (new := progress.take(event)) is not None:
+                            yield new
+                return
+            except TandemError as error:
+                wait_s = progress.wait_after(error)
+            await asyncio.sleep(wait_s)
+
+    async def _events(self, progress: StreamProgress) -> AsyncGenerator[pb.StreamGenerateResponse]:
+        """One call."""
         call = self._generation.StreamGenerate(
-            pb.StreamGenerateRequest(input=message), timeout=timeout_s, metadata=self._metadata
+            pb.StreamGenerateRequest(input=progress.rest()),
+            timeout=progress.time_left_s,
+            metadata=self._metadata,
         )
         try:
             async for event in call:
                 yield event
         except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
+            raise as_tandem_error(error, self.address) from error
         finally:
             call.cancel()
 
@@ -130,18 +152,21 @@ class TandemClient:
         try:
             return await method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.aio.AioRpcError as error:
-            raise self._error(error) from error
+            raise as_tandem_error(error, self.address) from error
 
-    def _error(self, error: grpc.aio.AioRpcError) -> TandemError:
-        match error.code():
-            case grpc.StatusCode.DEADLINE_EXCEEDED:  # noticed on this side first
-                otherwise = error_from_reason("DEADLINE_DECODE", "deadline passed before the last token")
-            case grpc.StatusCode.RESOURCE_EXHAUSTED:  # refused by gRPC itself
-                otherwise = InvalidRequest("BAD_MESSAGE", f"a message is too large: {error.details()}")
-            case code:
-                silent = f"no answer from {self.address} ({code.name}); is the server running?"
-                otherwise = Unavailable("DRAINING", silent)
-        return to_tandem_error(error, otherwise)
+
+def as_tandem_error(error: grpc.RpcError, address: str) -> TandemError:
+    """What a failed call to `address` means: the server's own error, or why there is none."""
+    call = cast(grpc.aio.AioRpcError, error)  # the errors of both kinds of channel have its methods
+    match call.code():
+        case grpc.StatusCode.DEADLINE_EXCEEDED:  # noticed on this side first
+            otherwise = error_from_reason("DEADLINE_DECODE", "deadline passed before the last token")
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:  # refused by gRPC itself
+            otherwise = InvalidRequest("BAD_MESSAGE", f"a message is too large: {call.details()}")
+        case code:
+            silent = f"no answer from {address} ({code.name}); is the server running?"
+            otherwise = Unavailable("DRAINING", silent)
+    return to_tandem_error(call, otherwise)
 
 
 def generation_input(

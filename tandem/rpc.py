@@ -67,7 +67,20 @@ def server(*, public: bool, tokens: BearerTokens | None = None) -> grpc.aio.Serv
 
 def channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
     """A channel of its own (not shared with others to the same address); plaintext without credentials."""
-    options = [
+    if credentials is not None:
+        return grpc.aio.secure_channel(address, credentials, options=_channel_options())
+    return grpc.aio.insecure_channel(address, options=_channel_options())
+
+
+def blocking_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
+    """The same for code without an event loop."""
+    if credentials is not None:
+        return grpc.secure_channel(address, credentials, options=_channel_options())
+    return grpc.insecure_channel(address, options=_channel_options())
+
+
+def _channel_options() -> Options:
+    return [
         *_options(INTERNAL_MESSAGE_BYTES),
         ("grpc.use_local_subchannel_pool", 1),
         # The default backs off for up to 120 s, in which a peer that is back would still look dead.
@@ -75,9 +88,6 @@ def channel(address: str, credentials: grpc.ChannelCredentials | None = None) ->
         ("grpc.min_reconnect_backoff_ms", 1000),
         ("grpc.max_reconnect_backoff_ms", 1000),
     ]
-    if credentials is not None:
-        return grpc.aio.secure_channel(address, credentials, options=options)
-    return grpc.aio.insecure_channel(address, options=options)
 
 
 def bind(to: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None = None) -> int:

@@ -57,11 +57,11 @@ def broken_model(tmp_path, missing):
     return replace(config(), model=ModelConfig(path=path))
 
 
-async def collect(address, sampling, after_tokens=None, do=None):
+async def collect(address, sampling, after_tokens=None, do=None, resume_s=0.0):
     """One stream; `do` is done when so many tokens have come."""
     result = Result()
     async with TandemClient(address) as client:
-        async for event in client.stream("a story", sampling, timeout_s=60):
+        async for event in client.stream("a story", sampling, timeout_s=60, resume_s=resume_s):
             result.take(event)
             if do is not None and len(result.token_ids) >= after_tokens:
                 do, act = None, do

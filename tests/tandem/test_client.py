@@ -119,7 +119,7 @@ async def test_the_servers_errors_are_raised():
 async def test_an_error_in_the_middle_comes_after_what_was_sent():
     async with serving() as (client, server, _):
         server.error = StreamBroken(1)
-        events = client.stream("hi")
+        events = client.stream("hi", resume_s=0)
         assert [(await anext(events)).WhichOneof("event") for _ in range(2)] == ["admitted", "token_chunk"]
         with pytest.raises(StreamBroken):
             await anext(events)

@@ -86,6 +86,7 @@ class GenerationInput(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
     SPECULATION_FIELD_NUMBER: _builtins.int
+    DELIVERED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Name for this request, [A-Za-z0-9._-]{1,128}; the server makes one up when empty."""
     model: _builtins.str
@@ -110,6 +111,12 @@ class GenerationInput(_message.Message):
     def speculation(self) -> Global___SpeculationOptions:
         """How to speculate, where the server has a draft."""
 
+    @_builtins.property
+    def delivered_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Output tokens the caller has already, of the same request whose stream was lost: the output goes on
+        behind them, and positions count them. Needs `n` 1, and that request's seed unless it is greedy.
+        """
+
     def __init__(
         self,
         *,
@@ -121,10 +128,11 @@ class GenerationInput(_message.Message):
         priority: _builtins.int = ...,
         timeout: _duration_pb2.Duration | None = ...,
         speculation: Global___SpeculationOptions | None = ...,
+        delivered_token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "sampling", b"sampling", "speculation", b"speculation", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "model", b"model", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delivered_token_ids", b"delivered_token_ids", "input", b"input", "model", b"model", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "speculation", b"speculation", "text", b"text", "timeout", b"timeout", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
