@@ -12,15 +12,19 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from kvstore.backend import backend_from_url
 from kvstore.backends.memory import MemoryBackend
 from kvstore.books import SEALED, WRITER, Books
+from kvstore.files import FileBackend
 from kvstore.key import KvHandle, ObjectKey
 from kvstore.objects import Lease, ObjectState, PutTicket
 from kvstore.store import KvStore
+from kvstore.tiers import TieredBackend
 from kvstore.wire import encode
 from tandem.config import KvStoreConfig
 from tandem.errors import FailedPrecondition, InvalidRequest, NotFound, Overloaded, TandemError
 from tests.clock import ManualClock
+from tests.kvstore.backends import SCHEMES, medium
 from tests.kvstore.samples import Sample, make_header, make_sample
 
 PUT_S, LEASE_S = 10.0, 30.0
@@ -62,7 +66,25 @@ class Model:
 Put = tuple[PutTicket, Sample, Model]
 
 
+def messages_in(backend) -> dict[ObjectKey, int]:
+    """How many messages a backend keeps of each object."""
+    if isinstance(backend, TieredBackend):
+        return messages_in(backend._upper) | messages_in(backend._lower)
+    if isinstance(backend, MemoryBackend):
+        return {key: len(messages) for key, messages in backend._messages.items()}
+    if isinstance(backend, FileBackend):
+        assert {path.name for path in backend._folder.iterdir()} == {
+            ".lock",
+            *(file.path.name for file in backend._files.values()),
+        }
+        return {key: len(file.ends) for key, file in backend._files.items()}
+    assert backend._redis.dbsize() == len(backend._lengths)
+    return {key: len(lengths) for key, lengths in backend._lengths.items()}
+
+
 class StoreMachine(RuleBasedStateMachine):
+    url = "memory://"
+
     @initialize()
     def start(self) -> None:
         self.clock = ManualClock()
@@ -76,7 +98,9 @@ class StoreMachine(RuleBasedStateMachine):
             self.restart()
 
     def restart(self) -> None:
-        self.store = KvStore(MemoryBackend(), TOTAL, CONFIG, self.clock)
+        if hasattr(self, "store"):
+            self.store.close()
+        self.store = KvStore(backend_from_url(self.url), TOTAL, CONFIG, self.clock)
         self.tickets = []  # a ticket is a thing of one process; handles outlive it
         self.leases: list[tuple[Lease, Model]] = []
         self.objects: dict[ObjectKey, Model] = {}
@@ -314,8 +338,7 @@ class StoreMachine(RuleBasedStateMachine):
         for key, model in self.objects.items():
             stat = self.store.stat(model.sample.header.handle(self.store.store_epoch))
             assert (stat.state, stat.num_leases) == (model.state, len(model.leases)), key
-        kept_frames = self.store._backend._messages
-        assert {key: len(frames) for key, frames in kept_frames.items()} == {
+        assert messages_in(self.store._backend) == {
             key: model.num_chunks for key, model in self.objects.items() if model.num_chunks
         }
 
@@ -326,16 +349,28 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.sweep()
             assert self.store.audit().is_empty
             self.store.check_integrity()
-            assert not self.store._backend._messages
+            assert not messages_in(self.store._backend)
+            self.store.close()
 
 
 SETTINGS = settings(
-    max_examples=100, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 
 def test_random_schedules_agree_with_the_model():
     run_state_machine_as_test(StoreMachine, settings=SETTINGS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("scheme", [*SCHEMES, "tiers"])
+def test_80_000_steps_of_random_schedules_over_all_backends(scheme, tmp_path):
+    with medium("disk" if scheme == "tiers" else scheme, tmp_path) as place:
+        tiers = f"memory://?bytes={2 * SIZE}+{place.url}"
+        machine = type("Machine", (StoreMachine,), {"url": tiers if scheme == "tiers" else place.url})
+        long = settings(SETTINGS, max_examples=330, database=None)  # of 50 steps each, five times
+        run_state_machine_as_test(machine, settings=long)
 
 
 def leak_on_free(self, obj, why):
