@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Any, cast
 
 import grpc
@@ -23,6 +24,7 @@ from tandem.pb.kv.v1 import kv_pb2 as pb
 
 Context = grpc.aio.ServicerContext[Any, Any]
 SERVICE = "tandem.kv.v1.KvService"
+MAX_LISTED = 1000
 MAX_PIECES = 1 << 14  # of one prompt's prefix
 RESERVED = (("kv-reserved", "1"),)  # initial metadata of a put: the bytes are there, send them
 
@@ -83,13 +85,25 @@ class KvServicer:
         ids, tenant = list(request.object_ids), request.tenant
         handles = await self._turns.take(self._store.find, ids, request.fingerprint, tenant)
         return pb.FindKvResponse(
-            handles=[handle.to_pb() for handle in handles], salt=self._store.salt(tenant)
+            handles=[handle.to_pb() for handle in handles], salt=self._store.prefixes.salt(tenant)
         )
 
     async def StatKv(self, request: pb.StatKvRequest, context: Context) -> pb.StatKvResponse:
         stat = await self._turns.take(self._store.stat, KvHandle.from_pb(request.handle))
         return pb.StatKvResponse(
             state=_STATES[stat.state], num_bytes=stat.num_bytes, num_leases=stat.num_leases
+        )
+
+    async def ListKv(self, request: pb.ListKvRequest, context: Context) -> pb.ListKvResponse:
+        objects = await self._turns.take(self._store.list_objects, request.limit or MAX_LISTED)
+        handed, prefixes = self._store.audits()
+        return pb.ListKvResponse(
+            objects=[info.to_pb() for info in objects],
+            counters=asdict(self._store.counters),
+            total_bytes=handed.total,
+            owned_bytes=handed.owned,
+            prefix_total_bytes=prefixes.total,
+            prefix_owned_bytes=prefixes.owned,
         )
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, context: Context) -> pb.RenewLeaseResponse:
@@ -134,6 +148,7 @@ def add_to_server(servicer: KvServicer, server: grpc.aio.Server) -> None:
         "MapKv": unary(servicer.MapKv, pb.MapKvRequest.FromString, pb.MapKvResponse.SerializeToString),
         "FindKv": unary(servicer.FindKv, pb.FindKvRequest.FromString, pb.FindKvResponse.SerializeToString),
         "StatKv": unary(servicer.StatKv, pb.StatKvRequest.FromString, pb.StatKvResponse.SerializeToString),
+        "ListKv": unary(servicer.ListKv, pb.ListKvRequest.FromString, pb.ListKvResponse.SerializeToString),
         "RenewLease": unary(
             servicer.RenewLease, pb.RenewLeaseRequest.FromString, pb.RenewLeaseResponse.SerializeToString
         ),

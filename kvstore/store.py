@@ -15,18 +15,20 @@ so nothing past its deadline is ever seen. Knows nothing of sockets, tensors or 
 
 from __future__ import annotations
 
-import hmac
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
 from kvstore.assembly import Assembly
 from kvstore.backend import Backend, Mappable
 from kvstore.books import Books
 from kvstore.history import History
 from kvstore.key import Buffer, KvHandle, ObjectKey, require
+from kvstore.listing import ObjectInfo, list_objects
 from kvstore.mapping import MappedObject
 from kvstore.objects import KvObject, Lease, ObjectStat, ObjectState, PutTicket, StoreCounters
+from kvstore.prefixes import Prefixes
 from kvstore.records import ChunkHeader, ObjectHeader, Seal
 from kvstore.refusals import refuse_full
 from kvstore.turns import Turns
@@ -51,7 +53,6 @@ class KvStore:
         prefix_bytes: int = 0,
     ) -> None:
         self.store_epoch = secrets.randbits(64)
-        self._salt = secrets.token_bytes(32)
         self.counters = StoreCounters()
         self.config = config or KvStoreConfig()
         self.turns = Turns(in_thread=backend.is_blocking)
@@ -59,6 +60,7 @@ class KvStore:
         self._clock = clock
         self._books = Books(backend, total_bytes, prefix_bytes, self.config, clock, self._note_freed)
         self._history = History()
+        self.prefixes = Prefixes(self._books, self.counters, self.store_epoch)
 
     def reserve(self, header: ObjectHeader) -> PutTicket:
         """Charge the object's bytes, all or nothing. A later attempt ends an earlier one's writing."""
@@ -197,21 +199,12 @@ class KvStore:
     def find(self, object_ids: Sequence[bytes], fingerprint: bytes, tenant: str) -> list[KvHandle]:
         """Handles of the prefixes that are readable, up to the first that is not."""
         self.sweep()
-        found = []
-        for object_id in object_ids:
-            obj = self._books.objects.get(ObjectKey(object_id, 0))
-            if obj is None or not obj.is_prefix_of(fingerprint, tenant):
-                break
-            found.append(obj.header.handle(self.store_epoch))
-        self.counters.prefix_hits += len(found)
-        self.counters.prefix_misses += len(object_ids) - len(found)
-        return found
+        return self.prefixes.find(object_ids, fingerprint, tenant)
 
-    def salt(self, tenant: str) -> bytes:
-        """What names a tenant's prefixes in this life of the store; empty if it keeps none."""
-        if not self._books.prefix_ledger.total:
-            return b""
-        return hmac.digest(self._salt, tenant.encode(), "sha256")
+    def list_objects(self, limit: int) -> list[ObjectInfo]:
+        """What there is, the oldest first, hand-offs before prefixes."""
+        self.sweep()
+        return list(islice(list_objects(self._books), limit))
 
     def audit(self) -> PoolAudit:
         """The books of hand-offs: empty when nothing runs."""

@@ -96,7 +96,11 @@ class Router:
         self._add_public_services()
         worker_pb2_grpc.add_RegistryServiceServicer_to_server(RegistryServicer(self.registry), self._internal)
         worker_pb2_grpc.add_AuditServiceServicer_to_server(
-            AuditServicer(lambda: [*self.dispatcher.audit(), *audits()]), self._internal
+            AuditServicer(
+                lambda: [*self.dispatcher.audit(), *audits()],
+                lambda: [view.info.address for view in self.registry.views()],
+            ),
+            self._internal,
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._internal)
         for add in add_services:

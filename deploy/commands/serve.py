@@ -105,6 +105,7 @@ def _facts(service: Service) -> dict[str, str | None]:
     return {
         "address": service.address,
         "http_address": service.http_address or None,
+        "internal_address": getattr(service, "internal_address", None),
         "model": service.config.model.served_name,
     }
 

@@ -119,15 +119,15 @@ def test_a_prefix_outlives_its_readers_but_not_its_time(store, clock):
 
 def test_a_store_without_room_for_prefixes_says_so():
     store = KvStore(MemoryBackend(), SIZE, CONFIG)
-    assert store.salt("") == b""
+    assert store.prefixes.salt("") == b""
     with pytest.raises(InvalidRequest, match="NEVER_FITS"):
         store.reserve(prefix(1).header)
 
 
 def test_salts_differ_by_tenant_and_life(store):
     other = KvStore(MemoryBackend(), SIZE, CONFIG, prefix_bytes=SIZE)
-    assert len({store.salt(""), store.salt("a"), other.salt(""), other.salt("a")}) == 4
-    assert store.salt("a") == store.salt("a")
+    assert len({store.prefixes.salt(""), store.prefixes.salt("a"), other.prefixes.salt(""), other.prefixes.salt("a")}) == 4
+    assert store.prefixes.salt("a") == store.prefixes.salt("a")
 
 
 async def test_finding_over_the_wire():
@@ -136,7 +136,7 @@ async def test_finding_over_the_wire():
         service.store._books.prefix_ledger.total = 4 * SIZE
         handle = put(service.store, sample)
         handles, salt = await client.find(names(1, 2), FINGERPRINT, "")
-        assert (handles, salt) == ([handle], service.store.salt(""))
+        assert (handles, salt) == ([handle], service.store.prefixes.salt(""))
         assert [bytes(payload) async for _, payload in client.get(handle, "r")] == [
             p for _, p in sample.chunks
         ]

@@ -386,6 +386,142 @@ class StatKvResponse(_message.Message):
 Global___StatKvResponse: _TypeAlias = StatKvResponse  # noqa: Y015
 
 @_typing.final
+class ListKvRequest(_message.Message):
+    """Asks what there is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: _builtins.int
+    limit: _builtins.int
+    """At most so many objects; 1000 when 0."""
+    def __init__(
+        self,
+        *,
+        limit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListKvRequest: _TypeAlias = ListKvRequest  # noqa: Y015
+
+@_typing.final
+class KvObjectInfo(_message.Message):
+    """One object."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBJECT_ID_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    NUM_BYTES_FIELD_NUMBER: _builtins.int
+    HOLDERS_FIELD_NUMBER: _builtins.int
+    AGE_S_FIELD_NUMBER: _builtins.int
+    IS_PREFIX_FIELD_NUMBER: _builtins.int
+    object_id: _builtins.bytes
+    """Its name."""
+    epoch: _builtins.int
+    """Its attempt."""
+    state: Global___KvState.ValueType
+    """Its state."""
+    num_bytes: _builtins.int
+    """Payload bytes."""
+    age_s: _builtins.float
+    """Seconds since its bytes were reserved."""
+    is_prefix: _builtins.bool
+    """Whether it is a cached prefix."""
+    @_builtins.property
+    def holders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Who has leased it."""
+
+    def __init__(
+        self,
+        *,
+        object_id: _builtins.bytes = ...,
+        epoch: _builtins.int = ...,
+        state: Global___KvState.ValueType = ...,
+        num_bytes: _builtins.int = ...,
+        holders: _abc.Iterable[_builtins.str] | None = ...,
+        age_s: _builtins.float = ...,
+        is_prefix: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_s", b"age_s", "epoch", b"epoch", "holders", b"holders", "is_prefix", b"is_prefix", "num_bytes", b"num_bytes", "object_id", b"object_id", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvObjectInfo: _TypeAlias = KvObjectInfo  # noqa: Y015
+
+@_typing.final
+class ListKvResponse(_message.Message):
+    """The oldest objects, hand-offs before prefixes, and what the store counted since it started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class CountersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    OBJECTS_FIELD_NUMBER: _builtins.int
+    COUNTERS_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    OWNED_BYTES_FIELD_NUMBER: _builtins.int
+    PREFIX_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    PREFIX_OWNED_BYTES_FIELD_NUMBER: _builtins.int
+    total_bytes: _builtins.int
+    """The books of hand-offs and of prefixes: total and owned bytes."""
+    owned_bytes: _builtins.int
+    """Of hand-offs."""
+    prefix_total_bytes: _builtins.int
+    """Budget of prefixes."""
+    prefix_owned_bytes: _builtins.int
+    """Of prefixes."""
+    @_builtins.property
+    def objects(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvObjectInfo]:
+        """The objects."""
+
+    @_builtins.property
+    def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """By name."""
+
+    def __init__(
+        self,
+        *,
+        objects: _abc.Iterable[Global___KvObjectInfo] | None = ...,
+        counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        total_bytes: _builtins.int = ...,
+        owned_bytes: _builtins.int = ...,
+        prefix_total_bytes: _builtins.int = ...,
+        prefix_owned_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "objects", b"objects", "owned_bytes", b"owned_bytes", "prefix_owned_bytes", b"prefix_owned_bytes", "prefix_total_bytes", b"prefix_total_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListKvResponse: _TypeAlias = ListKvResponse  # noqa: Y015
+
+@_typing.final
 class RenewLeaseRequest(_message.Message):
     """Extends a lease."""
 

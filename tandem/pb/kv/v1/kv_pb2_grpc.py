@@ -60,6 +60,11 @@ class KvServiceStub(object):
                 request_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.StatKvRequest.SerializeToString,
                 response_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.StatKvResponse.FromString,
                 _registered_method=True)
+        self.ListKv = channel.unary_unary(
+                '/tandem.kv.v1.KvService/ListKv',
+                request_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ListKvRequest.SerializeToString,
+                response_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ListKvResponse.FromString,
+                _registered_method=True)
         self.RenewLease = channel.unary_unary(
                 '/tandem.kv.v1.KvService/RenewLease',
                 request_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.RenewLeaseRequest.SerializeToString,
@@ -114,6 +119,13 @@ class KvServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListKv(self, request, context):
+        """Lists what there is, for an audit.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def RenewLease(self, request, context):
         """Extends a lease, counted from now on the store's clock.
         """
@@ -155,6 +167,11 @@ def add_KvServiceServicer_to_server(servicer, server):
                     servicer.StatKv,
                     request_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.StatKvRequest.FromString,
                     response_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.StatKvResponse.SerializeToString,
+            ),
+            'ListKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListKv,
+                    request_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ListKvRequest.FromString,
+                    response_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ListKvResponse.SerializeToString,
             ),
             'RenewLease': grpc.unary_unary_rpc_method_handler(
                     servicer.RenewLease,
@@ -303,6 +320,33 @@ class KvService(object):
             '/tandem.kv.v1.KvService/StatKv',
             tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.StatKvRequest.SerializeToString,
             tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.StatKvResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.kv.v1.KvService/ListKv',
+            tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ListKvRequest.SerializeToString,
+            tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ListKvResponse.FromString,
             options,
             channel_credentials,
             insecure,

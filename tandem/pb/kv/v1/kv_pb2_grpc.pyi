@@ -49,6 +49,8 @@ class KvServiceStub:
     """Finds the longest run of cached prefixes."""
     StatKv: _grpc.UnaryUnaryMultiCallable[_kv_pb2.StatKvRequest, _kv_pb2.StatKvResponse]
     """Says where an object is in its life."""
+    ListKv: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ListKvRequest, _kv_pb2.ListKvResponse]
+    """Lists what there is, for an audit."""
     RenewLease: _grpc.UnaryUnaryMultiCallable[_kv_pb2.RenewLeaseRequest, _kv_pb2.RenewLeaseResponse]
     """Extends a lease, counted from now on the store's clock."""
     ReleaseKv: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ReleaseKvRequest, _kv_pb2.ReleaseKvResponse]
@@ -75,6 +77,8 @@ class KvServiceAsyncStub(KvServiceStub):
     """Finds the longest run of cached prefixes."""
     StatKv: _aio.UnaryUnaryMultiCallable[_kv_pb2.StatKvRequest, _kv_pb2.StatKvResponse]  # type: ignore[assignment]
     """Says where an object is in its life."""
+    ListKv: _aio.UnaryUnaryMultiCallable[_kv_pb2.ListKvRequest, _kv_pb2.ListKvResponse]  # type: ignore[assignment]
+    """Lists what there is, for an audit."""
     RenewLease: _aio.UnaryUnaryMultiCallable[_kv_pb2.RenewLeaseRequest, _kv_pb2.RenewLeaseResponse]  # type: ignore[assignment]
     """Extends a lease, counted from now on the store's clock."""
     ReleaseKv: _aio.UnaryUnaryMultiCallable[_kv_pb2.ReleaseKvRequest, _kv_pb2.ReleaseKvResponse]  # type: ignore[assignment]
@@ -128,6 +132,14 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.StatKvResponse, _abc.Awaitable[_kv_pb2.StatKvResponse]]:
         """Says where an object is in its life."""
+
+    @_abc_1.abstractmethod
+    def ListKv(
+        self,
+        request: _kv_pb2.ListKvRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.ListKvResponse, _abc.Awaitable[_kv_pb2.ListKvResponse]]:
+        """Lists what there is, for an audit."""
 
     @_abc_1.abstractmethod
     def RenewLease(
