@@ -9,6 +9,7 @@ import typer
 
 from deploy import kv_app
 from deploy import options as o
+from deploy.load_app import serve as bench_serve
 from deploy.queue.app import queue
 from tandem.errors import ConfigError, TandemError
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Experiments: a table, CSV, JSON and plots from one command.")
 app.add_typer(bench, name="bench")
 app.add_typer(queue, name="queue")
+bench.command("serve")(bench_serve)
 app.command("audit")(kv_app.audit)
 
 EXIT_FAILED = 1

@@ -1,0 +1,203 @@
+"""A run as one HTML page that needs nothing but itself: no network, no scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from bench.serve import charts
+from bench.serve.charts import Row, Series
+from bench.serve.record import Outcome, RequestRecord
+
+MAX_ROWS = 200  # of the timeline
+MAX_APART = 60  # of the one where all begin at zero
+STYLE_FILE = Path(__file__).with_name("page.css")
+STAGES = (  # what the service measured, in order, and how it is shown
+    ("queue", ("queue_ms",), "queue"),
+    ("prefill", ("prefill_ms",), "prefill"),
+    ("transfer", ("kv_write_ms", "kv_wait_ms", "kv_read_ms"), "transfer"),
+    ("decode", ("first_decode_ms", "decode_ms"), "decode"),
+)
+FORMULAS = {
+    "ttft_ms": ("TTFT", "first token received − scheduled arrival"),
+    "ttft_sent_ms": ("TTFT from sending", "first token received − moment of sending"),
+    "itl_ms": ("ITL", "gap between arrivals of tokens; tokens that come together share one"),
+    "tpot_ms": ("TPOT", "(end-to-end − TTFT) / (output tokens − 1)"),
+    "e2e_ms": ("end-to-end", "end − scheduled arrival"),
+    "dispatch_lag_ms": ("dispatch lag", "moment of sending − scheduled arrival: the client's own delay"),
+}
+
+
+def page(document: dict[str, Any], records: Sequence[RequestRecord]) -> str:
+    """The whole page of a run's document (`bench.serve.report`) and its records."""
+    summary = document["summary"]
+    about = (document["target"], describe(document["options"]), document["began"])
+    parts = [
+        f"<h1>Load test of {escape(document['model'])}</h1>",
+        f"<p>{escape(' · '.join(about))}</p>",
+        _verdict(summary),
+        _tiles(summary),
+        "<h2>Latencies</h2>",
+        _table(summary),
+        f'<div class="pair">{_latencies(records)}</div>',
+        "<h2>Over time</h2>",
+        f'<div class="pair">{_over_time(records)}</div>',
+        "<h2>Where the time of each request went</h2>",
+        _timeline(records),
+        "<h2>Speculation</h2>",
+        _acceptance(summary, records),
+        _search(document.get("search")),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Load test</title>'
+        f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+        f"<style>{STYLE_FILE.read_text()}</style></head><body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def describe(options: dict[str, Any]) -> str:
+    """The load in one line."""
+    arrival = options["arrival"]
+    how = {
+        "closed": f"{options['concurrency']} at once",
+        "burst": "all at once",
+        "trace": "as the trace says",
+        "gamma": f"gamma {arrival['rate']:g}/s, burstiness {arrival['burstiness']:g}",
+        "ramp": f"ramp {arrival['rate']:g} to {arrival['ramp_to']:g}/s",
+    }.get(arrival["kind"], f"{arrival['kind']} {arrival['rate']:g}/s")
+    lengths = f"{options['input_lengths']} → {options['output_lengths']} tokens"
+    return f"{options['num_requests']} requests, {how}, {options['input'] or lengths}, seed {options['seed']}"
+
+
+def _verdict(summary: dict[str, Any]) -> str:
+    if not summary["client_bottleneck"]:
+        return ""
+    return (
+        '<p class="warn">The client was late itself (99th percentile of its lag over 10 ms): '
+        "these latencies are not the service's alone.</p>"
+    )
+
+
+def _tiles(summary: dict[str, Any]) -> str:
+    tiles = (
+        ("goodput", f"{_figure(summary['goodput_rps'])} req/s"),
+        ("output", f"{_figure(summary['output_tokens_per_s'])} tok/s"),
+        ("TTFT p50", f"{_figure(summary['ttft_ms']['p50'])} ms"),
+        ("TTFT p99", f"{_figure(summary['ttft_ms']['p99'])} ms"),
+        ("TPOT p50", f"{_figure(summary['tpot_ms']['p50'])} ms"),
+        ("answered", f"{summary['ok']} of {summary['requests']}"),
+        ("failed", f"{summary['errors']}"),
+        ("most in flight", f"{summary['most_in_flight']}"),
+    )
+    cells = (f'<div class="tile"><b>{escape(value)}</b><span>{name}</span></div>' for name, value in tiles)
+    return f'<div class="tiles">{"".join(cells)}</div>'
+
+
+def _table(summary: dict[str, Any]) -> str:
+    titles = ("ms", "p50", "p90", "p99", "mean", "samples", "formula")
+    head = f"<tr>{''.join(f'<th>{title}</th>' for title in titles)}</tr>"
+    rows = [
+        f"<tr><td>{name}</td>"
+        + "".join(
+            f"<td>{_figure(summary[key][column])}</td>" for column in ("p50", "p90", "p99", "mean", "count")
+        )
+        + f"<td>{formula}</td></tr>"
+        for key, (name, formula) in FORMULAS.items()
+    ]
+    return f"<table>{head}{''.join(rows)}</table><p>– : too few samples for this percentile</p>"
+
+
+def _latencies(records: Sequence[RequestRecord]) -> str:
+    ok = [record for record in records if record.outcome is Outcome.OK]
+    ttft = [
+        Series("from schedule", charts.cdf([r.ttft_ms for r in ok if r.ttft_ms is not None]), "blue"),
+        Series(
+            "from sending", charts.cdf([r.ttft_sent_ms for r in ok if r.ttft_sent_ms is not None]), "orange"
+        ),
+    ]
+    gaps = [Series("ITL", charts.cdf([gap for record in ok for gap in record.itl_ms]), "blue")]
+    tpot = [Series("TPOT", charts.cdf([r.tpot_ms for r in ok if r.tpot_ms is not None]), "blue")]
+    e2e = [Series("end-to-end", charts.cdf([record.e2e_ms for record in ok]), "blue")]
+    return (
+        charts.lines("Time to first token", "ms", ttft, is_cdf=True)
+        + charts.lines("Gaps between arrivals", "ms", gaps, is_cdf=True, y_unit="share of gaps")
+        + charts.lines("Time per output token", "ms", tpot, is_cdf=True)
+        + charts.lines("End to end", "ms", e2e, is_cdf=True)
+    )
+
+
+def _over_time(records: Sequence[RequestRecord]) -> str:
+    end_s = max((record.end_s for record in records), default=0.0)
+    tokens = [(when, float(count)) for record in records for when, count in record.arrivals]
+    spans = [(record.sent_s, record.end_s) for record in records]
+    rate = Series("tokens", charts.per_second(tokens, end_s), "blue")
+    return charts.lines("Output tokens per second", "s", [rate]) + charts.lines(
+        "Requests in flight", "s", [Series("in flight", charts.in_flight(spans, end_s), "orange")]
+    )
+
+
+def _timeline(records: Sequence[RequestRecord]) -> str:
+    """As it went, and each request by itself from its scheduled arrival."""
+    shown = sorted(records, key=lambda record: record.scheduled_s)[:MAX_ROWS]
+    legend = [("late to be sent", "late"), *((name, colour) for name, _, colour in STAGES)]
+    if any(not record.stages_ms for record in shown):
+        legend.append(("until the first token, stages unknown", "other"))
+    which = (
+        f"the first {len(shown)} of {len(records)} requests" if len(shown) < len(records) else "all requests"
+    )
+    apart = [_row(record, record.scheduled_s) for record in shown[:MAX_APART]]
+    return charts.waterfall(f"As it went: {which}", [_row(record, 0.0) for record in shown], legend) + (
+        charts.waterfall(f"From each scheduled arrival: the first {len(apart)}", apart, legend)
+    )
+
+
+def _row(record: RequestRecord, zero_s: float) -> Row:
+    spans = [(record.scheduled_s, record.sent_s, "late")] if record.lag_ms > 1 else []
+    now_s = record.sent_s
+    for _, names, colour in STAGES:
+        length_s = sum(record.stages_ms.get(name, 0.0) for name in names) / 1e3
+        if length_s:
+            spans.append((now_s, now_s + length_s, colour))
+            now_s += length_s
+    if not record.stages_ms:
+        first_s = record.end_s if record.first_s is None else record.first_s
+        spans += [(record.sent_s, first_s, "other"), (first_s, record.end_s, "decode")]
+    stages = ", ".join(f"{name.removesuffix('_ms')} {value:.0f}" for name, value in record.stages_ms.items())
+    said = f"{record.index}: {record.prompt_tokens} + {record.output_tokens} tokens, {record.outcome.value}"
+    shifted = [(begin - zero_s, end - zero_s, colour) for begin, end, colour in spans]
+    return Row(f"{said} {record.error} {stages and f'(ms: {stages})'}", shifted)
+
+
+def _acceptance(summary: dict[str, Any], records: Sequence[RequestRecord]) -> str:
+    rates = [record.accepted / record.drafted for record in records if record.drafted]
+    if not rates:
+        return "<p>Nothing was drafted.</p>"
+    bins = [0] * 10
+    for rate in rates:
+        bins[min(int(rate * 10), 9)] += 1
+    counts = [(f"{10 * number}–{10 * number + 10}", float(count)) for number, count in enumerate(bins)]
+    overall = f"{100 * summary['acceptance_rate']:.1f} % of all draft tokens were accepted; "
+    arrivals = f"{_figure(summary['tokens_per_arrival'])} tokens came together on average."
+    chart = charts.bars("Acceptance by request", "% of the request's draft tokens", counts, "decode")
+    return f'<p>{overall}{arrivals}</p><div class="pair">{chart}</div>'
+
+
+def _search(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    series = Series("trials", sorted((t["rate"], t["attainment"]) for t in found["trials"]), "blue")
+    low, high = found["goodput_ci"]
+    said = (
+        f"held {_figure(found['holding_rate'])} req/s, failed at {_figure(found['failing_rate'])}; goodput "
+        f"{_figure(found['goodput_rps'])} req/s (95 % interval {_figure(low)} to {_figure(high)})"
+    )
+    chart = charts.lines("Share within the limits, by rate", "requests per second", [series])
+    return f'<h2>Search for the most goodput</h2><p>{said}</p><div class="pair">{chart}</div>'
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:.4g}"

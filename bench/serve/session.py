@@ -1,0 +1,165 @@
+"""From options to a run: what to send, when, to whom, what is measured, and the search for the most it holds.
+
+1. The workload and its schedule are fixed before anything is sent.
+2. A warm-up of a few requests is sent and forgotten.
+3. The run: every request by its time, whatever became of those before it.
+4. With a search, runs at other rates follow, each several times with other seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.measure import Meter
+from bench.serve.arrivals import Arrival, Schedule
+from bench.serve.driver import Cancelling, Driver
+from bench.serve.metrics import Slo, summarize
+from bench.serve.record import RequestRecord
+from bench.serve.search import Found, Trial, search
+from bench.serve.target import Target
+from bench.serve.workload import Lengths, LoadRequest, Synthetic, read_workload
+from tandem.errors import ConfigError
+
+WARM_UP_SEED = 987_654
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """Everything that decides what is sent and when. Two runs with equal options send the same."""
+
+    num_requests: int = 100
+    arrival: Schedule = field(default_factory=lambda: Schedule(Arrival.CLOSED))
+    concurrency: int = 8  # of the closed loop
+    input: Path | None = None  # synthetic prompts without one
+    input_lengths: str = "128"
+    output_lengths: str = "64"
+    max_tokens: int = 128  # of lines in a file that say nothing of it
+    prefix_share: float = 0.0
+    num_prefixes: int = 1
+    cancelling: Cancelling = field(default_factory=Cancelling)
+    slo: Slo = field(default_factory=Slo)
+    warm_up: int = 4
+    seed: int = 0
+    trials: int = 3  # at each rate of a search
+    attainment: float = 0.9  # share of requests that must meet the limits in a search
+
+    def to_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        values["arrival"]["kind"] = self.arrival.kind.value
+        values["input"] = str(self.input) if self.input else None
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What prompts must fit into."""
+
+    name: str
+    vocab_size: int
+    max_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One finished run."""
+
+    records: list[RequestRecord]
+    summary: dict[str, Any]
+
+
+class LoadTest:
+    """One target under the load of one set of options."""
+
+    def __init__(self, target: Target, model: Model, options: Options) -> None:
+        self._target = target
+        self._model = model
+        self.options = options
+        if options.arrival.kind is Arrival.TRACE and options.input is None:
+            raise ConfigError("--arrival trace needs a trace file as --input")
+
+    def at_rate(self, rate: float) -> LoadTest:
+        """The same test with Poisson arrivals at this rate."""
+        arrival = Schedule(Arrival.POISSON, rate)
+        return LoadTest(self._target, self._model, replace(self.options, arrival=arrival))
+
+    async def run(self) -> Run:
+        """Warm up, then run once."""
+        await self._warm_up()
+        options = self.options
+        requests = self._requests(options.num_requests, options.seed)
+        with Meter("load test", len(requests)) as meter:
+            return await self._once(requests, self._times(requests), options.seed, meter.step)
+
+    async def search(self) -> Found:
+        """The highest Poisson rate at which enough requests meet the limits. Raises `ConfigError`."""
+        if self.options.slo == Slo():
+            raise ConfigError("a search for the most goodput needs a limit: --slo-ttft-ms, --slo-itl-ms, …")
+        await self._warm_up()
+        say = Console(stderr=True, highlight=False).print
+
+        async def trial(rate: float, number: int) -> Trial:
+            seed = self.options.seed + number
+            requests = self._requests(self.options.num_requests, seed)
+            times = Schedule(Arrival.POISSON, rate).times(len(requests), seed)
+            found = (await self._once(requests, times, seed, lambda: None)).summary
+            share = found["attainment"] or 0.0
+            say(f"{rate:.2f} requests/s, trial {number + 1}: {100 * share:.0f} % within the limits")
+            return Trial(
+                rate=rate,
+                attainment=share,
+                goodput_rps=found["goodput_rps"] or 0.0,
+                client_bottleneck=found["client_bottleneck"],
+                most_in_flight=found["most_in_flight"],
+            )
+
+        return await search(trial, self.options.arrival.rate, self.options.attainment, self.options.trials)
+
+    async def _once(
+        self,
+        requests: Sequence[LoadRequest],
+        times: Sequence[float] | None,
+        seed: int,
+        step: Callable[[], None],
+    ) -> Run:
+        driver = Driver(self._target, self.options.cancelling, seed, lambda record: step())
+        records = await driver.run(requests, times, self.options.concurrency)
+        lags_ms, slo = driver.loop_lags_ms, self.options.slo
+        return Run(records, summarize(records, slo, lags_ms, is_closed=times is None))
+
+    async def _warm_up(self) -> None:
+        requests = self._requests(self.options.warm_up, WARM_UP_SEED)[: self.options.warm_up]
+        await Driver(self._target).run(requests, None, 2)
+
+    def _requests(self, count: int, seed: int) -> list[LoadRequest]:
+        options, model = self.options, self._model
+        if options.input is not None:
+            found = read_workload(options.input, model.vocab_size, model.max_context, options.max_tokens)
+            if not found:
+                raise ConfigError(f"{options.input} has no requests")
+            return found[:count]
+        synthetic = Synthetic(
+            Lengths(options.input_lengths),
+            Lengths(options.output_lengths),
+            model.vocab_size,
+            model.max_context,
+            options.prefix_share,
+            options.num_prefixes,
+        )
+        return synthetic.requests(count, seed)
+
+    def _times(self, requests: Sequence[LoadRequest]) -> list[float] | None:
+        schedule = self.options.arrival
+        match schedule.kind:
+            case Arrival.CLOSED:
+                return None
+            case Arrival.TRACE:
+                if any(request.at_s is None for request in requests):
+                    raise ConfigError(f"{self.options.input} has no timestamps; take another --arrival")
+                return [request.at_s or 0.0 for request in requests]
+            case _:
+                return schedule.times(len(requests), self.options.seed)

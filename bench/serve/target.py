@@ -1,0 +1,135 @@
+"""Where load goes: a service that streams tokens, over gRPC or HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import ssl
+import time
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from bench.serve.sse import post_events
+from bench.serve.workload import LoadRequest
+from tandem.client import TandemClient
+from tandem.errors import ConfigError, TandemError
+from tandem.pb.v1 import generation_pb2 as pb
+from tandem.sampling import SamplingParams
+
+
+@dataclass(slots=True)
+class Reply:
+    """What has come of one request so far. Times are those of `time.perf_counter`."""
+
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    stages_ms: dict[str, float] = field(default_factory=dict)
+    drafted: int = 0
+    accepted: int = 0
+    text: Any = field(default_factory=hashlib.sha256)  # the digest of what came
+
+    def note(self, num_tokens: int, text: str) -> None:
+        """Tokens have just come."""
+        self.arrivals.append((time.perf_counter(), num_tokens))
+        self.output_tokens += num_tokens
+        self.text.update(text.encode("utf-8", "surrogatepass"))
+
+
+class SendError(Exception):
+    """The service refused or failed. The message is the reason's stable name."""
+
+
+class Target(Protocol):
+    """One service."""
+
+    async def send(self, request: LoadRequest, reply: Reply) -> None:
+        """Stream one request to its end, into `reply`. Raises `SendError`."""
+
+    async def close(self) -> None: ...
+
+
+class GrpcTarget:
+    """A Tandem service at host:port. Several connections, as one carries only so many streams."""
+
+    def __init__(self, address: str, num_connections: int = 4, token: str | None = None) -> None:
+        self._clients = [TandemClient(address, token=token) for _ in range(num_connections)]
+        self._num_sent = 0
+
+    async def send(self, request: LoadRequest, reply: Reply) -> None:
+        self._num_sent += 1
+        client = self._clients[self._num_sent % len(self._clients)]
+        sampling = SamplingParams(max_tokens=request.max_tokens, ignore_eos=request.ignore_eos)
+        try:
+            async with aclosing(client.stream(request.prompt, sampling)) as events:
+                async for event in events:
+                    match event.WhichOneof("event"):
+                        case "token_chunk":
+                            reply.note(len(event.token_chunk.token_ids), event.token_chunk.text)
+                        case "finished":
+                            _finish(reply, event.finished)
+        except TandemError as error:
+            raise SendError(error.reason) from error
+
+    async def facts(self) -> tuple[str, int, int]:
+        """Name, vocabulary size and longest context of the model. Raises `TandemError`."""
+        model = (await self._clients[0].models())[0]
+        return model.name, model.vocab_size, model.max_context
+
+    async def close(self) -> None:
+        for client in self._clients:
+            await client.__aexit__(None, None, None)
+
+
+class HttpTarget:
+    """Any server with OpenAI's /v1/completions at a URL such as http://host:8000."""
+
+    def __init__(self, url: str, model: str, token: str | None = None) -> None:
+        """Raises `ConfigError` for what is no URL."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"{url} is no URL such as http://127.0.0.1:8000")
+        self._host, self._port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._model = model
+
+    async def send(self, request: LoadRequest, reply: Reply) -> None:
+        body = {
+            "model": self._model,
+            "prompt": request.prompt,
+            "max_tokens": request.max_tokens,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **({"ignore_eos": True} if request.ignore_eos else {}),
+        }
+        usage: dict[str, Any] = {}
+        try:
+            where = (self._host, self._port, self._path)
+            async with aclosing(post_events(*where, body, self._headers, self._tls)) as events:
+                async for event in events:
+                    if "error" in event:
+                        raise SendError(str(event["error"].get("code") or event["error"].get("type")))
+                    for choice in event.get("choices") or []:
+                        if choice.get("text"):
+                            reply.note(1, choice["text"])
+                    usage = event.get("usage") or usage
+        except OSError as error:
+            raise SendError(f"NO_CONNECTION ({type(error).__name__})") from error
+        if usage:  # an event may bring several tokens, or a piece of one
+            reply.prompt_tokens, reply.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+
+    async def close(self) -> None:
+        """Every request has a connection of its own, which ended with it."""
+
+
+def _finish(reply: Reply, finished: pb.Finished) -> None:
+    reply.prompt_tokens, reply.output_tokens = finished.usage.prompt, finished.usage.completion
+    reply.drafted, reply.accepted = finished.usage.drafted, finished.usage.accepted
+    reply.stages_ms = {
+        spec.name: round(getattr(finished.timings, spec.name), 3)
+        for spec in finished.timings.DESCRIPTOR.fields
+    }

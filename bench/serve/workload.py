@@ -1,0 +1,153 @@
+"""What is asked: synthetic prompts, or those of a file whose format is told from its content.
+
+| file | taken from it |
+|---|---|
+| Mooncake trace, JSONL | `timestamp` (ms), `input_length`, `output_length`, `hash_ids`, of equal blocks |
+| ShareGPT, JSON | the first human turn of each conversation; the answer's length bounds the output |
+| requests, JSONL | OpenAI Batch lines, `{"prompt": …}`, `{"token_ids": […]}` |
+| plain text | one prompt a line |
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import ConfigError
+from tandem.offline.lines import COMPLETIONS, BadLine, LineParser, is_plain_text, read_entries
+
+Prompt = str | list[int]
+SNIFFED_BYTES = 1 << 20
+MOONCAKE_BLOCK = 512  # tokens of one hash id
+CHARS_PER_TOKEN = 4  # of a ShareGPT answer, whose tokens nobody has counted
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """One request to send. `at_s` is when a trace says it came."""
+
+    prompt: Prompt
+    max_tokens: int
+    at_s: float | None = None
+    ignore_eos: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """A distribution of token counts: `128`, `uniform:16-512` or `lognormal:256,0.6` (median, sigma)."""
+
+    text: str
+
+    def draw(self, rng: random.Random) -> int:
+        """At least one token. Raises `ConfigError` if the text is no distribution."""
+        kind, _, figures = self.text.rpartition(":")
+        try:
+            match kind:
+                case "":
+                    return max(int(figures), 1)
+                case "uniform":
+                    low, high = figures.split("-")
+                    return rng.randint(max(int(low), 1), int(high))
+                case "lognormal":
+                    median, sigma = figures.split(",")
+                    return max(round(float(median) * rng.lognormvariate(0, float(sigma))), 1)
+        except ValueError:
+            pass
+        raise ConfigError(f"lengths must be like 128, uniform:16-512 or lognormal:256,0.6; not {self.text}")
+
+
+@dataclass(frozen=True, slots=True)
+class Synthetic:
+    """Random token ids. A share of every prompt is one of `num_prefixes` shared beginnings."""
+
+    input_lengths: Lengths
+    output_lengths: Lengths
+    vocab_size: int
+    max_context: int
+    prefix_share: float = 0.0
+    num_prefixes: int = 1
+
+    def requests(self, count: int, seed: int) -> list[LoadRequest]:
+        rng = random.Random(seed)
+        prefixes = [
+            self._tokens(random.Random(f"{seed}/{number}"), self.max_context)
+            for number in range(self.num_prefixes)
+        ]
+        return [self._request(rng, rng.choice(prefixes)) for _ in range(count)]
+
+    def _request(self, rng: random.Random, prefix: list[int]) -> LoadRequest:
+        num_output = min(self.output_lengths.draw(rng), self.max_context - 1)
+        num_prompt = min(self.input_lengths.draw(rng), self.max_context - num_output)
+        num_shared = int(num_prompt * self.prefix_share)
+        return LoadRequest(prefix[:num_shared] + self._tokens(rng, num_prompt - num_shared), num_output)
+
+    def _tokens(self, rng: random.Random, count: int) -> list[int]:
+        return rng.choices(range(self.vocab_size), k=count)
+
+
+def read_workload(path: Path, vocab_size: int, max_context: int, max_tokens: int) -> list[LoadRequest]:
+    """The requests of a file, in its order. Raises `ConfigError` naming what cannot be read."""
+    is_text = is_plain_text(path)
+    with path.open("rb") as file:
+        begin = file.readline(SNIFFED_BYTES).lstrip()
+    if begin.startswith(b"["):
+        return _sharegpt(path)
+    if b'"hash_ids"' in begin:
+        return list(_mooncake(path, vocab_size, max_context))
+    parser = LineParser(is_text, {"max_tokens": max_tokens})
+    found = []
+    for line, entry in read_entries(path, parser):
+        if isinstance(entry, BadLine):
+            raise ConfigError(f"{path}:{line}: {entry.message}")
+        if entry.url != COMPLETIONS:
+            raise ConfigError(f"{path}:{line}: load tests take prompts, not chats")
+        body = entry.body
+        limit = int(body.get("max_tokens") or max_tokens)
+        found.append(LoadRequest(body.get("prompt", ""), limit, ignore_eos=bool(body.get("ignore_eos"))))
+    return found
+
+
+def _mooncake(path: Path, vocab_size: int, max_context: int) -> Iterator[LoadRequest]:
+    """Blocks of equal hash ids are equal tokens, so that shared prefixes are shared here, too.
+
+    Lengths that exceed the model's context are cut to it: prompts from the end, so that prefixes stay.
+    """
+    first_ms: float | None = None
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            row: dict[str, Any] = json.loads(line)
+            timestamp_ms, num_output = float(row["timestamp"]), max(int(row["output_length"]), 1)
+            num_prompt, hash_ids = max(int(row["input_length"]), 1), [int(id_) for id_ in row["hash_ids"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}:{number}: not a Mooncake trace line ({error})") from error
+        first_ms = timestamp_ms if first_ms is None else first_ms
+        num_output = min(num_output, max_context // 2)
+        num_prompt = min(num_prompt, max_context - num_output)
+        tokens: list[int] = []
+        for hash_id in hash_ids[: -(-num_prompt // MOONCAKE_BLOCK)]:
+            tokens += random.Random(f"block {hash_id}").choices(range(vocab_size), k=MOONCAKE_BLOCK)
+        num_own = max(num_prompt - len(tokens), 0)  # what the ids do not cover is this line's alone
+        tokens += random.Random(f"line {number}").choices(range(vocab_size), k=num_own)
+        yield LoadRequest(tokens[:num_prompt], num_output, (timestamp_ms - first_ms) / 1e3)
+
+
+def _sharegpt(path: Path) -> list[LoadRequest]:
+    try:
+        conversations = [entry["conversations"] for entry in json.loads(path.read_text())]
+        turns = [
+            (turn["value"], answer["value"])
+            for conversation in conversations
+            for turn, answer in itertools.pairwise(conversation[:2])
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not ShareGPT JSON ({type(error).__name__}: {error})") from error
+    pairs = [(prompt, answer) for prompt, answer in turns if prompt and answer]
+    return [
+        LoadRequest(prompt, max(len(answer) // CHARS_PER_TOKEN, 1), ignore_eos=False)
+        for prompt, answer in pairs
+    ]

@@ -1,0 +1,94 @@
+"""`tandem bench serve`: a load test of a running service, or of one that is started for it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from bench.measure import console
+from bench.serve import report
+from bench.serve.arrivals import Schedule, arrival_named
+from bench.serve.driver import Cancelling
+from bench.serve.metrics import Slo
+from bench.serve.session import LoadTest, Model, Options
+from bench.serve.target import GrpcTarget, HttpTarget, Target
+from deploy.settings import load_config
+from tandem.config import ClusterConfig
+from tandem.errors import ConfigError
+
+
+def run(params: dict[str, Any], address: str | None, with_search: bool, out: Path, as_json: bool) -> None:
+    """Run, save, show. `address` is host:port of gRPC or a URL of HTTP. Raises `ConfigError`."""
+    config = None if address else load_config(None, model=params["model"], draft=params["draft"])
+    http = Model(params["model_name"], params["vocab_size"], params["max_context"])
+    content = asyncio.run(_run(_options(params), address, config, http, with_search))
+    report.save(out, content)
+    shown = console(as_json)
+    report.show(content, shown)
+    shown.print(f"\nserve.json, serve.csv and serve.html are in {out}")
+    if as_json:
+        print(json.dumps(report.headline(content)))
+
+
+def _options(params: dict[str, Any]) -> Options:
+    """From the command's parameters. Raises `ConfigError`."""
+    arrival = arrival_named(params["arrival"])
+    slo = Slo(**{name: params[f"slo_{name}"] for name in ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms")})
+    same = ("num_requests", "concurrency", "prefix_share", "num_prefixes", "warm_up", "seed")
+    return Options(
+        arrival=Schedule(arrival, params["rate"], params["burstiness"], params["ramp_to"]),
+        input=params["input_file"],
+        input_lengths=params["input_tokens"],
+        output_lengths=params["output_tokens"],
+        cancelling=Cancelling(params["cancel_share"], params["cancel_after"]),
+        slo=slo,
+        trials=params["trials"],
+        attainment=params["attainment"],
+        **{name: params[name] for name in same},
+    )
+
+
+async def _run(
+    options: Options,
+    address: str | None,
+    config: ClusterConfig | None,
+    http: Model,
+    with_search: bool,
+) -> dict[str, Any]:
+    async with _serving(address, config) as where:
+        target, model = await _target(where, http)
+        try:
+            test = LoadTest(target, model, options)
+            found = await test.search() if with_search else None
+            if found is not None and found.holding_rate is not None:
+                test = test.at_rate(found.holding_rate)
+            return report.document(await test.run(), test.options, where, model.name, found)
+        finally:
+            await target.close()
+
+
+async def _target(where: str, http: Model) -> tuple[Target, Model]:
+    """gRPC says what the model is; over HTTP the command does."""
+    if "://" not in where:
+        grpc = GrpcTarget(where)
+        return grpc, Model(*await grpc.facts())
+    if not http.name:
+        raise ConfigError("over HTTP the model has to be named: give --model-name")
+    return HttpTarget(where, http.name), http
+
+
+@asynccontextmanager
+async def _serving(address: str | None, config: ClusterConfig | None) -> AsyncIterator[str]:
+    """The address that was named, or that of a service which lives as long as this block."""
+    if address is not None:
+        yield address
+        return
+    from deploy.embedded import EmbeddedService
+
+    assert config is not None
+    async with EmbeddedService(config) as service:
+        yield service.address

@@ -1,0 +1,84 @@
+"""What `tandem bench serve` understands. The work is in deploy/commands/load.py, loaded when called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy import options as o
+
+Server = Annotated[
+    str | None,
+    typer.Option(help="host:port of a Tandem service, or the URL of any OpenAI-compatible one."),
+]
+ModelName = Annotated[str, typer.Option(help="Over HTTP: the model's name in requests.")]
+VocabSize = Annotated[
+    int, typer.Option(help="Over HTTP: synthetic prompts have token ids below this.", min=2)
+]
+MaxContext = Annotated[int, typer.Option(help="Over HTTP: longest prompt plus output, in tokens.", min=2)]
+Requests = Annotated[int, typer.Option(help="Requests to send; of a file, at most this many.", min=1)]
+ArrivalKind = Annotated[
+    str, typer.Option(help="closed, burst, constant, poisson, gamma, ramp, or trace (as the file says).")
+]
+Rate = Annotated[float, typer.Option(help="Requests per second; where a ramp or a search begins.")]
+RampTo = Annotated[float, typer.Option(help="Requests per second at the end of a ramp.")]
+Burstiness = Annotated[float, typer.Option(help="Of gamma arrivals: 1 is Poisson, less comes in clumps.")]
+Concurrency = Annotated[int, typer.Option(help="Requests at once in the closed loop.", min=1)]
+Input = Annotated[
+    Path | None,
+    typer.Option("--input", help="Mooncake trace, ShareGPT, request JSONL or text; else synthetic prompts."),
+]
+Lengths = Annotated[str, typer.Option(help="Tokens: 128, uniform:16-512 or lognormal:256,0.6.")]
+PrefixShare = Annotated[
+    float, typer.Option(help="Share of every prompt that others begin with too.", min=0, max=1)
+]
+Prefixes = Annotated[int, typer.Option(help="How many such beginnings there are.", min=1)]
+CancelShare = Annotated[float, typer.Option(help="Share of requests the client cancels.", min=0, max=1)]
+CancelAfter = Annotated[float, typer.Option(help="Seconds after which it does.", min=0)]
+Limit = Annotated[float | None, typer.Option(help="A limit in ms for goodput; ITL at a request's p99.")]
+WarmUp = Annotated[int, typer.Option(help="Requests before the run that do not count.", min=0)]
+Seed = Annotated[int, typer.Option(help="Of prompts, arrivals and cancellations.")]
+Search = Annotated[bool, typer.Option("--max-goodput", help="Search the highest rate within the limits.")]
+Trials = Annotated[int, typer.Option(help="Runs at each rate of a search.", min=1)]
+Attainment = Annotated[float, typer.Option(help="Share of requests that must meet the limits.", min=0, max=1)]
+
+
+def serve(
+    context: typer.Context,
+    server: Server = None,
+    model: o.Model = None,
+    draft: o.Draft = None,
+    model_name: ModelName = "",
+    vocab_size: VocabSize = 1000,
+    max_context: MaxContext = 2048,
+    num_requests: Requests = 100,
+    arrival: ArrivalKind = "closed",
+    rate: Rate = 1.0,
+    ramp_to: RampTo = 10.0,
+    burstiness: Burstiness = 1.0,
+    concurrency: Concurrency = 8,
+    input_file: Input = None,
+    input_tokens: Lengths = "128",
+    output_tokens: Lengths = "64",
+    prefix_share: PrefixShare = 0.0,
+    num_prefixes: Prefixes = 1,
+    cancel_share: CancelShare = 0.0,
+    cancel_after: CancelAfter = 1.0,
+    slo_ttft_ms: Limit = None,
+    slo_itl_ms: Limit = None,
+    slo_tpot_ms: Limit = None,
+    slo_e2e_ms: Limit = None,
+    warm_up: WarmUp = 4,
+    seed: Seed = 0,
+    max_goodput: Search = False,
+    trials: Trials = 3,
+    attainment: Attainment = 0.9,
+    out: o.Out = Path("bench-results/serve"),
+    json_output: o.Json = False,
+) -> None:
+    """Load-test a service: latencies from the schedule, goodput under limits, where the time went."""
+    from deploy.commands import load as command
+
+    command.run(context.params, server, max_goodput, out, json_output)
