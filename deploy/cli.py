@@ -7,9 +7,7 @@ from pathlib import Path
 
 import typer
 
-from deploy import kv_app
 from deploy import options as o
-from deploy.load_app import serve as bench_serve
 from deploy.queue.app import queue
 from tandem.errors import ConfigError, TandemError
 
@@ -23,8 +21,6 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Experiments: a table, CSV, JSON and plots from one command.")
 app.add_typer(bench, name="bench")
 app.add_typer(queue, name="queue")
-bench.command("serve")(bench_serve)
-app.command("audit")(kv_app.audit)
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -77,6 +73,10 @@ def generate(
     prompts: o.Prompts = None,
     prompt_file: o.PromptFile = None,
     server: o.Server = None,
+    api_key_file: o.ShownKeyFile = None,
+    tls_ca: o.TlsCa = None,
+    tls_cert: o.ShownCert = None,
+    tls_key: o.TlsKey = None,
     model: o.Model = None,
     draft: o.Draft = None,
     dtype: o.Dtype = "float32",
@@ -107,7 +107,8 @@ def generate(
 
     asking = command.asking_of(context.params)
     wanted = command.read_prompts(prompts or [], prompt_file)
-    sys.exit(command.run(wanted, asking, server, command.settings_of(context.params), json_output))
+    access = command.access_of(context.params)
+    sys.exit(command.run(wanted, asking, access, command.settings_of(context.params), json_output))
 
 
 @app.command()

@@ -42,6 +42,12 @@ TlsKey = Annotated[Path | None, typer.Option(help="Its private key.")]
 TlsClientCa = Annotated[
     Path | None, typer.Option(help="Let in only clients with a certificate of this authority.")
 ]
+ShownKeyFile = Annotated[
+    Path | None,
+    typer.Option("--api-key-file", help="File with the bearer token for --server in its first line."),
+]
+TlsCa = Annotated[Path | None, typer.Option(help="Call --server by TLS, and trust this authority.")]
+ShownCert = Annotated[Path | None, typer.Option("--tls-cert", help="Certificate to show to --server.")]
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Listen beyond this machine without tokens and TLS.")
 ]

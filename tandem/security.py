@@ -31,12 +31,8 @@ class BearerTokens:
 
     @classmethod
     def from_file(cls, file: Path) -> Self:
-        """One token a line; empty lines and lines that begin with # do not count."""
-        lines = [line.strip() for line in read_secret(file).decode("utf-8", "replace").splitlines()]
-        tokens = [line for line in lines if line and not line.startswith("#")]
-        if not tokens:
-            raise ConfigError(f"{file} holds no token; write one a line (openssl rand -hex 32 makes one)")
-        return cls(tokens)
+        """The tokens of `read_tokens`."""
+        return cls(read_tokens(file))
 
     def check(self, authorization: bytes | None) -> None:
         """Raise `Unauthenticated` unless the header's value is `Bearer` and an accepted token."""
@@ -48,6 +44,15 @@ class BearerTokens:
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if scheme.lower() != SCHEME or not any(matches):
             raise Unauthenticated("BAD_TOKEN", "token not accepted")
+
+
+def read_tokens(file: Path) -> list[str]:
+    """One token a line; empty lines and lines that begin with # do not count. Raises `ConfigError`."""
+    lines = [line.strip() for line in read_secret(file).decode("utf-8", "replace").splitlines()]
+    tokens = [line for line in lines if line and not line.startswith("#")]
+    if not tokens:
+        raise ConfigError(f"{file} holds no token; write one a line (openssl rand -hex 32 makes one)")
+    return tokens
 
 
 def tokens_of(security: SecurityConfig) -> BearerTokens | None:
@@ -63,6 +68,13 @@ def check_exposure(host: str, security: SecurityConfig) -> None:
             f"refusing to listen on {host} without tokens and TLS: give --api-key-file, --tls-cert and "
             "--tls-key, or bind 127.0.0.1; --insecure listens all the same"
         )
+
+
+def check_security(host: str, security: SecurityConfig) -> None:
+    """Raise `ConfigError` for what would end a listener on `host` when it starts."""
+    check_exposure(host, security)
+    tokens_of(security)
+    server_credentials(security)
 
 
 def is_loopback(host: str) -> bool:
@@ -87,6 +99,10 @@ def client_credentials(
     ca: Path | None = None, cert: Path | None = None, key: Path | None = None
 ) -> grpc.ChannelCredentials:
     """TLS of a client: trusts `ca` (or the system's authorities), and shows `cert` where asked for one."""
+    if (cert is None) != (key is None):
+        raise ConfigError("a TLS certificate needs its key, and a key its certificate")
+    if cert and key:
+        check_pair(cert, key)
     return grpc.ssl_channel_credentials(
         root_certificates=read_public(ca) if ca else None,
         private_key=read_secret(key) if key else None,

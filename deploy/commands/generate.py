@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 from rich.console import Console
 
 from deploy.commands.show import as_json, stream_text, summary
@@ -21,6 +22,7 @@ from tandem.client import TandemClient
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError, TandemError
 from tandem.sampling import SamplingParams
+from tandem.security import client_credentials, read_tokens
 from tandem.speculation import SpeculationParams, parse_speculation
 
 Prompt = str | list[int]
@@ -38,6 +40,31 @@ class Asking:
     def options(self) -> dict[str, Any]:
         """As keyword arguments of the client."""
         return {"sampling": self.sampling, "speculation": self.speculation, "timeout_s": self.timeout_s}
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who answers, and what they want to see."""
+
+    server: str | None  # None: a service is started
+    token: str | None
+    credentials: grpc.ChannelCredentials | None  # None: plaintext
+
+    def client(self, address: str) -> TandemClient:
+        return TandemClient(address, token=self.token, credentials=self.credentials)
+
+
+def access_of(options: dict[str, Any]) -> Access:
+    """From the command's options. Raises `ConfigError`."""
+    files = [options[name] for name in ("tls_ca", "tls_cert", "tls_key")]
+    key_file = options["api_key_file"]
+    if not options["server"] and any([key_file, *files]):
+        raise ConfigError("--api-key-file and the --tls options are for calls to --server; name one")
+    return Access(
+        options["server"],
+        read_tokens(key_file)[0] if key_file else None,
+        client_credentials(*files) if any(files) else None,
+    )
 
 
 def asking_of(options: dict[str, Any]) -> Asking:
@@ -96,23 +123,23 @@ def _parse(line: str, file: Path, number: int) -> Prompt:
 def run(
     prompts: list[Prompt],
     asking: Asking,
-    server: str | None,
+    access: Access,
     config: ClusterConfig | None,
     as_json_lines: bool,
 ) -> int:
     """Complete all prompts; returns the exit code: 1 if any of them failed."""
-    return asyncio.run(_run(prompts, asking, server, config, as_json_lines))
+    return asyncio.run(_run(prompts, asking, access, config, as_json_lines))
 
 
 async def _run(
     prompts: list[Prompt],
     asking: Asking,
-    server: str | None,
+    access: Access,
     config: ClusterConfig | None,
     as_json_lines: bool,
 ) -> int:
     err = Console(stderr=True, highlight=False, soft_wrap=True)
-    async with _service(server, config, err) as address, TandemClient(address) as client:
+    async with _service(access.server, config, err) as address, access.client(address) as client:
         if len(prompts) == 1 and asking.sampling.n == 1 and not as_json_lines:
             finished = await stream_text(client, prompts[0], sys.stdout, **asking.options())
             err.print(f"[dim]{summary(finished)}[/]")

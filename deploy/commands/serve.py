@@ -18,7 +18,7 @@ from tandem.client import TandemClient
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
 from tandem.sampling import SamplingParams
-from tandem.security import check_exposure
+from tandem.security import check_security
 
 if TYPE_CHECKING:
     from deploy.cluster.service import RayService
@@ -39,9 +39,9 @@ def run(
     on_ray: bool = False,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises `ConfigError` if the service cannot start."""
-    check_exposure(config.router.host, config.security)
     if try_prompt and (config.security.api_key_file or config.security.tls_cert):
         raise ConfigError("--try calls without token and TLS; leave it out, and call with tandem generate")
+    check_security(config.router.host, config.security)
     asyncio.run(_serve(config, num_prefill, num_decode, try_prompt, log_level, as_json, on_ray))
 
 

@@ -12,8 +12,8 @@ import pytest
 from deploy.commands.generate import read_prompts
 from deploy.commands.plan import parse_bytes
 from deploy.models import resolve_model
-from deploy.settings import load_config
-from tandem.config import BUNDLED_MODELS
+from deploy.settings import config_of, load_config
+from tandem.config import BUNDLED_MODELS, SecurityConfig
 from tandem.errors import ConfigError
 from tests.checkpoints import tiny_llama
 
@@ -82,6 +82,12 @@ def test_plan_for_people_names_every_figure() -> None:
         (["generate", "x", "--server", "127.0.0.1:1"], "is the server running?"),
         (["serve", "--host", "0.0.0.0"], "refusing to listen on 0.0.0.0"),
         (["serve", "--config", "/no/such.yaml"], "cannot read /no/such.yaml"),
+        (["serve", "--tls-cert", "/c"], "a TLS certificate needs its key"),
+        (["serve", "--api-key-file", "/no/such", "--try"], "--try calls without token and TLS"),
+        (["serve", "--api-key-file", "/no/such", "--port", "0"], "cannot read /no/such"),
+        (["serve", "--http-port", "70000"], "router port must be in [0, 65535]"),
+        (["generate", "x", "--tls-ca", "/ca"], "are for calls to --server"),
+        (["generate", "x", "--server", "h:1", "--tls-key", "/k"], "a key its certificate"),
     ],
 )
 def test_what_cannot_work_is_one_clear_line(arguments: list[str], says: str) -> None:
@@ -201,3 +207,20 @@ def test_settings_name_the_precision_of_both_sides() -> None:
     config = load_config(None, draft="self", quantization="int8", draft_quantization="nf4")
     assert config.model.quantization == "int8"
     assert (config.speculation.draft, config.speculation.draft_quantization) == ("self", "nf4")
+
+
+def test_the_options_of_a_service_are_its_settings(tmp_path: Path) -> None:
+    options = {
+        **{"host": "0.0.0.0", "port": 1, "http_port": 2, "model": None, "draft": "none"},
+        **{"api_key_file": tmp_path / "k", "tls_cert": tmp_path / "c", "tls_key": tmp_path / "p"},
+        **{"tls_client_ca": None, "insecure": False, "prefill": 2, "json_output": True},
+    }
+    config = config_of(None, options)
+    assert (config.router.host, config.router.port, config.router.http_port) == ("0.0.0.0", 1, 2)
+    assert config.security == SecurityConfig(
+        api_key_file=tmp_path / "k", tls_cert=tmp_path / "c", tls_key=tmp_path / "p"
+    )
+    file = tmp_path / "settings.yaml"
+    file.write_text("security: {insecure: true}\nrouter: {http_port: null}\n")
+    from_file = config_of(file, {"http_port": 8000, "insecure": False})
+    assert (from_file.security.insecure, from_file.router.http_port) == (True, None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
+import sys
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -121,3 +123,37 @@ def test_a_client_ca_that_is_none_is_named(tmp_path):
     security = SecurityConfig(tls_cert=ours.cert, tls_key=ours.key, tls_client_ca=wrong)
     with pytest.raises(ConfigError, match=r"ca\.pem is not a certificate"):
         HttpServer("127.0.0.1", 0, security)
+
+
+# --- the command line ---
+
+
+@pytest.mark.e2e
+async def test_the_command_line_calls_a_guarded_service(tmp_path):
+    ours, client = self_signed(), self_signed("client")
+    tokens = tmp_path / "tokens"
+    tokens.write_text(TOKEN)
+    tokens.chmod(0o600)
+    security = SecurityConfig(
+        api_key_file=tokens, tls_cert=ours.cert, tls_key=ours.key, tls_client_ca=client.cert
+    )
+    async with running(replace(config(), security=security)) as guarded:
+        shown = ("--tls-ca", str(ours.cert), "--tls-cert", str(client.cert), "--tls-key", str(client.key))
+        code, out, err = await generate(guarded.address, "--api-key-file", str(tokens), *shown)
+        assert (code, bool(out)) == (0, True), err
+        code, _, err = await generate(guarded.address, *shown)
+        assert (code, "NO_TOKEN" in err) == (1, True), err
+        code, _, err = await generate(guarded.address, "--api-key-file", str(tokens))
+        assert (code, "no answer" in err) == (1, True), err
+
+
+async def generate(address, *options):
+    """Exit code, standard output and standard error of `tandem generate`."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "deploy.cli", "generate", "x", "--max-tokens", "3", "--server", address),
+        *options,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await asyncio.wait_for(process.communicate(), 60)
+    return process.returncode, out.decode(), err.decode()
