@@ -14,6 +14,7 @@ from decode_worker.sequence import DecodeSequence, Started
 from kvstore.client import KvClient
 from kvstore.key import KvHandle, object_id_of
 from tandem.engine.block_pool import BlockPool
+from tandem.engine.kv_transfer import import_kv
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import FailedPrecondition, TandemError
 from tandem.threads import to_thread_to_end
@@ -27,12 +28,18 @@ class KvRestorer:
     """Fetches, checks and places KV. What was placed is used only after `restore` has returned."""
 
     def __init__(
-        self, client: KvClient, cache: PagedCache, pool: BlockPool, draft_cache: PagedCache | None = None
+        self,
+        client: KvClient,
+        cache: PagedCache,
+        pool: BlockPool,
+        draft_cache: PagedCache | None = None,
+        codec: str = "raw",
     ) -> None:
         self._client = client
         self._cache = cache
         self._pool = pool
         self._draft_cache = draft_cache
+        self._codec = codec  # the writer's too: it is part of the fingerprint
 
     async def restore(self, sequence: DecodeSequence) -> Started:
         """Place the KV of all tokens but the last; that of a draft model too, if it came and is sound.
@@ -58,7 +65,7 @@ class KvRestorer:
             async for chunk, payload in chunks:
                 blocks = sequence.blocks[chunk.block_start : chunk.block_start + chunk.num_blocks]
                 await to_thread_to_end(
-                    cache.write_blocks, blocks, payload, chunk.layer_start, chunk.num_layers
+                    import_kv, cache, blocks, payload, chunk.layer_start, chunk.num_layers, self._codec
                 )
 
     async def _place_draft(self, sequence: DecodeSequence, handle: KvHandle, cache: PagedCache) -> None:

@@ -51,7 +51,7 @@ class DecodeServer:
             engine.model,
             engine.pool,
             Tokenizer.from_dir(config.model.path),
-            KvRestorer(client, engine.model.cache, engine.pool, _own_cache(engine)),
+            KvRestorer(client, engine.model.cache, engine.pool, _own_cache(engine), config.kvstore.codec),
             decoder,
         )
         host = WorkerHost(router_address)

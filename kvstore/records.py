@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from kvstore.key import FINGERPRINT_BYTES, OBJECT_ID_BYTES, KvHandle, ObjectKey, require
 from tandem import geometry
 from tandem.fingerprint import KV_LAYOUT
-from tandem.geometry import DTYPE_BYTES
+from tandem.geometry import DTYPE_BYTES, KV_CODECS
 
-CODECS = ("raw",)
 DIGEST_BYTES = 16
 MAX_CHUNK_BYTES = 4 << 20
 MAX_CHUNKS = 1 << 20
@@ -51,7 +50,7 @@ class ObjectHeader:
         require(len(self.object_id) == OBJECT_ID_BYTES)
         require(len(self.fingerprint) == FINGERPRINT_BYTES)
         require(len(self.tenant) <= MAX_TENANT)
-        require(self.codec in CODECS and self.layout == KV_LAYOUT and self.dtype in DTYPE_BYTES)
+        require(self.codec in KV_CODECS and self.layout == KV_LAYOUT and self.dtype in DTYPE_BYTES)
         _in(self.epoch, 0, MAX_EPOCH)
         _in(self.is_prefix, 0, 1)
         _in(self.num_layers, 1, MAX_LAYERS)
@@ -62,7 +61,7 @@ class ObjectHeader:
         require(geometry.num_blocks(self.num_tokens, self.block_size) == self.num_blocks)
         # A cell is keys and values of every slot of the block: an odd total cannot be cut into cells.
         slots = self.num_blocks * self.num_layers * 2 * self.block_size
-        require(self.total_bytes % (slots * DTYPE_BYTES[self.dtype]) == 0)
+        require(self.total_bytes % (slots * (DTYPE_BYTES[self.dtype] if self.codec == "raw" else 1)) == 0)
 
     @property
     def key(self) -> ObjectKey:

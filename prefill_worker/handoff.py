@@ -47,7 +47,10 @@ class HandoffContext:
         cls, config: ClusterConfig, engine: Engine, client: KvClient, fingerprint: bytes
     ) -> HandoffContext:
         form = Format(
-            dtype=config.model.dtype, fingerprint=fingerprint, chunk_bytes=config.kvstore.chunk_bytes
+            dtype=config.model.dtype,
+            fingerprint=fingerprint,
+            chunk_bytes=config.kvstore.chunk_bytes,
+            codec=config.kvstore.codec,
         )
         cache, draft_cache = engine.model.cache, engine.draft.cache if engine.draft else None
         prefixes = PrefixCache(client, cache, form, config.kvstore.prefix_tokens)

@@ -13,7 +13,7 @@ from kvstore.key import KvHandle, object_id_of
 from kvstore.records import ChunkRange, ObjectHeader
 from kvstore.writer import KvWriter
 from prefill_worker.job import PrefillJob
-from tandem.engine.kv_export import export_kv
+from tandem.engine.kv_transfer import block_bytes, export_kv
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import TandemError
 from tandem.geometry import num_blocks
@@ -31,6 +31,7 @@ class Format:
     dtype: str
     fingerprint: bytes
     chunk_bytes: int
+    codec: str = "raw"  # of what goes to a decode worker; prefixes stay raw
 
 
 def parts_of(cache: PagedCache, chunk_bytes: int, start: int, end: int) -> list[ChunkRange]:
@@ -51,13 +52,15 @@ def parts_of(cache: PagedCache, chunk_bytes: int, start: int, end: int) -> list[
 
 
 async def export_part(
-    cache: PagedCache, blocks: Sequence[int], num_tokens: int, part: ChunkRange
+    cache: PagedCache, blocks: Sequence[int], num_tokens: int, part: ChunkRange, codec: str = "raw"
 ) -> memoryview:
     """The bytes of a part of `blocks`, which hold `num_tokens` tokens in all."""
     size, last = cache.block_size, part.block_start + part.num_blocks
     num_in_part = min(num_tokens, last * size) - part.block_start * size
     chosen = blocks[part.block_start : last]
-    return await to_thread_to_end(export_kv, cache, chosen, num_in_part, part.layer_start, part.num_layers)
+    return await to_thread_to_end(
+        export_kv, cache, chosen, num_in_part, part.layer_start, part.num_layers, codec
+    )
 
 
 class ObjectSender:
@@ -103,16 +106,17 @@ class ObjectSender:
             epoch=self._job.work.epoch,
             tenant="",
             fingerprint=self._form.fingerprint,
+            codec=self._form.codec,
             dtype=self._form.dtype,
             num_layers=self._cache.geometry.num_layers,
             num_tokens=self._job.num_tokens,
             block_size=self._cache.block_size,
             num_blocks=blocks,
-            total_bytes=blocks * self._cache.block_bytes,
+            total_bytes=blocks * block_bytes(self._cache, self._form.codec),
         )
 
     async def _send_part(self, part: ChunkRange) -> None:
-        payload = await export_part(self._cache, self._blocks, self._job.num_tokens, part)
+        payload = await export_part(self._cache, self._blocks, self._job.num_tokens, part, self._form.codec)
         await self._writer.write(part, payload)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from tandem.config_values import build
 from tandem.errors import ConfigError
-from tandem.geometry import DTYPE_BYTES
+from tandem.geometry import DTYPE_BYTES, KV_CODECS
 
 MIB = 1 << 20
 DRAFTS = ("none", "ngram", "model", "self", "qspec")
@@ -185,6 +185,7 @@ class KvStoreConfig:
     """Life times in the store. All are durations on the store's own clock."""
 
     url: str = field(default="memory://", repr=False)  # memory, shm, disk or redis; may hold a password
+    codec: str = "raw"  # raw | fp16 | int8 | int4: how KV travels; only raw changes no token
     chunk_bytes: int = MIB
     put_deadline_s: float = 10.0
     lease_s: float = 30.0
@@ -195,6 +196,7 @@ class KvStoreConfig:
     def __post_init__(self) -> None:
         _check_positive(self, "chunk_bytes", "put_deadline_s", "lease_s", "prefix_s", "sweep_s")
         _check_positive(self, "prefix_tokens")
+        _check(self.codec in KV_CODECS, f"unknown codec {self.codec}; known: {', '.join(KV_CODECS)}")
         _check(self.chunk_bytes <= 4 * MIB, "kvstore chunk_bytes must be at most 4 MiB")
 
 

@@ -17,14 +17,16 @@ SAMPLE_BYTES = 4096
 
 
 def model_fingerprint(config: ClusterConfig) -> bytes:
-    """SHA-256 over configuration, tokenizer, weights, what runs them, dtype, KV layout and block size.
+    """SHA-256 over configuration, tokenizer, weights, what runs them, dtype, KV layout and codec, block size.
 
     Weights count by their size, their header and 64 evenly spread samples of 4 KiB, so that a
     checkpoint of many gigabytes is named in milliseconds.
     """
     model = config.model
     storage = f"{model.dtype}|{model.implementation}|{model.linear}|{model.quantization}"
-    digest = hashlib.sha256(f"v4|{storage}|{config.cache.block_size}|{KV_LAYOUT}".encode())
+    digest = hashlib.sha256(
+        f"v5|{storage}|{config.cache.block_size}|{KV_LAYOUT}|{config.kvstore.codec}".encode()
+    )
     digest.update(checkpoint_digest(config.model.path))
     if config.speculation.draft_path is not None:
         digest.update(checkpoint_digest(config.speculation.draft_path))

@@ -10,6 +10,7 @@ from typing import Any, Self
 from tandem.errors import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+KV_CODECS = ("raw", "fp16", "int8", "int4")  # how KV travels (tandem.engine.kv_codec)
 
 
 def num_blocks(num_tokens: int, block_size: int) -> int:

@@ -106,7 +106,7 @@ class PagedCache:
         """
         layers = self._layers(layer_start, num_layers)
         num_layers, _, kv_heads, _, block_size, head_dim = layers.shape
-        incoming = _tensor_over(
+        incoming = tensor_over(
             data, self.dtype, (len(block_ids), num_layers, 2, block_size, kv_heads, head_dim)
         )
         layers.index_copy_(3, self._ids(block_ids), incoming.permute(1, 2, 4, 0, 3, 5).to(self.device))
@@ -128,7 +128,7 @@ class PagedCache:
         return torch.tensor(block_ids, dtype=torch.int64, device=self.device)
 
 
-def _tensor_over(
+def tensor_over(
     data: bytes | bytearray | memoryview, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> torch.Tensor:
     """A tensor over the buffer's own memory. It must only be read: the buffer may be immutable."""

@@ -14,7 +14,7 @@ from kvstore.records import ChunkRange, ObjectHeader
 from tandem.config import DecodeConfig
 from tandem.engine.batch import SequenceRows
 from tandem.engine.block_pool import BlockPool
-from tandem.engine.kv_export import export_kv
+from tandem.engine.kv_transfer import export_kv
 from tandem.errors import TandemError
 from tandem.output import OutputDelta
 from tandem.work import Work

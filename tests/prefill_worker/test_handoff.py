@@ -18,7 +18,7 @@ from prefill_worker.handoff import HOLD, Handoff
 from prefill_worker.job import PrefillJob
 from prefill_worker.sender import ObjectSender, parts_of
 from tandem.engine.block_pool import BlockPool
-from tandem.engine.kv_export import export_kv
+from tandem.engine.kv_transfer import export_kv
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import TandemError
 from tests.prefill_worker.rig import make_context
