@@ -7,7 +7,9 @@ from pathlib import Path
 
 import typer
 
+from deploy import kv_app
 from deploy import options as o
+from deploy.load_app import serve as bench_serve
 from deploy.queue.app import queue
 from tandem.errors import ConfigError, TandemError
 
@@ -21,6 +23,8 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Experiments: a table, CSV, JSON and plots from one command.")
 app.add_typer(bench, name="bench")
 app.add_typer(queue, name="queue")
+app.command("audit")(kv_app.audit)
+bench.command("serve")(bench_serve)
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -105,10 +109,7 @@ def generate(
     """Complete prompts. The text goes to standard output, everything else to standard error."""
     from deploy.commands import generate as command
 
-    asking = command.asking_of(context.params)
-    wanted = command.read_prompts(prompts or [], prompt_file)
-    access = command.access_of(context.params)
-    sys.exit(command.run(wanted, asking, access, command.settings_of(context.params), json_output))
+    sys.exit(command.run_options(context.params))
 
 
 @app.command()

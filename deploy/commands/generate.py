@@ -120,6 +120,13 @@ def _parse(line: str, file: Path, number: int) -> Prompt:
     raise ConfigError(f'{file}:{number}: needs "prompt" (a string) or "token_ids" (a list of token ids)')
 
 
+def run_options(options: dict[str, Any]) -> int:
+    """What the command line asks for; returns the exit code."""
+    asking, access = asking_of(options), access_of(options)
+    prompts = read_prompts(options["prompts"] or [], options["prompt_file"])
+    return run(prompts, asking, access, settings_of(options), options["json_output"])
+
+
 def run(
     prompts: list[Prompt],
     asking: Asking,
