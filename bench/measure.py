@@ -21,7 +21,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -79,6 +78,8 @@ def interleave(
 
 def machine(threads: int) -> dict[str, Any]:
     """What a figure depends on: processor, cores, memory, versions, and the threads that were used."""
+    import torch  # seconds, which those who only write tables need not wait
+
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -101,6 +102,8 @@ class Limits:
 
 def limits(threads: int, rounds: int = 5) -> Limits:
     """The best of some rounds of summing a large tensor and of multiplying two large matrices."""
+    import torch
+
     torch.set_num_threads(threads)
     large, matrix = torch.ones(LIMIT_FLOATS), torch.randn(LIMIT_SIZE, LIMIT_SIZE)
     arms = {"sum": partial(_seconds, large.sum), "product": partial(_seconds, lambda: matrix @ matrix)}

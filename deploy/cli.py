@@ -7,9 +7,8 @@ from pathlib import Path
 
 import typer
 
-from deploy import kv_app
+from deploy import kv_app, load_app
 from deploy import options as o
-from deploy.load_app import serve as bench_serve
 from deploy.queue.app import queue
 from tandem.errors import ConfigError, TandemError
 
@@ -24,7 +23,9 @@ bench = typer.Typer(no_args_is_help=True, help="Experiments: a table, CSV, JSON 
 app.add_typer(bench, name="bench")
 app.add_typer(queue, name="queue")
 app.command("audit")(kv_app.audit)
-bench.command("serve")(bench_serve)
+bench.command("serve")(load_app.serve)
+app.command("compare")(load_app.compare)
+app.command("report")(load_app.render)
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2

@@ -1,7 +1,8 @@
-"""What `tandem bench serve` understands. The work is in deploy/commands/load.py, loaded when called."""
+"""What `tandem bench serve`, `compare` and `report` understand. The work is in deploy/commands/load.py."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,9 @@ Search = Annotated[bool, typer.Option("--max-goodput", help="Search the highest 
 Trials = Annotated[int, typer.Option(help="Runs at each rate of a search.", min=1)]
 Attainment = Annotated[float, typer.Option(help="Share of requests that must meet the limits.", min=0, max=1)]
 
+Result = Annotated[Path, typer.Argument(help="Folder or serve.json of a `tandem bench serve`.")]
+Margin = Annotated[float, typer.Option(help="Share by which a figure may get worse.", min=0)]
+
 
 def serve(
     context: typer.Context,
@@ -82,3 +86,17 @@ def serve(
     from deploy.commands import load as command
 
     command.run(context.params, server, max_goodput, out, json_output)
+
+
+def compare(a: Result, b: Result, margin: Margin = 0.05, json_output: o.Json = False) -> None:
+    """Is run B worse than run A, by more than chance and the margin? Ends with 1 if it is."""
+    from deploy.commands import load as command
+
+    sys.exit(command.compare_runs(a, b, margin, json_output))
+
+
+def render(result: Result) -> None:
+    """Write serve.csv and serve.html of a run again, from its serve.json."""
+    from deploy.commands import load as command
+
+    command.render(result)

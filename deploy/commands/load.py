@@ -1,4 +1,4 @@
-"""`tandem bench serve`: a load test of a running service, or of one that is started for it."""
+"""`tandem bench serve`: a load test of a service that runs or is started for it, and what is made of it."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from bench.measure import console
+from bench.measure import console, table
 from bench.serve import report
 from bench.serve.arrivals import Schedule, arrival_named
+from bench.serve.compare import compare
 from bench.serve.driver import Cancelling
 from bench.serve.metrics import Slo
 from bench.serve.session import LoadTest, Model, Options
 from bench.serve.target import GrpcTarget, HttpTarget, Target
-from deploy.settings import load_config
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
 
 
 def run(params: dict[str, Any], address: str | None, with_search: bool, out: Path, as_json: bool) -> None:
     """Run, save, show. `address` is host:port of gRPC or a URL of HTTP. Raises `ConfigError`."""
-    config = None if address else load_config(None, model=params["model"], draft=params["draft"])
+    config = None if address else _config(params)
     http = Model(params["model_name"], params["vocab_size"], params["max_context"])
     content = asyncio.run(_run(_options(params), address, config, http, with_search))
     report.save(out, content)
@@ -32,6 +32,46 @@ def run(params: dict[str, Any], address: str | None, with_search: bool, out: Pat
     shown.print(f"\nserve.json, serve.csv and serve.html are in {out}")
     if as_json:
         print(json.dumps(report.headline(content)))
+
+
+def _config(params: dict[str, Any]) -> ClusterConfig:
+    from deploy.settings import load_config  # with torch, which no running service needs
+
+    return load_config(None, model=params["model"], draft=params["draft"])
+
+
+def compare_runs(a: Path, b: Path, margin: float, as_json: bool) -> int:
+    """Show what changed from A to B; returns 1 if anything got worse. Raises `ConfigError`."""
+    found = compare(report.load(a), report.load(b), margin)
+    how = "request by request" if found.is_paired else "as two samples: their options differ"
+    columns = ("figure", "A", "B", "change", "95 % interval", "")
+    rows = [
+        (
+            c.figure,
+            f"{c.a:.4g}",
+            f"{c.b:.4g}",
+            f"{c.change:+.1%}",
+            f"{c.low:+.1%} to {c.high:+.1%}",
+            c.verdict,
+        )
+        for c in found.changes
+    ]
+    shown = console(as_json)
+    shown.print(table(f"B against A, {how}", columns, rows))
+    if found.same_texts is not None:
+        shown.print(f"equal texts: {found.same_texts:.1%}")
+    for warning in found.warnings:
+        shown.print(f"[yellow]{warning}[/]")
+    if as_json:
+        print(json.dumps(found.to_json()))
+    return 1 if found.is_worse else 0
+
+
+def render(result: Path) -> None:
+    """Raises `ConfigError` if it is no run."""
+    folder = result if result.is_dir() else result.parent
+    report.save(folder, report.load(result))
+    print(folder / "serve.html")
 
 
 def _options(params: dict[str, Any]) -> Options:

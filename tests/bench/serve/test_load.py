@@ -130,7 +130,7 @@ def test_the_files_of_a_run(server, tmp_path: Path) -> None:
 
 
 ON_ONE_CORE = """
-import asyncio, json, os, sys
+import asyncio, json, os, sys, time
 os.sched_setaffinity(0, {0})
 from bench.serve.arrivals import Arrival, Schedule
 from bench.serve.session import LoadTest, Model, Options
@@ -139,30 +139,33 @@ from bench.serve.target import GrpcTarget, HttpTarget
 async def main():
     target = HttpTarget(sys.argv[1], "null") if "://" in sys.argv[1] else GrpcTarget(sys.argv[1])
     options = Options(num_requests=1500, arrival=Schedule(Arrival.POISSON, 100), input_lengths="16")
+    began_s, cpu_s = time.perf_counter(), time.process_time()
     run = await LoadTest(target, Model("null", 1000, 2048), options).run()
-    print(json.dumps(run.summary))
+    share = (time.process_time() - cpu_s) / (time.perf_counter() - began_s)
+    print(json.dumps({**run.summary, "cpu_share": share}))
 
 asyncio.run(main())
 """
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_five_hundred_streams_on_one_core_keep_their_schedule(protocol) -> None:
-    """About 550 at once, 50 tokens over 5.5 s each: 5,000 arrivals a second. The machine may be busy once."""
-    for _ in range(3):
-        with null_server(50, 0.11) as addresses:
-            command = [sys.executable, "-c", ON_ONE_CORE, addresses[protocol == "http"]]
-            done = subprocess.run(
-                command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=110, check=True
-            )
-        summary = json.loads(done.stdout.splitlines()[-1])
-        print(protocol, summary["most_in_flight"], summary["dispatch_lag_ms"], summary["loop_lag_ms"])
-        assert summary["ok"] == 1500
-        assert summary["most_in_flight"] >= 500
-        lag_ms = summary["dispatch_lag_ms"]["p99"]
-        assert summary["client_bottleneck"] == (lag_ms > 10)
-        if lag_ms <= 10:
-            return
-    pytest.fail(f"the client is late by {lag_ms} ms")
+    """About 550 at once, 50 tokens over 5.5 s each: 5,000 arrivals a second.
+
+    That takes well less than the core. On a machine with nothing else to do the schedule is then kept.
+    """
+    is_quiet = os.getloadavg()[0] < 1
+    with null_server(50, 0.11) as addresses:
+        command = [sys.executable, "-c", ON_ONE_CORE, addresses[protocol == "http"]]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=110, check=True
+        )
+    summary = json.loads(done.stdout.splitlines()[-1])
+    print(protocol, {name: summary[name] for name in ("most_in_flight", "dispatch_lag_ms", "cpu_share")})
+    assert summary["ok"] == 1500
+    assert summary["most_in_flight"] >= 500
+    assert summary["cpu_share"] < 0.75
+    lag_ms = summary["dispatch_lag_ms"]["p99"]
+    assert summary["client_bottleneck"] == (lag_ms > 10)
+    assert lag_ms <= 10 or not is_quiet
