@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
+from router.fleet import Fleet, Pool
 from router.needs import Needs
 from router.policy import Candidate, LeastLoaded, RoutingPolicy
 from router.registry import Registry, WorkerInfo, WorkerRole, WorkerState
@@ -48,30 +49,14 @@ class Occupancy:
     capacity_bytes: int
 
 
-@dataclass(slots=True)
-class _Pool:
-    """One worker's books."""
-
-    info: WorkerInfo
-    ledger: Ledger
-    accepting: bool = True
-    queued_tokens: int = 0
-
-    def candidate(self) -> Candidate:
-        return Candidate(
-            self.info.worker_id, self.info.num_blocks, max(self.ledger.free, 0), self.queued_tokens
-        )
-
-
 class Admission:
     """The credits of one router."""
 
     def __init__(
         self, policy: RoutingPolicy | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._policy = policy or LeastLoaded()
         self._clock = clock
-        self._pools: dict[str, _Pool] = {}
+        self._fleet = Fleet(policy or LeastLoaded())
         self._store: Ledger | None = None
         self._store_incarnation = ""
         self._largest = dict.fromkeys(WorkerRole, 0)  # blocks of the largest worker ever seen
@@ -89,17 +74,18 @@ class Admission:
     def add_worker(self, info: WorkerInfo) -> None:
         """Open empty books for a worker; those of an earlier start are dropped."""
         ledger = Ledger(f"{info.role.name.lower()}:{info.worker_id}", "blocks", info.num_blocks, self._clock)
-        self._pools[info.worker_id] = _Pool(info, ledger)
+        self._fleet.add(Pool(info, ledger))
         self._largest[info.role] = max(self._largest[info.role], info.num_blocks)
 
     def remove_worker(self, worker_id: str) -> None:
         """Drop a lost worker's books; what its requests hold elsewhere stays until they release it."""
-        self._pools.pop(worker_id, None)
+        self._fleet.remove(worker_id)
 
     def set_accepting(self, worker_id: str, accepting: bool) -> None:
         """Whether new requests may go to a worker. Its books stay either way."""
-        if worker_id in self._pools:
-            self._pools[worker_id].accepting = accepting
+        if pool := self._fleet.get(worker_id):
+            pool.accepting = accepting
+            self._fleet.changed(pool)
 
     def set_store(self, total_bytes: int, incarnation: str = "") -> None:
         """Open books for the store. Saying the same again changes nothing; a new start begins empty."""
@@ -115,7 +101,7 @@ class Admission:
 
     def check_available(self) -> None:
         """Raise `NO_PREFILL`, `NO_DECODE` or `STORE_DOWN` if a part is missing altogether."""
-        roles = {pool.info.role for pool in self._pools.values() if pool.accepting}
+        roles = {pool.info.role for pool in self._fleet if pool.accepting}
         if WorkerRole.PREFILL not in roles:
             raise Unavailable("NO_PREFILL", "no prefill worker is available")
         if WorkerRole.DECODE not in roles:
@@ -139,16 +125,20 @@ class Admission:
 
     def fits_when_idle(self, needs: Needs, exclude: Collection[str] = NOBODY) -> bool:
         """Whether the workers present now could hold the request if nothing else ran."""
-        return self._find(needs, exclude, lambda ledger: ledger.total) is not None
+        has_store = self._store is not None and self._store.total >= needs.store_bytes
+        return has_store and self._fleet.fits_when_idle(needs.prefill_blocks, needs.decode_blocks, exclude)
 
     def try_admit(
         self, request_id: str, epoch: int, needs: Needs, exclude: Collection[str] = NOBODY
     ) -> Plan | None:
         """Take all credits for one attempt, or none. `exclude` names workers that refused before."""
-        found = self._find(needs, exclude, lambda ledger: ledger.free)
-        if found is None:
+        store = self._store
+        if store is None or store.free < needs.store_bytes:
             return None
-        prefill, decode, store = found
+        pair = self._fleet.best_pair(needs.prefill_blocks, needs.decode_blocks, exclude)
+        if pair is None:
+            return None
+        prefill, decode = pair
         wanted = (
             (prefill.ledger, needs.prefill_blocks),
             (decode.ledger, needs.decode_blocks),
@@ -156,6 +146,8 @@ class Admission:
         )
         _reserve_all(request_id, epoch, wanted)
         prefill.queued_tokens += needs.prefill_tokens
+        for pool in pair:
+            self._fleet.changed(pool)
         return Plan(request_id, epoch, needs, prefill.info, decode.info, self._store_incarnation)
 
     def release_prefill(self, plan: Plan) -> None:
@@ -165,14 +157,15 @@ class Admission:
             self.releases_after_loss += 1
         elif pool.ledger.release(plan.request_id, generation=plan.epoch):
             pool.queued_tokens -= plan.needs.prefill_tokens
+            self._fleet.changed(pool)
 
     def release_decode(self, plan: Plan) -> None:
         """The decode worker's blocks are free again."""
         pool = self._pool_of(plan.decode)
         if pool is None:
             self.releases_after_loss += 1
-        else:
-            pool.ledger.release(plan.request_id, generation=plan.epoch)
+        elif pool.ledger.release(plan.request_id, generation=plan.epoch):
+            self._fleet.changed(pool)
 
     def release_store(self, plan: Plan) -> None:
         """The store no longer holds the hand-off."""
@@ -194,20 +187,20 @@ class Admission:
 
     def audit(self, live_ids: Collection[str] | None = None) -> list[PoolAudit]:
         """The books of every worker and the store; records of other ids than `live_ids` are orphans."""
-        ledgers = [self._pools[worker_id].ledger for worker_id in sorted(self._pools)]
+        ledgers = [pool.ledger for pool in self._fleet]
         return [ledger.audit(live_ids) for ledger in [*ledgers, *([self._store] if self._store else [])]]
 
     def occupancy(self) -> list[Occupancy]:
         """The books in bytes, for operators."""
         workers = [
             _occupancy(pool.info.worker_id, pool.info.role.name.lower(), pool.ledger, pool.info.block_bytes)
-            for _, pool in sorted(self._pools.items())
+            for pool in self._fleet
         ]
         return workers + ([_occupancy("store", "store", self._store, 1)] if self._store else [])
 
     def candidates(self, role: WorkerRole) -> list[Candidate]:
         """The workers of one role that accept work, as the policy sees them."""
-        return [p.candidate() for p in self._pools.values() if p.info.role is role and p.accepting]
+        return [p.candidate() for p in self._fleet if p.info.role is role and p.accepting]
 
     @staticmethod
     def _check_largest(needed: int, largest: int, unit: str, where: str) -> None:
@@ -215,27 +208,8 @@ class Admission:
         if 0 < largest < needed:
             raise InvalidRequest("NEVER_FITS", f"request needs {needed} {unit}; the {where} has {largest}")
 
-    def _find(
-        self, needs: Needs, exclude: Collection[str], room: Callable[[Ledger], int]
-    ) -> tuple[_Pool, _Pool, Ledger] | None:
-        """The best compatible pair with room, or None. `room` says what counts as room."""
-        if self._store is None or room(self._store) < needs.store_bytes:
-            return None
-        usable = [p for p in self._pools.values() if p.accepting and p.info.worker_id not in exclude]
-        prefills = _with_room(usable, WorkerRole.PREFILL, needs.prefill_blocks, room)
-        decodes = [
-            decode
-            for decode in _with_room(usable, WorkerRole.DECODE, needs.decode_blocks, room)
-            if any(decode.info.can_exchange_kv(prefill.info) for prefill in prefills)
-        ]
-        if not decodes:
-            return None
-        decode = self._pools[self._policy.pick_decode([p.candidate() for p in decodes]).worker_id]
-        fitting = [p.candidate() for p in prefills if p.info.can_exchange_kv(decode.info)]
-        return self._pools[self._policy.pick_prefill(fitting).worker_id], decode, self._store
-
-    def _pool_of(self, info: WorkerInfo) -> _Pool | None:
-        pool = self._pools.get(info.worker_id)
+    def _pool_of(self, info: WorkerInfo) -> Pool | None:
+        pool = self._fleet.get(info.worker_id)
         return pool if pool is not None and pool.info.incarnation == info.incarnation else None
 
     def _store_of(self, plan: Plan) -> Ledger | None:
@@ -245,12 +219,6 @@ class Admission:
 def _occupancy(owner: str, role: str, ledger: Ledger, unit_bytes: int) -> Occupancy:
     reserved = ledger.total - ledger.free
     return Occupancy(owner, role, reserved * unit_bytes, ledger.total * unit_bytes)
-
-
-def _with_room(
-    pools: Iterable[_Pool], role: WorkerRole, blocks: int, room: Callable[[Ledger], int]
-) -> list[_Pool]:
-    return [p for p in pools if p.info.role is role and room(p.ledger) >= blocks]
 
 
 def _reserve_all(owner: str, epoch: int, wanted: Iterable[tuple[Ledger, int]]) -> None:

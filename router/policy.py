@@ -1,15 +1,15 @@
-"""Which worker gets the next request: pure functions of a snapshot.
+"""Which worker gets the next request: pure functions of what a worker has in hand.
 
-Candidates are workers that can take the request now; the caller has made sure of that. A policy
-keeps no state and reads no clock, so the same snapshot always gives the same answer, and ties go to
-the smaller worker id. It does not know what a request, a credit or a connection is.
+A policy keeps no state and reads no clock, and a worker's key depends on that worker alone, so that a fleet
+can keep its workers in order. It does not know what a request, a credit or a connection is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from router.ranking import Key
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,28 +23,20 @@ class Candidate:
 
 
 class RoutingPolicy(Protocol):
-    """Chooses one of several workers that all fit. `candidates` is never empty."""
+    """Ranks workers that all fit: the lowest key is taken first, ties go to the smaller worker id."""
 
-    def pick_prefill(self, candidates: Sequence[Candidate]) -> Candidate: ...
+    def prefill_key(self, candidate: Candidate) -> Key: ...
 
-    def pick_decode(self, candidates: Sequence[Candidate]) -> Candidate: ...
-
-
-def fewest_queued_tokens(candidates: Sequence[Candidate]) -> Candidate:
-    """The worker that reaches a new prompt first, as the time of a prefill grows with its tokens."""
-    return min(candidates, key=lambda c: (c.queued_tokens, c.worker_id))
-
-
-def largest_free_share(candidates: Sequence[Candidate]) -> Candidate:
-    """The worker with most free blocks relative to its size, so that unequal workers fill evenly."""
-    return min(candidates, key=lambda c: (-c.free_blocks / c.num_blocks, c.worker_id))
+    def decode_key(self, candidate: Candidate) -> Key: ...
 
 
 class LeastLoaded:
-    """The default policy: the shortest prefill queue, the emptiest decode pool."""
+    """The default policy."""
 
-    def pick_prefill(self, candidates: Sequence[Candidate]) -> Candidate:
-        return fewest_queued_tokens(candidates)
+    def prefill_key(self, candidate: Candidate) -> Key:
+        """The shortest queue in tokens reaches a new prompt first: the time of a prefill grows with them."""
+        return (candidate.queued_tokens,)
 
-    def pick_decode(self, candidates: Sequence[Candidate]) -> Candidate:
-        return largest_free_share(candidates)
+    def decode_key(self, candidate: Candidate) -> Key:
+        """Most free blocks relative to its size first, so that unequal workers fill evenly."""
+        return (-candidate.free_blocks / candidate.num_blocks,)

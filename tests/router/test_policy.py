@@ -1,49 +1,46 @@
-"""Policies are pure functions of a snapshot."""
+"""Policies rank workers by what each has in hand; a ranking keeps them in order."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.policy import Candidate, LeastLoaded, fewest_queued_tokens, largest_free_share
+from router.policy import Candidate, LeastLoaded
+from router.ranking import SLACK, Ranking
 
-CANDIDATES = st.lists(
-    st.builds(
-        Candidate,
-        worker_id=st.text("abc", min_size=1, max_size=3),
-        num_blocks=st.integers(10, 12),
-        free_blocks=st.integers(0, 10),
-        queued_tokens=st.integers(0, 3),
-    ),
-    min_size=1,
-    max_size=8,
-    unique_by=lambda c: c.worker_id,
-)
+NAMES = st.sampled_from([f"w{number}" for number in range(12)])
 
 
 def test_prefill_goes_to_the_shortest_queue_in_tokens():
     long = Candidate("a", 100, 100, queued_tokens=900)
     short = Candidate("b", 100, 1, queued_tokens=100)
-    assert LeastLoaded().pick_prefill([long, short]) is short
+    assert min((long, short), key=LeastLoaded().prefill_key) is short
 
 
 def test_decode_goes_to_the_largest_free_share_not_the_largest_number():
     big = Candidate("a", 1000, 200)
     small = Candidate("b", 100, 90)
-    assert LeastLoaded().pick_decode([big, small]) is small
+    assert min((big, small), key=LeastLoaded().decode_key) is small
 
 
-@pytest.mark.parametrize("choose", [fewest_queued_tokens, largest_free_share])
-def test_ties_go_to_the_smaller_id(choose):
-    one = Candidate("w2", 10, 5)
-    assert choose([one, replace(one, worker_id="w1")]).worker_id == "w1"
+@given(st.lists(st.tuples(NAMES, st.one_of(st.none(), st.integers(0, 4))), max_size=300), st.sets(NAMES))
+def test_a_ranking_gives_the_least_key_that_is_accepted(changes, rejected):
+    """None removes a name; ties go to the smaller one."""
+    ranking, keys = Ranking(), {}
+    for name, key in changes:
+        if key is None:
+            ranking.remove(name)
+            keys.pop(name, None)
+        else:
+            ranking.put(name, (key,))
+            keys[name] = key
+        left = [(key, name) for name, key in keys.items() if name not in rejected]
+        assert ranking.first(lambda name: name not in rejected) == (min(left)[1] if left else None)
+        assert ranking.first() == (min((k, n) for n, k in keys.items())[1] if keys else None)
 
 
-@given(CANDIDATES, st.randoms())
-def test_the_order_of_candidates_does_not_matter(candidates, random):
-    shuffled = random.sample(candidates, len(candidates))
-    assert fewest_queued_tokens(candidates) == fewest_queued_tokens(shuffled)
-    assert largest_free_share(candidates) == largest_free_share(shuffled)
+def test_outdated_entries_do_not_pile_up():
+    ranking = Ranking()
+    for number in range(10_000):
+        ranking.put(f"w{number % 5}", (number % 97,))
+    assert len(ranking._heap) <= 2 * 5 + SLACK
