@@ -62,6 +62,7 @@ def _map(location: Location) -> memoryview | None:
         is_ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
         if not is_ours or not location.ends or found.st_size < location.ends[-1]:
             return None
-        return memoryview(mmap.mmap(descriptor, location.ends[-1], prot=mmap.PROT_READ))
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # one fault per page would cost more
+        return memoryview(mmap.mmap(descriptor, location.ends[-1], flags=flags, prot=mmap.PROT_READ))
     finally:
         os.close(descriptor)

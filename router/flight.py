@@ -146,14 +146,8 @@ class Flight:
             lifecycle.mark(Mark.FINISHED)
             assert last.finish is not None
             lifecycle.to(STATUS_OF_REASON[last.finish])
-            usage = Usage(
-                prompt=self.request.num_prompt_tokens,
-                completion=self._delivered,
-                cached=self._cached,
-                drafted=self._drafted,
-                accepted=self._accepted,
-                speculation=last.speculation,
-            )
+            counts = self._delivered, self._cached, self._drafted, self._accepted
+            usage = Usage(self.request.num_prompt_tokens, *counts, last.speculation)
             completed = Completed(last, usage, lifecycle.timings())
             self._dispatcher.metrics.note_finished(last.finish.value, usage, completed.timings)
             self._events.put_nowait(completed)

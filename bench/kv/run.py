@@ -1,0 +1,142 @@
+"""How fast KV crosses the store, next to what the machine allows.
+
+    python -m bench.kv [--backend URL]... [--rounds 5] [--out FOLDER] [--json]
+
+In each cell (backend, chunk size, channels) the store's put and get, a stream of plain bytes over gRPC in
+either direction and a copy in memory take turns; ratios are taken within rounds. The store is a process of
+its own. Then: what an operation costs while the store holds more and more objects, and what a cached
+prefix does to the time to first token of the bundled model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.kv import growth, prefix
+from bench.kv.arms import Shape, memcpy, peer
+from bench.measure import Meter, Spread, console, flat, interleave, machine, table, write_csv, write_json
+from kvstore.backend import redacted
+
+TOTAL_BYTES = 64 << 20
+CHUNKS = (256 << 10, 1 << 20, 4 << 20)
+CHANNELS = (1, 4)
+COUNTS = (1_000, 10_000, 100_000)
+MANY = 1_000_000  # takes gigabytes
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """Gigabytes per second, and the store's over the two yardsticks'."""
+
+    backend: str
+    chunk_kib: int
+    channels: int
+    put: Spread
+    get: Spread
+    raw_put: Spread
+    raw_get: Spread
+    memcpy: Spread
+    put_of_raw: Spread
+    get_of_raw: Spread
+    get_of_memcpy: Spread
+
+
+def default_backends(folder: Path) -> list[str]:
+    return ["memory://", "shm://", f"disk://{folder}"]
+
+
+def run(backends: Sequence[str], rounds: int, out: Path, full: bool, as_json: bool) -> dict[str, Any]:
+    """Measure, show, write; returns the document."""
+    with tempfile.TemporaryDirectory() as folder:
+        urls = list(backends) or default_backends(Path(folder))
+        cells = _transfers(urls, rounds)
+    grown = growth.measure([*COUNTS, *((MANY,) if full else ())])
+    hit = prefix.measure("memory://", rounds)
+    shown = console(as_json)
+    shown.print(_cells_table(cells))
+    shown.print(_growth_table(grown))
+    speedup, cold, warm = hit.speedup, hit.cold_ms.median, hit.hit_ms.median
+    shown.print(
+        f"\n{prefix.CACHED_TOKENS} cached prompt tokens: first token after {warm:.0f} ms, not {cold:.0f}, "
+        f"{speedup.median:.1f} times sooner ({speedup.low:.1f} to {speedup.high:.1f})"
+    )
+    rows = [flat(cell) for cell in cells]
+    document = {
+        "machine": machine(1),
+        "cells": rows,
+        "growth": [dataclasses.asdict(row) for row in grown],
+        "prefix_hit": flat(hit),
+    }
+    write_json(out / "kv.json", document)
+    write_csv(out / "kv.csv", rows)
+    shown.print(f"\nkv.json and kv.csv are in {out}")
+    return document
+
+
+def _transfers(urls: Sequence[str], rounds: int) -> list[Cell]:
+    shapes = [Shape(TOTAL_BYTES, chunk, channels) for chunk in CHUNKS for channels in CHANNELS]
+    cells = []
+    with Meter("transfers", len(urls) * len(shapes)) as meter:
+        for url in urls:
+            with peer(url) as store:
+                for shape in shapes:
+                    meter.say(
+                        f"{redacted(url)}, {shape.chunk_bytes >> 10} KiB, {shape.num_channels} channels"
+                    )
+                    cells.append(_cell(redacted(url), store, shape, rounds))
+                    meter.step()
+    return cells
+
+
+def _cell(backend: str, store: Any, shape: Shape, rounds: int) -> Cell:
+    source, target = os.urandom(shape.num_bytes), bytearray(shape.chunk_bytes)
+    arms: dict[str, Callable[[], tuple[float, float]]] = {
+        "put": partial(_put_then_get, store, shape),
+        "raw_put": lambda: (store.raw_put(shape), store.raw_get(shape)),
+        "memcpy": lambda: (memcpy(source, target, shape), 0.0),
+    }
+    found = interleave(arms, rounds)
+    put, get = zip(*found["put"], strict=True)
+    raw_put, raw_get = zip(*found["raw_put"], strict=True)
+    copied = [rate for rate, _ in found["memcpy"]]
+    return Cell(
+        backend=backend.partition("://")[0] + "://",
+        chunk_kib=shape.chunk_bytes >> 10,
+        channels=shape.num_channels,
+        put=Spread.of(put),
+        get=Spread.of(get),
+        raw_put=Spread.of(raw_put),
+        raw_get=Spread.of(raw_get),
+        memcpy=Spread.of(copied),
+        put_of_raw=Spread.of_ratios(put, raw_put),
+        get_of_raw=Spread.of_ratios(get, raw_get),
+        get_of_memcpy=Spread.of_ratios(get, copied),
+    )
+
+
+def _put_then_get(store: Any, shape: Shape) -> tuple[float, float]:
+    return store.put(shape), store.get(shape)
+
+
+def _cells_table(cells: Sequence[Cell]) -> Any:
+    columns = [*("backend", "chunk KiB", "channels", "put GB/s", "get GB/s", "raw put", "raw get", "memcpy")]
+    columns += ["put/raw", "get/raw", "get/memcpy"]
+    names = [field.name for field in dataclasses.fields(Cell)][3:]
+    rows = [
+        [cell.backend, str(cell.chunk_kib), str(cell.channels)]
+        + [f"{getattr(cell, name).median:.2f}" for name in names]
+        for cell in cells
+    ]
+    return table("KV over the store, medians", columns, rows)
+
+
+def _growth_table(rows: Sequence[growth.Growth]) -> Any:
+    cells = [[f"{row.num_objects:,}", f"{row.life_us:.0f}"] for row in rows]
+    return table("\nan object's life", ("other objects", "µs"), cells, left=0)

@@ -1,0 +1,39 @@
+"""The KV benchmark moves what it says it moves, and its yardsticks work."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.kv import growth, run
+from bench.kv.arms import Shape, memcpy, peer
+from tandem.errors import ConfigError
+
+SHAPE = Shape(num_bytes=4 << 20, chunk_bytes=256 << 10, num_channels=2)
+
+
+@pytest.mark.slow
+def test_every_arm_moves_its_bytes(tmp_path):
+    with peer(f"disk://{tmp_path}") as store:
+        [cell] = [run._cell("disk://", store, SHAPE, 1)]
+        handles = list(store._handles)
+    assert [handle.num_bytes for handle in handles] == [2 << 20] * 2
+    assert min(cell.put.low, cell.get.low, cell.raw_put.low, cell.raw_get.low, cell.memcpy.low) > 0
+    assert cell.put_of_raw.median == pytest.approx(cell.put.median / cell.raw_put.median)
+
+
+def test_a_store_that_cannot_be_opened_is_said():
+    with pytest.raises(ConfigError, match="zip://"), peer("zip://x"):
+        pass
+
+
+def test_memcpy_copies():
+    source, target = bytes(range(256)) * (SHAPE.num_bytes // 256), bytearray(SHAPE.chunk_bytes)
+    assert memcpy(source, target, SHAPE) > 0
+    assert target == source[-SHAPE.chunk_bytes :]
+
+
+def test_growth_counts_objects(monkeypatch):
+    monkeypatch.setattr(growth, "ROUNDS", 10)
+    rows = growth.measure([10, 30])
+    assert [row.num_objects for row in rows] == [10, 30]
+    assert all(row.life_us > 0 for row in rows)
