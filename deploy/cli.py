@@ -203,6 +203,19 @@ def bench_peers(
     command.peers(shape, rounds, threads, openvino_python, out, json_output)
 
 
+@bench.command("router")
+def bench_router(
+    workers: o.Fleet = 1000,
+    requests: o.NumRequests = 200_000,
+    out: o.Out = Path("bench-results/router"),
+    json_output: o.Json = False,
+) -> None:
+    """What the router itself costs: admission, queue and policy on a virtual clock."""
+    from deploy.commands import bench as command
+
+    command.router(workers, requests, out, json_output)
+
+
 def main() -> None:
     """Entry point: errors become one line that says what, why and what to do."""
     try:

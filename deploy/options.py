@@ -98,6 +98,8 @@ Gpus = Annotated[int, typer.Option(help="GPUs of each worker's pod.", min=0)]
 Image = Annotated[str, typer.Option(help="Container image, such as deploy/Dockerfile makes.")]
 
 Large = Annotated[str, typer.Option(help="Cost the bundled pair is grown to: 111m, 1b or 8b.")]
+Fleet = Annotated[int, typer.Option(help="Workers of the simulation, half of each kind.", min=2)]
+NumRequests = Annotated[int, typer.Option(help="Requests of the simulation.", min=1)]
 PeerShape = Annotated[
     str, typer.Option(help="Model of the comparison: raw (the bundled one), 111m or 1b with random weights.")
 ]

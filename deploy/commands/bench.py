@@ -61,3 +61,12 @@ def peers(
     content = run(Options(shape, rounds, threads, openvino_python, out), as_json)
     if as_json:
         print(json.dumps(content))
+
+
+def router(workers: int, requests: int, out: Path, as_json: bool) -> None:
+    """The router's admission, queue and policy on a virtual clock."""
+    from bench.router import run
+
+    content = run(workers, requests, out, as_json)
+    if as_json:
+        print(json.dumps(content))
