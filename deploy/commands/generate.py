@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
 from rich.console import Console
 
+from deploy.access import Access, access_of
 from deploy.commands.show import as_json, stream_text, summary
 from deploy.embedded import EmbeddedService
 from deploy.options import sampling_of
@@ -22,7 +22,6 @@ from tandem.client import TandemClient
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError, TandemError
 from tandem.sampling import SamplingParams
-from tandem.security import client_credentials, read_tokens
 from tandem.speculation import SpeculationParams, parse_speculation
 
 Prompt = str | list[int]
@@ -40,31 +39,6 @@ class Asking:
     def options(self) -> dict[str, Any]:
         """As keyword arguments of the client."""
         return {"sampling": self.sampling, "speculation": self.speculation, "timeout_s": self.timeout_s}
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """Who answers, and what they want to see."""
-
-    server: str | None  # None: a service is started
-    token: str | None
-    credentials: grpc.ChannelCredentials | None  # None: plaintext
-
-    def client(self, address: str) -> TandemClient:
-        return TandemClient(address, token=self.token, credentials=self.credentials)
-
-
-def access_of(options: dict[str, Any]) -> Access:
-    """From the command's options. Raises `ConfigError`."""
-    files = [options[name] for name in ("tls_ca", "tls_cert", "tls_key")]
-    key_file = options["api_key_file"]
-    if not options["server"] and any([key_file, *files]):
-        raise ConfigError("--api-key-file and the --tls options are for calls to --server; name one")
-    return Access(
-        options["server"],
-        read_tokens(key_file)[0] if key_file else None,
-        client_credentials(*files) if any(files) else None,
-    )
 
 
 def asking_of(options: dict[str, Any]) -> Asking:

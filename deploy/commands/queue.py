@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
+from deploy.access import access_of
 from deploy.queue.display import Display
 from tandem.errors import ConfigError
 from tandem.offline.job import InUseError, Job, check_paths, holder, load_job, locked, save_job
@@ -86,15 +87,17 @@ def _run(job: Job, output: Path, limits: Limits, as_json: bool) -> int:
 def _service(options: dict[str, Any]) -> Any:
     from deploy.queue.session import Service
 
-    if options["server"] is not None:
+    access = access_of(options)
+    if access.server is not None:
         from deploy.models import resolve_model
 
         path = resolve_model(options["model"]) if options["model"] else None
-        return Service(options["server"], None, path)
+        return Service(access, None, path)
     from deploy.settings import load_config
 
-    config = load_config(None, **{name: value for name, value in options.items() if name != "server"})
-    return Service(None, config, config.model.path)
+    named = ("model", "draft", "dtype", "quantization", "draft_quantization")
+    config = load_config(None, **{name: options[name] for name in named})
+    return Service(access, config, config.model.path)
 
 
 def detach(output: Path, as_json: bool) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy import options as o
+from deploy.access import FILES
 
 queue = typer.Typer(no_args_is_help=True, help="Run a file of requests; every line gets one record.")
 
@@ -32,9 +33,10 @@ def _parts(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any
     from tandem.offline.runner import Limits
 
     named = ("server", "model", "draft", "dtype", "quantization", "draft_quantization")
+    files = {name: str(options[name].resolve()) if options[name] else None for name in FILES}
     defaults = {name: options[name] for name in ("max_tokens", "temperature")}
     limits = Limits(options["max_in_flight"], options["max_attempts"], options["patience"])
-    return {name: options[name] for name in named}, defaults, limits
+    return {**{name: options[name] for name in named}, **files}, defaults, limits
 
 
 def _which(queue_file: Path | None, output: Path | None) -> Path:
@@ -51,6 +53,10 @@ def submit(
     output: Output,
     detach: Detach = False,
     server: o.Server = None,
+    api_key_file: o.ShownKeyFile = None,
+    tls_ca: o.TlsCa = None,
+    tls_cert: o.ShownCert = None,
+    tls_key: o.TlsKey = None,
     model: o.Model = None,
     draft: o.Draft = None,
     dtype: o.Dtype = "float32",
@@ -78,6 +84,10 @@ def resume(
     output: Output,
     detach: Detach = False,
     server: o.Server = None,
+    api_key_file: o.ShownKeyFile = None,
+    tls_ca: o.TlsCa = None,
+    tls_cert: o.ShownCert = None,
+    tls_key: o.TlsKey = None,
     model: o.Model = None,
     draft: o.Draft = None,
     dtype: o.Dtype = "float32",

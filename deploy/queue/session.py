@@ -12,9 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
+from deploy.access import Access
 from deploy.queue.asking import LineReader, ServiceAsker, Texts
 from deploy.queue.display import Display, describe
-from tandem.client import TandemClient
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
 from tandem.offline.census import Census, file_digest, take_census
@@ -33,9 +33,9 @@ Guard = Callable[[Awaitable[None]], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Where lines are sent: `server`, or an embedded service of `config`."""
+    """Where lines are sent: to a running service, or to an embedded one of `config`."""
 
-    server: str | None
+    access: Access
     config: ClusterConfig | None
     model_path: Path | None  # the checkpoint's folder, where it is known
 
@@ -61,7 +61,7 @@ class Session:
         parser = LineParser(is_plain_text(self.input), self.job.defaults)
         digest = await asyncio.to_thread(file_digest, self.input)
         census = None if self.job.is_checked else await self._census(parser, reader)
-        async with self._serving() as (address, guard), TandemClient(address) as client:
+        async with self._serving() as (address, guard), self.service.access.client(address) as client:
             await client.wait_until_serving(SERVING_S)
             model = (await client.models())[0]
             if census is not None:
@@ -100,8 +100,8 @@ class Session:
     @contextlib.asynccontextmanager
     async def _serving(self) -> AsyncIterator[tuple[str, Guard]]:
         """The service's address, and how to await something that needs it."""
-        if self.service.server is not None:
-            yield self.service.server, _unguarded
+        if self.service.access.server is not None:
+            yield self.service.access.server, _unguarded
             return
         from deploy.embedded import EmbeddedService
 

@@ -11,12 +11,14 @@ import sys
 import time
 from asyncio.subprocess import PIPE, Process
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from deploy.embedded import EmbeddedService
 from tandem.client import TandemClient
+from tandem.config import SecurityConfig
 from tandem.offline.results import error_path
 from tandem.sampling import SamplingParams
 from tests.checkpoints import tiny_llama
@@ -249,3 +251,18 @@ async def test_what_cannot_work_is_refused_before_anything_is_touched(tmp_path, 
         assert says in err
     assert path.read_bytes() == before
     assert (tmp_path / "mine.txt").read_text() == "precious\n"
+
+
+async def test_a_service_that_asks_for_a_token_gets_it_from_every_run(tmp_path: Path) -> None:
+    path, output, keys = write_requests(tmp_path, 20), tmp_path / "results.jsonl", tmp_path / "keys"
+    keys.write_text("a-token-of-this-test-and-no-other\n")
+    keys.chmod(0o600)
+    settings = replace(config(), security=SecurityConfig(api_key_file=keys))
+    async with EmbeddedService(settings) as service:
+        where = ("--output", output, "--server", service.address)
+        code, _, err = await done(await queue("submit", path, *where))
+        assert code == 1
+        assert "NO_TOKEN" in err
+        code, _, err = await done(await queue("submit", path, *where, "--api-key-file", keys))
+        assert code == 0, err
+    assert_exactly_once(output, 20)
