@@ -14,6 +14,7 @@ from kvstore.expiry import ExpiryHeap
 from kvstore.key import ObjectKey
 from kvstore.objects import KvObject, Lease, ObjectState
 from kvstore.records import ObjectHeader, Seal
+from kvstore.shares import Shares
 from tandem.config import KvStoreConfig
 from tandem.ledger import Ledger, PoolAudit
 
@@ -36,6 +37,7 @@ class Books:
         self.objects: dict[ObjectKey, KvObject] = {}
         self.ledger = Ledger("kvstore", "bytes", total_bytes, clock)
         self.prefix_ledger = Ledger("kvstore prefixes", "bytes", prefix_bytes, clock)
+        self.shares = Shares(total_bytes, prefix_bytes, config)
         self._evictable: OrderedDict[ObjectKey, KvObject] = OrderedDict()  # least recently used first
         self._backend = backend
         self._config = config
@@ -43,10 +45,10 @@ class Books:
         self._on_free = on_free
         self._expiry: ExpiryHeap[tuple[ObjectKey, str]] = ExpiryHeap()  # "" or the holder of a lease
 
-    def reserve(self, header: ObjectHeader) -> KvObject | None:
+    def reserve(self, header: ObjectHeader, writer: str = "") -> KvObject | None:
         """A new object with all its bytes charged, or None if they do not fit now. The least recently used
         prefixes that nobody reads make room for a new one."""
-        obj, ledger = KvObject(header), self.ledger_of(header)
+        obj, ledger = KvObject(header, writer), self.ledger_of(header)
         if header.is_prefix and header.total_bytes <= ledger.total:
             while ledger.free < header.total_bytes and self._evictable:
                 self.free(next(iter(self._evictable.values())), ObjectState.EXPIRED)
@@ -54,6 +56,7 @@ class Books:
         if not ledger.reserve(obj.owner, header.total_bytes, generation=header.epoch, hold=WRITER):
             return None
         self.objects[obj.key] = obj
+        self.shares.reserved(obj)
         self._wait(obj, self._config.put_deadline_s)
         return obj
 
@@ -66,6 +69,7 @@ class Books:
     def seal(self, obj: KvObject, seal: Seal) -> None:
         obj.to(ObjectState.SEALED)
         obj.seal = seal
+        self.shares.written(obj)
         self._hold(obj, SEALED)
         self._drop_hold(obj, WRITER)
         self._wait_for_reader(obj)
@@ -113,6 +117,9 @@ class Books:
         self._evictable.pop(obj.key, None)
         self._backend.delete(obj.key)
         self._drop_hold(obj, WRITER if obj.seal is None else SEALED)
+        if obj.seal is None:
+            self.shares.written(obj)
+        self.shares.freed(obj)
         del self.objects[obj.key]
         self._on_free(obj)
 
@@ -151,6 +158,7 @@ class Books:
         assert sum(audit.owned for audit in audits) == self.bytes_in(*ObjectState), audits
         idle = {obj.key for obj in self.objects.values() if self._is_evictable(obj)}
         assert idle == self._evictable.keys(), (idle, self._evictable)
+        self.shares.check_integrity(list(self.objects.values()))
         num_deadlines = sum(max(1, len(obj.leases)) for obj in self.objects.values())
         assert num_deadlines == len(self._expiry), (num_deadlines, len(self._expiry))
 

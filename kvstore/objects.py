@@ -59,6 +59,7 @@ class KvObject:
     """What the store knows of one object."""
 
     header: ObjectHeader
+    writer: str = ""  # the connection that reserved it
     state: ObjectState = ObjectState.RESERVED
     digests: list[bytes] = field(default_factory=list)  # of the chunks kept so far
     seal: Seal | None = None

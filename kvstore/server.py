@@ -45,7 +45,7 @@ class KvServicer:
 
     async def PutKv(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.PutKvResponse:
         header, _, _ = await self._next(request_iterator)
-        ticket = await self._turns.take(self._store.reserve, expect(ObjectHeader, header))
+        ticket = await self._turns.take(self._store.reserve, expect(ObjectHeader, header), context.peer())
         try:
             await context.send_initial_metadata(RESERVED)
             while True:

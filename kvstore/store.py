@@ -62,14 +62,15 @@ class KvStore:
         self._history = History()
         self.prefixes = Prefixes(self._books, self.counters, self.store_epoch)
 
-    def reserve(self, header: ObjectHeader) -> PutTicket:
+    def reserve(self, header: ObjectHeader, writer: str = "") -> PutTicket:
         """Charge the object's bytes, all or nothing. A later attempt ends an earlier one's writing."""
         self.sweep()
         self._fence(header)
         existing = self._books.objects.get(header.key)
         if existing is not None:
             return self._repeat(existing, header)
-        obj = self._books.reserve(header)
+        self._books.shares.check(header, writer)
+        obj = self._books.reserve(header, writer)
         self.counters.evicted = self._books.num_evicted
         if obj is None:
             raise self._full(header)

@@ -104,7 +104,7 @@ class ObjectSender:
         return ObjectHeader(
             object_id=object_id_of("", self._job.work.request_id, self.model),
             epoch=self._job.work.epoch,
-            tenant="",
+            tenant=self._job.work.tenant,
             fingerprint=self._form.fingerprint,
             codec=self._form.codec,
             dtype=self._form.dtype,

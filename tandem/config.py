@@ -192,10 +192,15 @@ class KvStoreConfig:
     prefix_s: float = 600.0  # a cached prefix that nobody used for this long goes
     prefix_tokens: int = 128  # tokens of one cached piece of a prefix
     sweep_s: float = 0.5
+    tenant_share: float = 1.0  # of the store's bytes that one tenant's objects may hold
+    writer_share: float = 1.0  # that one connection may have reserved and not written yet
 
     def __post_init__(self) -> None:
         _check_positive(self, "chunk_bytes", "put_deadline_s", "lease_s", "prefix_s", "sweep_s")
         _check_positive(self, "prefix_tokens")
+        for name in ("tenant_share", "writer_share"):
+            share = getattr(self, name)
+            _check(0 < share <= 1, f"kvstore {name} must be more than 0 and at most 1, not {share}")
         _check(self.codec in KV_CODECS, f"unknown codec {self.codec}; known: {', '.join(KV_CODECS)}")
         _check(self.chunk_bytes <= 4 * MIB, "kvstore chunk_bytes must be at most 4 MiB")
 
