@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Coroutine
 from types import TracebackType
@@ -85,6 +86,7 @@ class RayService:
 def _deploy(application: serve.Application) -> DeploymentHandle[Any]:
     """Blocks until every replica runs. Raises `RuntimeError` if one cannot."""
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 loses to whatever else the machine does
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "ERROR"})
     return serve.run(application, name=APP, route_prefix=None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -45,8 +47,27 @@ def prefiller_of(result) -> str:
     return result.admitted[-1].prefill_worker.removeprefix("prefill-")
 
 
+def replica_pids() -> list[int]:
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if is_replica(path)]
+
+
+def is_replica(cmdline: Path) -> bool:
+    try:
+        return "ServeReplica:tandem" in cmdline.read_text()
+    except OSError:  # it has ended meanwhile
+        return False
+
+
 async def both_are_up(deployment, without):
     await until(lambda: running(deployment) == 2 and without not in replicas(deployment))
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_replicas_run_at_the_priority_of_who_starts_them(service):
+    """Ray would make them nicer by 15, and any neighbour would take their time."""
+    pids = replica_pids()
+    assert len(pids) >= 5
+    assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in pids} == {os.getpriority(os.PRIO_PROCESS, 0)}
 
 
 @pytest.mark.asyncio(loop_scope="module")
