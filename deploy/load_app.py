@@ -52,6 +52,8 @@ Margin = Annotated[float, typer.Option(help="Share by which a figure may get wor
 def serve(
     context: typer.Context,
     server: Server = None,
+    api_key_file: o.ShownKeyFile = None,
+    tls_ca: o.TlsCa = None,
     model: o.Model = None,
     draft: o.Draft = None,
     model_name: ModelName = "",
@@ -85,7 +87,7 @@ def serve(
     """Load-test a service: latencies from the schedule, goodput under limits, where the time went."""
     from deploy.commands import load as command
 
-    command.run(context.params, server, max_goodput, out, json_output)
+    command.run(context.params, max_goodput, out, json_output)
 
 
 def compare(a: Result, b: Result, margin: Margin = 0.05, json_output: o.Json = False) -> None:

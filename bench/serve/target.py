@@ -7,8 +7,11 @@ import ssl
 import time
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
+
+import grpc
 
 from bench.serve.sse import post_events
 from bench.serve.workload import LoadRequest
@@ -16,6 +19,8 @@ from tandem.client import TandemClient
 from tandem.errors import ConfigError, TandemError
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.sampling import SamplingParams
+
+CONNECTIONS = 4
 
 
 @dataclass(slots=True)
@@ -53,8 +58,11 @@ class Target(Protocol):
 class GrpcTarget:
     """A Tandem service at host:port. Several connections, as one carries only so many streams."""
 
-    def __init__(self, address: str, num_connections: int = 4, token: str | None = None) -> None:
-        self._clients = [TandemClient(address, token=token) for _ in range(num_connections)]
+    def __init__(
+        self, address: str, *, token: str | None = None, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        clients = (TandemClient(address, token=token, credentials=credentials) for _ in range(CONNECTIONS))
+        self._clients = list(clients)
         self._num_sent = 0
 
     async def send(self, request: LoadRequest, reply: Reply) -> None:
@@ -85,13 +93,13 @@ class GrpcTarget:
 class HttpTarget:
     """Any server with OpenAI's /v1/completions at a URL such as http://host:8000."""
 
-    def __init__(self, url: str, model: str, token: str | None = None) -> None:
-        """Raises `ConfigError` for what is no URL."""
+    def __init__(self, url: str, model: str, token: str | None = None, tls_ca: Path | None = None) -> None:
+        """`tls_ca` is trusted instead of the system's authorities. Raises `ConfigError` if it is no URL."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{url} is no URL such as http://127.0.0.1:8000")
         self._host, self._port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._tls = ssl.create_default_context(cafile=tls_ca) if parts.scheme == "https" else None
         self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._model = model

@@ -17,15 +17,14 @@ from bench.serve.driver import Cancelling
 from bench.serve.metrics import Slo
 from bench.serve.session import LoadTest, Model, Options
 from bench.serve.target import GrpcTarget, HttpTarget, Target
+from deploy.access import Access, access_of
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
 
 
-def run(params: dict[str, Any], address: str | None, with_search: bool, out: Path, as_json: bool) -> None:
-    """Run, save, show. `address` is host:port of gRPC or a URL of HTTP. Raises `ConfigError`."""
-    config = None if address else _config(params)
-    http = Model(params["model_name"], params["vocab_size"], params["max_context"])
-    content = asyncio.run(_run(_options(params), address, config, http, with_search))
+def run(params: dict[str, Any], with_search: bool, out: Path, as_json: bool) -> None:
+    """Run, save, show. The server is host:port of gRPC or a URL of HTTP. Raises `ConfigError`."""
+    content = asyncio.run(_run(params, with_search))
     report.save(out, content)
     shown = console(as_json)
     report.show(content, shown)
@@ -92,15 +91,11 @@ def _options(params: dict[str, Any]) -> Options:
     )
 
 
-async def _run(
-    options: Options,
-    address: str | None,
-    config: ClusterConfig | None,
-    http: Model,
-    with_search: bool,
-) -> dict[str, Any]:
-    async with _serving(address, config) as where:
-        target, model = await _target(where, http)
+async def _run(params: dict[str, Any], with_search: bool) -> dict[str, Any]:
+    access, options = access_of(params), _options(params)
+    config = None if access.server else _config(params)
+    async with _serving(access.server, config) as where:
+        target, model = await _target(where, access, params)
         try:
             test = LoadTest(target, model, options)
             found = await test.search() if with_search else None
@@ -111,14 +106,15 @@ async def _run(
             await target.close()
 
 
-async def _target(where: str, http: Model) -> tuple[Target, Model]:
+async def _target(where: str, access: Access, params: dict[str, Any]) -> tuple[Target, Model]:
     """gRPC says what the model is; over HTTP the command does."""
     if "://" not in where:
-        grpc = GrpcTarget(where)
+        grpc = GrpcTarget(where, token=access.token, credentials=access.credentials)
         return grpc, Model(*await grpc.facts())
-    if not http.name:
+    if not params["model_name"]:
         raise ConfigError("over HTTP the model has to be named: give --model-name")
-    return HttpTarget(where, http.name), http
+    model = Model(params["model_name"], params["vocab_size"], params["max_context"])
+    return HttpTarget(where, model.name, access.token, params["tls_ca"]), model
 
 
 @asynccontextmanager

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from deploy.embedded import EmbeddedService
+from tandem.config import SecurityConfig
 from tests.e2e.harness import config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -33,12 +35,18 @@ async def test_the_same_requests_over_grpc_and_http_give_the_same_texts(tmp_path
     lines = [{"prompt": f"story {n}", "max_tokens": 6 + n % 9, "ignore_eos": True} for n in range(40)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
     common = ("--input", prompts, "--arrival", "constant", "--rate", 40, "--slo-ttft-ms", 20_000)
-    async with EmbeddedService(config(router={"http_port": 0})) as service:
+    keys = tmp_path / "keys"
+    keys.write_text("a-token-of-this-test-and-no-other\n")
+    keys.chmod(0o600)
+    settings = replace(config(router={"http_port": 0}), security=SecurityConfig(api_key_file=keys))
+    common += ("--api-key-file", keys)
+    async with EmbeddedService(settings) as service:
         grpc = bench_serve("--server", service.address, "--out", tmp_path / "grpc", *common)
         url, name = f"http://{service.http_address}", service.config.model.served_name
         http = bench_serve("--server", url, "--model-name", name, "--out", tmp_path / "http", *common)
         searched = bench_serve(
             *("--server", service.address, "--out", tmp_path / "search", "--num-requests", 10, "--rate", 4),
+            *("--api-key-file", keys),
             *("--max-goodput", "--trials", 1, "--slo-ttft-ms", 0.001, "--output-tokens", 2, "--warm-up", 0),
         )
     assert grpc.keys() >= KEYS
