@@ -45,7 +45,9 @@ class KvServicer:
 
     async def PutKv(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.PutKvResponse:
         header, _, _ = await self._next(request_iterator)
-        ticket = await self._turns.take(self._store.reserve, expect(ObjectHeader, header), context.peer())
+        reserve, undo = self._store.reserve, self._store.abort
+        wanted = expect(ObjectHeader, header)
+        ticket = await self._turns.take_or_undo(reserve, undo, wanted, context.peer())
         try:
             await context.send_initial_metadata(RESERVED)
             while True:
@@ -60,7 +62,8 @@ class KvServicer:
 
     async def GetKv(self, request: pb.GetKvRequest, context: Context) -> AsyncIterator[bytes]:
         handle = KvHandle.from_pb(request.handle)
-        lease = await self._turns.take(self._store.lease, handle, request.holder, request.lease_ms / 1000)
+        lease_s, undo = request.lease_ms / 1000, self._store.end
+        lease = await self._turns.take_or_undo(self._store.lease, undo, handle, request.holder, lease_s)
         cut = self._cut_when_idle()
 
         def close(_: Any) -> None:
