@@ -61,6 +61,7 @@ def test_the_change_and_its_interval_are_those_that_were_made() -> None:
     assert ttft.high - ttft.low < 0.12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_paired", [True, False])
 def test_chance_is_called_a_change_as_rarely_as_stated(is_paired: bool) -> None:
     """No change, no margin: of 95 % intervals one in twenty excludes zero, on either side."""

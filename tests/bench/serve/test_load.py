@@ -27,6 +27,8 @@ from tandem.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[3]
 NULL = Model("null", 1000, 2048)
 
+pytestmark = pytest.mark.e2e
+
 
 @contextmanager
 def null_server(num_tokens: int, gap_s: float) -> Iterator[tuple[str, str]]:
