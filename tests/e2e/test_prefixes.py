@@ -74,6 +74,7 @@ async def test_sampled_tokens_and_logprobs_are_the_same_too(cluster):
         assert tokens == [result.token_ids for result in cold]
 
 
+@pytest.mark.slow
 async def test_many_at_once_and_too_little_room(cluster):
     """Room for some of the pieces only, so that they are evicted while others look for them."""
     prompts = [prompt for seed in range(6) for prompt in conversation(seed=seed)]

@@ -289,6 +289,7 @@ class TestRedis:
         assert list(store.read(store.lease(put(store, third), "reader"))) == third.frames
         store.close()
 
+    @pytest.mark.slow
     def test_a_silent_server_costs_its_time_limit(self, server):
         backend = backend_from_url(server.url)
         put_all(backend)

@@ -354,7 +354,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 SETTINGS = settings(
-    max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=30, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
 
 

@@ -36,6 +36,7 @@ async def test_objects_cross_every_backend_and_leave_nothing(scheme, tmp_path):
 
 
 @pytest.mark.redis
+@pytest.mark.slow
 async def test_a_redis_that_goes_away_is_named_and_nobody_else_waits_for_it(tmp_path):
     with redis_server.running(tmp_path) as server:
         async with serving(backend=backend_from_url(server.url)) as service, service.client() as client:

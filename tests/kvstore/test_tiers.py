@@ -146,7 +146,7 @@ class TiersMachine(RuleBasedStateMachine):
 
 def test_random_operations_keep_every_byte():
     quick = settings(
-        max_examples=60, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=25, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
     )
     run_state_machine_as_test(TiersMachine, settings=quick)
 
