@@ -277,7 +277,8 @@ async def test_leaving_a_stream_cancels_the_request(cluster, client):
         chunks = await client.completions.create(
             model=MODEL, prompt="x", stream=True, max_tokens=300, n=2, extra_body={"ignore_eos": True}
         )
-        await anext(chunks)
+        for _ in range(6):
+            await anext(chunks)
         assert cluster.router.dispatcher.num_flights == 2
         await chunks.close()
         await until(lambda: not cluster.router.dispatcher.num_flights)
@@ -303,7 +304,8 @@ async def test_a_stream_that_fails_ends_with_the_error(cluster, client):
         chunks = await client.completions.create(
             model=MODEL, prompt="x", stream=True, max_tokens=300, extra_body=body
         )
-        await anext(chunks)
+        for _ in range(3):
+            await anext(chunks)
         cluster.router.dispatcher.cancel("doomed", Cancelled("ADMIN_ABORT"))
         with pytest.raises(openai.APIError, match="cancelled by operator") as raised:
             await finished(chunks)
@@ -355,7 +357,7 @@ async def test_an_unknown_model_is_not_found(client):
 async def test_a_name_in_use_is_a_conflict(cluster, client):
     with slow_steps(cluster.decodes[0]):
         call = open_stream(cluster, ask("x", request_id="taken", max_tokens=200, ignore_eos=True))
-        await read_tokens(call, Result(), 1)
+        await read_tokens(call, Result(), 3)
         with pytest.raises(openai.ConflictError) as raised:
             await client.completions.create(model=MODEL, prompt="x", extra_body={"request_id": "taken"})
         call.cancel()
