@@ -14,6 +14,7 @@ from tandem.pb.kv.v1 import kv_pb2 as pb
 
 OBJECT_ID_BYTES = 16
 FINGERPRINT_BYTES = 32
+MODELS = ("target", "draft")  # a request has at most one object of each
 
 Buffer = bytes | bytearray | memoryview
 
@@ -27,7 +28,7 @@ def require(condition: bool) -> None:
 def object_id_of(tenant: str, request_id: str, model: str = "target") -> bytes:
     """The same 16 bytes for every attempt at a request, so that a later epoch fences an earlier writer.
 
-    `model` is target or draft: each has an object of its own.
+    `model` is one of `MODELS`.
     """
     name = f"tandem.kv.v1|{len(tenant)}|{tenant}|{model}|{request_id}"
     return hashlib.sha256(name.encode()).digest()[:OBJECT_ID_BYTES]

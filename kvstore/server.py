@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import grpc
 
-from kvstore.key import KvHandle, require
+from kvstore.key import MODELS, KvHandle, ObjectKey, object_id_of, require
 from kvstore.objects import ObjectState
 from kvstore.records import ChunkHeader, ObjectHeader, Record, Seal
 from kvstore.store import MAX_LEASE_FACTOR, KvStore
@@ -119,6 +119,13 @@ class KvServicer:
         was_held = await self._turns.take(self._store.release, handle, request.holder)
         return pb.ReleaseKvResponse(was_held=was_held)
 
+    async def ForgetKv(self, request: pb.ForgetKvRequest, context: Context) -> pb.ForgetKvResponse:
+        num_objects = 0
+        for model in MODELS:
+            key = ObjectKey(object_id_of("", request.request_id, model), request.epoch)
+            num_objects += await self._turns.take(self._store.forget, key, request.tenant)
+        return pb.ForgetKvResponse(num_objects=num_objects)
+
     async def _next(self, requests: AsyncIterator[bytes]) -> tuple[Record, memoryview, bytes]:
         try:
             async with asyncio.timeout(self._store.config.put_deadline_s):
@@ -157,6 +164,9 @@ def add_to_server(servicer: KvServicer, server: grpc.aio.Server) -> None:
         ),
         "ReleaseKv": unary(
             servicer.ReleaseKv, pb.ReleaseKvRequest.FromString, pb.ReleaseKvResponse.SerializeToString
+        ),
+        "ForgetKv": unary(
+            servicer.ForgetKv, pb.ForgetKvRequest.FromString, pb.ForgetKvResponse.SerializeToString
         ),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))

@@ -7,7 +7,8 @@ The life of an object here:
 3. `seal` makes it immutable and readable. Without a reader it lives for one lease time.
 4. `lease` and `read` serve it to a holder, `renew` keeps the lease. When the last lease is ended the
    object waits for another reader; when the last lease runs out it goes.
-5. `release` gives up a lease or the whole object. Its bytes are free once its last lease has ended.
+5. `release` gives up a lease or the whole object, `forget` an attempt whose handle never arrived. Its
+   bytes are free once its last lease has ended.
 
 Plain and synchronous, run by one thread at a time (`turns`); every operation first sweeps what is due,
 so nothing past its deadline is ever seen. Knows nothing of sockets, tensors or what the bytes mean.
@@ -23,7 +24,7 @@ from itertools import islice
 from kvstore.assembly import Assembly
 from kvstore.backend import Backend, Mappable
 from kvstore.books import Books
-from kvstore.history import History
+from kvstore.fence import Fence
 from kvstore.key import Buffer, KvHandle, ObjectKey, require
 from kvstore.listing import ObjectInfo, list_objects
 from kvstore.mapping import MappedObject
@@ -59,13 +60,14 @@ class KvStore:
         self._backend = backend
         self._clock = clock
         self._books = Books(backend, total_bytes, prefix_bytes, self.config, clock, self._note_freed)
-        self._history = History()
+        self._fence = Fence(self._books, clock)
         self.prefixes = Prefixes(self._books, self.counters, self.store_epoch)
 
     def reserve(self, header: ObjectHeader, writer: str = "") -> PutTicket:
         """Charge the object's bytes, all or nothing. A later attempt ends an earlier one's writing."""
         self.sweep()
-        self._fence(header)
+        if not self._fence.lets_in(header):
+            raise self._stale("a later attempt has written this object")
         existing = self._books.objects.get(header.key)
         if existing is not None:
             return self._repeat(existing, header)
@@ -138,8 +140,8 @@ class KvStore:
         yield encode(obj.seal)
 
     def lease_to_map(self, handle: KvHandle, holder: str, lease_s: float = 0.0) -> MappedObject | None:
-        """Lease the object and say where a reader on this host can map it. None, and nothing leased, if
-        it cannot be mapped."""
+        """Lease the object and say where on this host it lies. None, and nothing leased, if it has no such
+        place."""
         if not isinstance(self._backend, Mappable):
             return None
         lease = self.lease(handle, holder, lease_s)
@@ -186,6 +188,17 @@ class KvStore:
             self._books.give_up(obj)
         return True
 
+    def forget(self, key: ObjectKey, tenant: str) -> bool:
+        """Nobody wants this attempt: free what there is of it, and refuse what comes of it later."""
+        self.sweep()
+        obj = self._books.objects.get(key)
+        self._fence.overtake(key.object_id, tenant, key.epoch + 1)
+        if obj is None or obj.state is ObjectState.RELEASED:
+            return self._late()
+        if obj.is_readable:
+            self._books.give_up(obj)
+        return True
+
     def stat(self, handle: KvHandle) -> ObjectStat:
         self.sweep()
         obj = self._known(handle)
@@ -227,17 +240,6 @@ class KvStore:
         self.turns.close()
         self._backend.close()
 
-    def _fence(self, header: ObjectHeader) -> None:
-        """Refuse an attempt that a later one has overtaken, and end one that this one overtakes."""
-        latest = self._history.latest(header.object_id)
-        if latest and (header.epoch < latest.epoch or header.tenant != latest.tenant):
-            raise self._stale("a later attempt has written this object")
-        if latest and header.epoch > latest.epoch:
-            overtaken = self._books.objects.get(ObjectKey(header.object_id, latest.epoch))
-            if overtaken and overtaken.state is ObjectState.RESERVED:
-                self._books.free(overtaken, ObjectState.RELEASED)
-        self._history.note(header.object_id, header.tenant, header.epoch, self._clock())
-
     def _repeat(self, obj: KvObject, header: ObjectHeader) -> PutTicket:
         """The same put again is checked against what is kept; while the first goes on, it is refused."""
         if header != obj.header or not obj.is_readable:
@@ -262,7 +264,7 @@ class KvStore:
         if handle.store_epoch != self.store_epoch:
             raise self._stale("handle is from an earlier store epoch")
         obj = self._books.objects.get(handle.key)
-        if obj is None and self._history.latest(handle.object_id) is not None:
+        if obj is None and self._fence.has_seen(handle.object_id):
             raise self._stale("handle has expired or was given up")
         if obj is not None and handle.fingerprint != obj.header.fingerprint:
             raise FailedPrecondition("FINGERPRINT_MISMATCH", "prefill and decode builds differ")
@@ -271,13 +273,10 @@ class KvStore:
         return obj
 
     def _duration(self, lease_s: float) -> float:
-        default_s = self.config.lease_s
-        return min(lease_s, MAX_LEASE_FACTOR * default_s) if lease_s > 0 else default_s
+        return min(lease_s, MAX_LEASE_FACTOR * self.config.lease_s) if lease_s > 0 else self.config.lease_s
 
     def _note_freed(self, obj: KvObject) -> None:
-        """Remember a freed object from now on, not from when it was reserved."""
-        header = obj.header
-        self._history.note(header.object_id, header.tenant, header.epoch, self._clock())
+        self._fence.note_freed(obj)
         self.counters.freed += 1
 
     def _late(self) -> bool:
@@ -290,5 +289,4 @@ class KvStore:
 
     def _full(self, header: ObjectHeader) -> InvalidRequest | Overloaded:
         self.counters.refused_full += 1
-        ledger = self._books.ledger_of(header)
-        return refuse_full(header.total_bytes, ledger.free, ledger.total, self.config.sweep_s)
+        return refuse_full(header.total_bytes, self._books.ledger_of(header), self.config.sweep_s)

@@ -21,7 +21,6 @@ from tandem.errors import AlreadyExists, NotFound, TandemError, Unavailable
 from tandem.geometry import ModelGeometry
 from tandem.ledger import PoolAudit
 from tandem.metrics import RouterMetrics
-from tandem.pb.kv.v1 import kv_pb2
 from tandem.request import Request, child_id, public_id
 from tandem.sampling import MAX_N
 
@@ -184,9 +183,10 @@ class Dispatcher:
         self._admission.release_store(plan)
         self.pump()
 
-    def give_up_kv(self, handle: kv_pb2.KvHandle) -> None:
-        """Tell the store, in the background, that nobody will fetch this."""
-        task = asyncio.get_running_loop().create_task(self._store.release(handle))
+    def forget_kv(self, request: Request, epoch: int) -> None:
+        """Tell the store, in the background, that nobody will fetch what this attempt stores."""
+        forget = self._store.forget(request.request_id, request.tenant, epoch)
+        task = asyncio.get_running_loop().create_task(forget)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 

@@ -89,7 +89,7 @@ class Flight:
         self._delivered_s = request.lifecycle.received_s  # when, last
         self._num_admitted = 0
         self._drafted = self._accepted = self._cached = 0
-        self._handle: kv_pb2.KvHandle | None = None  # stored KV that nobody has fetched yet
+        self._is_storing = False  # the attempt's KV is on its way to the store or there, not yet fetched
         self._new_ids: list[int] = []  # delivered, and not yet part of `request`
         self._replanned: set[str] = set()
         self._exclude: set[str] = set()
@@ -201,31 +201,34 @@ class Flight:
         self.request.lifecycle.mark(Mark.ADMITTED)
         self.request.lifecycle.to(RequestStatus.PREFILL)
         try:
-            first = await self._prefill(plan)
-            return first if self._handle is None else await self._decode(plan, self._handle)
+            first, handle = await self._prefill(plan)
+            return first if handle is None else await self._decode(plan, handle)
         finally:
-            if self._handle is not None:
-                self._dispatcher.give_up_kv(self._handle)
-                self._handle = None
+            if self._is_storing:
+                self._dispatcher.forget_kv(self.request, self._epoch)
+                self._is_storing = False
 
-    async def _prefill(self, plan: Plan) -> OutputDelta:
-        """The first token, delivered; unless it was the last, `_handle` says where the KV is."""
+    async def _prefill(self, plan: Plan) -> tuple[OutputDelta, kv_pb2.KvHandle | None]:
+        """The first token, delivered; and unless it was the last, where the KV is."""
         work = self._work(plan.prefill)
         first: OutputDelta | None = None
+        handle: kv_pb2.KvHandle | None = None
+        self._is_storing = True
         async with aclosing(self._dispatcher.links.prefill(plan.prefill).prefill(work)) as events:
             async for event in events:
                 # The call is heard to its end: to leave early says that nobody wants this KV.
                 if isinstance(event, kv_pb2.KvHandle):
-                    self._handle = event
+                    handle = event
                     self.request.lifecycle.mark(Mark.KV_SEALED)
                     self._dispatcher.release_prefill(plan)
                 else:
                     first = event
                     self.request.lifecycle.mark(Mark.FIRST_TOKEN)
                     self._deliver(first)
-        if first is None or (first.finish is None) == (self._handle is None):
+        if first is None or (first.finish is None) == (handle is None):
             raise no_prefill()
-        return first
+        self._is_storing = handle is not None
+        return first, handle
 
     async def _decode(self, plan: Plan, handle: kv_pb2.KvHandle) -> OutputDelta:
         """Tokens until the last one, each delivered as it comes."""
@@ -251,7 +254,7 @@ class Flight:
         lifecycle.mark(Mark.KV_READ_STARTED, asyncio.get_running_loop().time() - started.kv_read_ns / 1e9)
         lifecycle.mark(Mark.KV_READ_DONE)
         lifecycle.to(RequestStatus.DECODE)
-        self._handle = None  # the decode worker has read it, and gives it up
+        self._is_storing = False  # the decode worker has read it, and gives it up
         self._dispatcher.release_store(plan)
 
     def _deliver(self, delta: OutputDelta) -> None:

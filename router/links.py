@@ -21,7 +21,7 @@ from tandem.work import Work
 
 log = logging.getLogger(__name__)
 
-RELEASE_TIMEOUT_S = 2.0
+FORGET_TIMEOUT_S = 2.0
 GRACE_S = 1.0
 DecodeEvent = pb.DecodeStarted | OutputDelta | TandemError
 
@@ -164,19 +164,19 @@ class DecodeLink:
 
 
 class StoreLink:
-    """Gives up stored KV that no decode worker will fetch."""
+    """Gives up KV that no decode worker will fetch, whether or not its handle has arrived."""
 
     def __init__(self, address: str) -> None:
         self._channel = channel(address)
         self._stub: Any = kv_pb2_grpc.KvServiceStub(self._channel)
 
-    async def release(self, handle: kv_pb2.KvHandle) -> None:
-        """Best effort: what this call misses, the lease frees. A draft's object goes with the target's."""
+    async def forget(self, request_id: str, tenant: str, epoch: int) -> None:
+        """Best effort: what this call misses, the lease frees."""
+        attempt = kv_pb2.ForgetKvRequest(request_id=request_id, tenant=tenant, epoch=epoch)
         try:
-            for each in (handle, handle.draft) if handle.HasField("draft") else (handle,):
-                await self._stub.ReleaseKv(kv_pb2.ReleaseKvRequest(handle=each), timeout=RELEASE_TIMEOUT_S)
+            await self._stub.ForgetKv(attempt, timeout=FORGET_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
-            log.warning("could not release stored KV: %s", to_tandem_error(error).reason)
+            log.warning("could not give up stored KV: %s", to_tandem_error(error).reason)
 
     async def close(self) -> None:
         await self._channel.close()

@@ -9,6 +9,8 @@ import grpc
 import pytest
 import pytest_asyncio
 
+from router.links import PrefillLink
+from tandem.pb.kv.v1.kv_pb2 import KvHandle
 from tests.e2e.harness import (
     Result,
     ask,
@@ -133,6 +135,28 @@ async def test_a_unary_client_that_leaves(cluster, stage):
         await until(arrived)
         call.cancel()
         await until(lambda: cluster.router.dispatcher.num_flights <= (2 if stage == "queue" else 0), 1.0)
+
+
+async def test_leaving_before_the_handle_has_arrived(cluster, monkeypatch):
+    """The worker's call has ended well, so only the router can tell that nobody will fetch the KV."""
+    is_lost = asyncio.Event()
+
+    async def keep_handle_back(link, work):
+        async for event in prefill(link, work):
+            if isinstance(event, KvHandle):
+                is_lost.set()
+            else:
+                yield event
+        await asyncio.Event().wait()
+
+    prefill = PrefillLink.prefill
+    monkeypatch.setattr(PrefillLink, "prefill", keep_handle_back)
+    call = open_stream(cluster, ask("short", **LONG))
+    await asyncio.wait_for(is_lost.wait(), 5.0)
+    assert store_of(cluster).audit().owned
+    call.cancel()
+    await quiesce(cluster)
+    monkeypatch.undo()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -153,10 +153,7 @@ class StoreMachine(RuleBasedStateMachine):
         key = sample.header.key
         may = key.epoch >= self.highest.get(key.object_id, 0)
         if may:
-            for other, model in list(self.objects.items()):
-                if other.object_id == key.object_id and other.epoch < key.epoch and not model.is_sealed:
-                    del self.objects[other]
-            self.highest[key.object_id] = key.epoch
+            self.overtake(key.object_id, key.epoch)
         existing = self.objects.get(key)
         if existing:
             may = may and existing.state in (ObjectState.SEALED, ObjectState.LEASED)
@@ -168,6 +165,13 @@ class StoreMachine(RuleBasedStateMachine):
         model = self.objects.setdefault(key, Model(sample, self.clock() + PUT_S))
         self.tickets.append((ticket, sample, model))
         return self.tickets[-1]
+
+    def overtake(self, object_id: bytes, epoch: int) -> None:
+        """No attempt below `epoch` may write any more."""
+        for other, model in list(self.objects.items()):
+            if other.object_id == object_id and other.epoch < epoch and not model.is_sealed:
+                del self.objects[other]
+        self.highest[object_id] = max(epoch, self.highest.get(object_id, 0))
 
     def pick(self, data, items, is_live):
         """Mostly one that is still good; the others are tried often enough."""
@@ -301,6 +305,18 @@ class StoreMachine(RuleBasedStateMachine):
             model.is_given_up = True
             if not model.leases:
                 del self.objects[handle.key]
+
+    @rule(object_id=st.sampled_from(IDS), step=st.sampled_from([-1, 0, 0, 1]))
+    def forget(self, object_id: bytes, step: int) -> None:
+        key = ObjectKey(object_id, max(0, self.highest.get(object_id, 0) + step))
+        model = self.objects.get(key)
+        held = model is not None and not model.is_given_up
+        assert self.store.forget(key, make_header().tenant) == held
+        self.overtake(key.object_id, key.epoch + 1)
+        if held and model.is_sealed:
+            model.is_given_up = True
+            if not model.leases:
+                del self.objects[key]
 
     @rule(data=st.data())
     def end(self, data) -> None:

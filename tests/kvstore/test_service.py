@@ -14,7 +14,7 @@ import pytest
 
 from kvstore.backends.memory import MemoryBackend
 from kvstore.client import KvClient
-from kvstore.key import KvHandle
+from kvstore.key import KvHandle, object_id_of
 from kvstore.link import Ending
 from kvstore.objects import ObjectState
 from kvstore.records import ObjectHeader
@@ -162,6 +162,29 @@ async def test_cancelling_a_put_frees():
         await asyncio.wait({task})
         await until(lambda: service.store.audit().is_empty)
         assert service.store.counters.freed == 1
+
+
+async def test_forgetting_an_attempt_frees_what_it_stored_and_fences_what_it_will_store():
+    attempt = pb.ForgetKvRequest(request_id="r", tenant="tenant-a", epoch=5)
+    earlier, later, draft = (
+        replace(big(2), object_id=object_id_of("", "r", model), epoch=epoch)
+        for model, epoch in (("target", 5), ("target", 6), ("draft", 5))
+    )
+    async with serving() as service, service.client() as client:
+        forget = kv_pb2_grpc.KvServiceStub(client._channel).ForgetKv
+        await put(client, draft)
+        async with client.put(earlier) as writer:
+            assert (await forget(attempt)).num_objects == 2
+            with pytest.raises(FailedPrecondition, match="STALE_HANDLE"):
+                await write_all(writer, earlier)
+        with pytest.raises(FailedPrecondition, match="STALE_HANDLE"):
+            await put(client, earlier)
+        assert service.store.audit().is_empty
+        assert (await forget(attempt)).num_objects == 0
+
+        await put(client, later)
+        assert (await forget(attempt)).num_objects == 0
+        assert service.store.bytes_in(ObjectState.SEALED) == later.total_bytes
 
 
 async def test_a_writer_that_falls_silent_loses_its_bytes():

@@ -619,3 +619,55 @@ class ReleaseKvResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseKvResponse: _TypeAlias = ReleaseKvResponse  # noqa: Y015
+
+@_typing.final
+class ForgetKvRequest(_message.Message):
+    """Gives up an attempt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request, as its workers know it."""
+    tenant: _builtins.str
+    """Whose request."""
+    epoch: _builtins.int
+    """The attempt; a later one is not touched."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "request_id", b"request_id", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgetKvRequest: _TypeAlias = ForgetKvRequest  # noqa: Y015
+
+@_typing.final
+class ForgetKvResponse(_message.Message):
+    """Nothing of the attempt is stored, and nothing of it will be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_OBJECTS_FIELD_NUMBER: _builtins.int
+    num_objects: _builtins.int
+    """Objects given up."""
+    def __init__(
+        self,
+        *,
+        num_objects: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_objects", b"num_objects"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForgetKvResponse: _TypeAlias = ForgetKvResponse  # noqa: Y015

@@ -75,6 +75,11 @@ class KvServiceStub(object):
                 request_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ReleaseKvRequest.SerializeToString,
                 response_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ReleaseKvResponse.FromString,
                 _registered_method=True)
+        self.ForgetKv = channel.unary_unary(
+                '/tandem.kv.v1.KvService/ForgetKv',
+                request_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ForgetKvRequest.SerializeToString,
+                response_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ForgetKvResponse.FromString,
+                _registered_method=True)
 
 
 class KvServiceServicer(object):
@@ -140,6 +145,14 @@ class KvServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForgetKv(self, request, context):
+        """Gives up whatever an attempt at a request stores, now or later, for a caller who has no handle of it.
+        Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_KvServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -182,6 +195,11 @@ def add_KvServiceServicer_to_server(servicer, server):
                     servicer.ReleaseKv,
                     request_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ReleaseKvRequest.FromString,
                     response_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ReleaseKvResponse.SerializeToString,
+            ),
+            'ForgetKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetKv,
+                    request_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ForgetKvRequest.FromString,
+                    response_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ForgetKvResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -401,6 +419,33 @@ class KvService(object):
             '/tandem.kv.v1.KvService/ReleaseKv',
             tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ReleaseKvRequest.SerializeToString,
             tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ReleaseKvResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.kv.v1.KvService/ForgetKv',
+            tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ForgetKvRequest.SerializeToString,
+            tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.ForgetKvResponse.FromString,
             options,
             channel_credentials,
             insecure,

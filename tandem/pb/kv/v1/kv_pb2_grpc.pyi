@@ -55,6 +55,10 @@ class KvServiceStub:
     """Extends a lease, counted from now on the store's clock."""
     ReleaseKv: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ReleaseKvRequest, _kv_pb2.ReleaseKvResponse]
     """Gives an object up: its bytes are free once no lease is left. Idempotent."""
+    ForgetKv: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ForgetKvRequest, _kv_pb2.ForgetKvResponse]
+    """Gives up whatever an attempt at a request stores, now or later, for a caller who has no handle of it.
+    Idempotent.
+    """
 
 @_typing.type_check_only
 class KvServiceAsyncStub(KvServiceStub):
@@ -83,6 +87,10 @@ class KvServiceAsyncStub(KvServiceStub):
     """Extends a lease, counted from now on the store's clock."""
     ReleaseKv: _aio.UnaryUnaryMultiCallable[_kv_pb2.ReleaseKvRequest, _kv_pb2.ReleaseKvResponse]  # type: ignore[assignment]
     """Gives an object up: its bytes are free once no lease is left. Idempotent."""
+    ForgetKv: _aio.UnaryUnaryMultiCallable[_kv_pb2.ForgetKvRequest, _kv_pb2.ForgetKvResponse]  # type: ignore[assignment]
+    """Gives up whatever an attempt at a request stores, now or later, for a caller who has no handle of it.
+    Idempotent.
+    """
 
 class KvServiceServicer(metaclass=_abc_1.ABCMeta):
     """Keeps KV objects: RESERVED, SEALED, LEASED, RELEASED or EXPIRED, FREED. Only a sealed object can be read."""
@@ -156,5 +164,15 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.ReleaseKvResponse, _abc.Awaitable[_kv_pb2.ReleaseKvResponse]]:
         """Gives an object up: its bytes are free once no lease is left. Idempotent."""
+
+    @_abc_1.abstractmethod
+    def ForgetKv(
+        self,
+        request: _kv_pb2.ForgetKvRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.ForgetKvResponse, _abc.Awaitable[_kv_pb2.ForgetKvResponse]]:
+        """Gives up whatever an attempt at a request stores, now or later, for a caller who has no handle of it.
+        Idempotent.
+        """
 
 def add_KvServiceServicer_to_server(servicer: KvServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
