@@ -31,6 +31,17 @@ LOADS = (0.7, 1.2)  # offered over what the workers' memory can hold at once
 QUEUE_LENGTHS = (100, 1_000, 10_000, 100_000)
 SWEEP = 2_000  # operations on a queue of each length
 TRACED = 20_000  # requests of the run whose memory is traced
+HEADINGS = (
+    "workers",
+    "load",
+    "requests",
+    "refused",
+    "admitted/s",
+    "µs/request",
+    "most waiting",
+    "MB",
+    "left over",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,42 +206,27 @@ def queue_costs() -> Iterator[QueueCost]:
         yield QueueCost(length, 1e6 * (time.perf_counter() - began_s) / SWEEP)
 
 
+def _cells(row: Simulated) -> tuple[str, ...]:
+    return (
+        str(row.workers),
+        f"{row.load:g}",
+        str(row.requests),
+        str(row.refused),
+        f"{row.decisions_per_s:.0f}",
+        f"{row.microseconds_per_request:.0f}",
+        str(row.most_waiting),
+        f"{row.memory_mb:.0f}",
+        str(row.owned_at_the_end),
+    )
+
+
 def run(workers: int, requests: int, out: Path, as_json: bool) -> dict[str, Any]:
     """Simulate, print the tables, write CSV and JSON; the document that was written."""
     shown = console(as_json)
     with Meter("router", 1 + len(LOADS) * (requests + min(requests, TRACED)) // 1000) as meter:
         rows = [simulate(workers, load, requests, meter) for load in LOADS]
     costs = list(queue_costs())
-    shown.print(
-        table(
-            "the router on a virtual clock",
-            (
-                "workers",
-                "load",
-                "requests",
-                "refused",
-                "admitted/s",
-                "µs/request",
-                "most waiting",
-                "MB",
-                "left over",
-            ),
-            (
-                (
-                    str(row.workers),
-                    f"{row.load:g}",
-                    str(row.requests),
-                    str(row.refused),
-                    f"{row.decisions_per_s:.0f}",
-                    f"{row.microseconds_per_request:.0f}",
-                    str(row.most_waiting),
-                    f"{row.memory_mb:.0f}",
-                    str(row.owned_at_the_end),
-                )
-                for row in rows
-            ),
-        )
-    )
+    shown.print(table("the router on a virtual clock", HEADINGS, map(_cells, rows)))
     waiting = ((str(cost.length), f"{cost.microseconds:.1f}") for cost in costs)
     shown.print(table("a put and a get, by queue length", ("waiting", "µs"), waiting))
     content = {

@@ -303,7 +303,7 @@ def gated_reads(decode: Any, *, before: bool = False):
 @contextmanager
 def gated_puts(prefill: Any):
     """Hold a prefill worker's hand-offs before they begin."""
-    client = prefill.worker._handoff_context.client
+    client = prefill.worker._handoffs._context.client
     held, original = Gate(), client.put
 
     class Put:

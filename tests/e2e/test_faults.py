@@ -373,7 +373,7 @@ async def test_a_store_that_refuses_every_writer_is_down_for_the_client():
     async with running(config(prefill={"token_budget": 64})) as cluster:
         store, reserve = store_of(cluster), store_of(cluster).reserve
 
-        def refuse(header):
+        def refuse(header, writer):
             raise FailedPrecondition("STALE_HANDLE", "a later attempt has written this object")
 
         store.reserve = refuse
