@@ -16,16 +16,16 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from kvstore.chain import piece_names
 from kvstore.client import KvClient
 from kvstore.key import KvHandle
-from kvstore.records import ObjectHeader
+from kvstore.pieces import PieceFormat, Pieces
 from prefill_worker.job import PrefillJob
-from prefill_worker.sender import Format, export_part, parts_of
+from prefill_worker.sender import Format, export_part
 from tandem.engine.paged_cache import PagedCache
-from tandem.errors import FailedPrecondition, TandemError
+from tandem.errors import TandemError
 from tandem.threads import to_thread_to_end
 
 log = logging.getLogger(__name__)
@@ -54,9 +54,17 @@ class PrefixCache:
         self.stats = PrefixStats()
         self._client = client
         self._cache = cache
-        self._form = form
         self._piece_tokens = piece_tokens
-        self._salts: dict[str, bytes] = {}  # by tenant; another one means that the store started again
+        piece = PieceFormat(
+            tokens=piece_tokens,
+            fingerprint=form.fingerprint,
+            dtype=form.dtype,
+            num_layers=cache.geometry.num_layers,
+            block_size=cache.block_size,
+            block_bytes=cache.block_bytes,
+            chunk_bytes=form.chunk_bytes,
+        )
+        self._pieces = Pieces(client, piece)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -81,10 +89,9 @@ class PrefixCache:
 
     async def publish(self, job: PrefillJob, blocks: Sequence[int]) -> None:
         """Store the pieces of a computed prompt that the store does not have. `blocks` hold its KV."""
+        work, export = job.work, partial(export_part, self._cache, blocks, job.num_tokens)
         try:
-            names, known = await self._look_up(job, job.num_tokens)
-            for place in range(len(known), len(names)):
-                await self._publish_piece(job.work.tenant, names[place], self._blocks_of(place, blocks))
+            await self._pieces.publish(work.tenant, work.token_ids, export, self._note_published)
         except TandemError as error:
             self._note("publish", error)
 
@@ -106,21 +113,9 @@ class PrefixCache:
         self.stats.num_prompts += 1
         try:
             async with asyncio.timeout(FIND_S):
-                _, job.pieces = await self._look_up(job, job.num_tokens - 1)
+                _, job.pieces = await self._pieces.look_up(job.work.tenant, job.work.token_ids[:-1])
         except (TandemError, TimeoutError) as error:
             self._note("find", error)
-
-    async def _look_up(self, job: PrefillJob, num_tokens: int) -> tuple[list[bytes], list[KvHandle]]:
-        """Names of the whole pieces of that many tokens, and handles of the first ones that are cached."""
-        tenant, fingerprint = job.work.tenant, self._form.fingerprint
-        if tenant not in self._salts:
-            _, self._salts[tenant] = await self._client.find((), fingerprint, tenant)
-        salt = self._salts[tenant]
-        names = piece_names(job.work.token_ids[:num_tokens], self._piece_tokens, fingerprint, salt)
-        handles, self._salts[tenant] = await self._client.find(names, fingerprint, tenant)
-        if self._salts[tenant] != salt:  # names of an earlier life of the store: nothing is there
-            return await self._look_up(job, num_tokens)
-        return names, handles
 
     async def _restore(self, job: PrefillJob) -> None:
         started_s = time.monotonic()
@@ -130,7 +125,7 @@ class PrefixCache:
         async def restore(place: int, handle: KvHandle) -> None:
             async with some:
                 if not job.is_cancelled:
-                    await self._restore_piece(job, handle, self._blocks_of(place, job.blocks))
+                    await self._restore_piece(job, handle, self._pieces.blocks_of(place, job.blocks))
                     is_restored[place] = True
 
         try:
@@ -162,37 +157,8 @@ class PrefixCache:
                     self._cache.write_blocks, chosen, payload, chunk.layer_start, chunk.num_layers
                 )
 
-    async def _publish_piece(self, tenant: str, name: bytes, blocks: Sequence[int]) -> None:
-        try:
-            async with self._client.put(self._header(tenant, name)) as writer:
-                for part in parts_of(self._cache, self._form.chunk_bytes, 0, len(blocks)):
-                    payload = await export_part(self._cache, blocks, self._piece_tokens, part)
-                    await writer.write(part, payload)
-                await writer.seal()
-            self.stats.num_published += 1
-        except FailedPrecondition:
-            pass  # another worker publishes the same piece just now
-
-    def _header(self, tenant: str, name: bytes) -> ObjectHeader:
-        cache = self._cache
-        num_blocks = self._piece_tokens // cache.block_size
-        return ObjectHeader(
-            object_id=name,
-            epoch=0,
-            tenant=tenant,
-            fingerprint=self._form.fingerprint,
-            dtype=self._form.dtype,
-            num_layers=cache.geometry.num_layers,
-            num_tokens=self._piece_tokens,
-            block_size=cache.block_size,
-            num_blocks=num_blocks,
-            total_bytes=num_blocks * cache.block_bytes,
-            is_prefix=1,
-        )
-
-    def _blocks_of(self, place: int, blocks: Sequence[int]) -> Sequence[int]:
-        size = self._piece_tokens // self._cache.block_size
-        return blocks[place * size : (place + 1) * size]
+    def _note_published(self) -> None:
+        self.stats.num_published += 1
 
     def _note(self, what: str, error: Exception) -> None:
         self.stats.num_failures += 1

@@ -10,6 +10,7 @@ from typing import Self, TypeVar
 
 from kvstore.client import KvClient
 from kvstore.key import KvHandle, object_id_of
+from kvstore.parts import parts_of
 from kvstore.records import ChunkRange, ObjectHeader
 from kvstore.writer import KvWriter
 from prefill_worker.job import PrefillJob
@@ -32,23 +33,6 @@ class Format:
     fingerprint: bytes
     chunk_bytes: int
     codec: str = "raw"  # of what goes to a decode worker; prefixes stay raw
-
-
-def parts_of(cache: PagedCache, chunk_bytes: int, start: int, end: int) -> list[ChunkRange]:
-    """Blocks [start, end) of all layers in parts of at most `chunk_bytes`, or of one layer of a block."""
-    num_layers = cache.geometry.num_layers
-    blocks = max(1, chunk_bytes // cache.block_bytes)
-    layers = min(num_layers, max(1, chunk_bytes * num_layers // cache.block_bytes))
-    return [
-        ChunkRange(
-            block_start=first,
-            num_blocks=min(blocks, end - first),
-            layer_start=layer,
-            num_layers=min(layers, num_layers - layer),
-        )
-        for first in range(start, end, blocks)
-        for layer in range(0, num_layers, layers)
-    ]
 
 
 async def export_part(
@@ -89,7 +73,8 @@ class ObjectSender:
 
     async def send(self, num_ready: int) -> None:
         """Everything up to that block that has not been sent; stops early when nobody wants it any more."""
-        for part in parts_of(self._cache, self._form.chunk_bytes, self._num_sent, num_ready):
+        layers, size = self._cache.geometry.num_layers, self._cache.block_bytes
+        for part in parts_of(layers, size, self._form.chunk_bytes, self._num_sent, num_ready):
             if self._job.is_cancelled:
                 return
             await self._send_part(part)

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from kvstore.key import KvHandle
 from kvstore.objects import ObjectState
+from kvstore.parts import parts_of
 from prefill_worker.handoff import HOLD, Handoff
 from prefill_worker.job import PrefillJob
-from prefill_worker.sender import ObjectSender, parts_of
+from prefill_worker.sender import ObjectSender
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.kv_transfer import export_kv
 from tandem.engine.paged_cache import PagedCache
@@ -47,7 +48,7 @@ from tests.serving import (
 def test_every_cell_travels_once_in_small_parts(num_layers, cell_tokens, chunk_bytes, start, count):
     geometry = replace(make_model(1).geometry, num_layers=num_layers, num_kv_heads=1, head_dim=4)
     cache = PagedCache(geometry, 1, cell_tokens)
-    parts = parts_of(cache, chunk_bytes, start, start + count)
+    parts = parts_of(num_layers, cache.block_bytes, chunk_bytes, start, start + count)
     cells = Counter(
         (block, layer)
         for part in parts

@@ -1,0 +1,24 @@
+"""How blocks are cut into chunks of bounded size."""
+
+from __future__ import annotations
+
+from kvstore.records import ChunkRange
+
+
+def parts_of(num_layers: int, block_bytes: int, chunk_bytes: int, start: int, end: int) -> list[ChunkRange]:
+    """Blocks [start, end) of all layers in parts of at most `chunk_bytes`, or of one layer of a block.
+
+    `block_bytes` are those of one block across all layers.
+    """
+    blocks = max(1, chunk_bytes // block_bytes)
+    layers = min(num_layers, max(1, chunk_bytes * num_layers // block_bytes))
+    return [
+        ChunkRange(
+            block_start=first,
+            num_blocks=min(blocks, end - first),
+            layer_start=layer,
+            num_layers=min(layers, num_layers - layer),
+        )
+        for first in range(start, end, blocks)
+        for layer in range(0, num_layers, layers)
+    ]
