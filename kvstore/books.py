@@ -18,6 +18,7 @@ from kvstore.shares import Shares
 from tandem.config import KvStoreConfig
 from tandem.ledger import Ledger, PoolAudit
 
+MAX_LEASE_FACTOR = 10  # no lease is longer than this many default ones
 WRITER, SEALED = "writer", "sealed"  # holds on an object's bytes, beside one per lease
 
 
@@ -85,6 +86,9 @@ class Books:
         self.renew(obj, lease.holder, lease_s)
 
     def renew(self, obj: KvObject, holder: str, lease_s: float) -> None:
+        """Let the lease run from now; 0 is the default time."""
+        default_s = self._config.lease_s
+        lease_s = min(lease_s, MAX_LEASE_FACTOR * default_s) if lease_s > 0 else default_s
         self._expiry.set((obj.key, holder), self._clock() + lease_s)
 
     def end_lease(self, obj: KvObject, holder: str, *, has_expired: bool = False) -> None:

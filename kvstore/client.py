@@ -24,6 +24,7 @@ from tandem.pb.kv.v1 import kv_pb2 as pb
 from tandem.pb.kv.v1 import kv_pb2_grpc
 
 UNARY_S = 5.0
+FOLLOW_KV = "/tandem.kv.v1.KvService/FollowKv"
 GET_KV = "/tandem.kv.v1.KvService/GetKv"
 T = TypeVar("T")
 
@@ -38,24 +39,36 @@ class KvClient:
         self._stub: Any = kv_pb2_grpc.KvServiceStub(channel)
         self._may_map = True  # until the store's answer shows that it is not so
         self._get: Any = channel.unary_stream(GET_KV, pb.GetKvRequest.SerializeToString)
+        self._follow: Any = channel.unary_stream(FOLLOW_KV, pb.GetKvRequest.SerializeToString)
+
+    @property
+    def may_map(self) -> bool:
+        """Whether objects may be mapped where they lie, as far as is known. Those need not be followed."""
+        return self._may_map
 
     def put(self, header: ObjectHeader) -> KvWriter:
         """`async with client.put(header) as writer`; leaving without `await writer.seal()` aborts."""
         return KvWriter(self._channel, header, self._config.put_deadline_s)
 
     async def get(
-        self, handle: KvHandle, holder: str, *, tenant: str | None = None, lease_s: float | None = None
+        self,
+        handle: KvHandle,
+        holder: str,
+        *,
+        tenant: str | None = None,
+        lease_s: float | None = None,
+        follow: bool = False,
     ) -> AsyncGenerator[tuple[ChunkHeader, memoryview]]:
         """Verified chunks in the order they were written, under a lease that this renews as it reads.
 
-        Use nothing of the object before the iteration has ended without an error. The lease ends with
-        it; the object waits for another reader until it is released. Whoever stops early closes the
-        iterator.
+        With `follow` the object may still be being written: chunks come as the store gets them. Use
+        nothing of the object before the iteration has ended without an error. The lease ends with it; the
+        object waits for another reader until it is released. Whoever stops early closes the iterator.
         """
         lease_s = lease_s or self._config.lease_s
         check = ReadCheck(handle, tenant)
         renew_at_s = time.monotonic() + lease_s / 3
-        async with aclosing(self._messages(handle, holder, lease_s)) as messages:
+        async with aclosing(self._messages(handle, holder, lease_s, follow)) as messages:
             async for message in messages:
                 chunk = self._verified(partial(check.accept, message))
                 if chunk is not None:
@@ -95,13 +108,15 @@ class KvClient:
         name = pb.KvState.Name(response.state).removeprefix("KV_STATE_")
         return ObjectStat(ObjectState[name], response.num_bytes, response.num_leases)
 
-    async def _messages(self, handle: KvHandle, holder: str, lease_s: float) -> AsyncGenerator[Buffer]:
+    async def _messages(
+        self, handle: KvHandle, holder: str, lease_s: float, follow: bool
+    ) -> AsyncGenerator[Buffer]:
         """What the store holds of the object, mapped where store and reader share a host."""
         await connected(self._channel)
-        mapped = await self._mapped(handle, holder, lease_s) if self._may_map else None
+        mapped = await self._mapped(handle, holder, lease_s) if self._may_map and not follow else None
         if mapped is None:
             request = pb.GetKvRequest(handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s))
-            call = self._get(request)
+            call = self._follow(request) if follow else self._get(request)
             try:
                 while (message := await self._read(call)) is not None:
                     yield message

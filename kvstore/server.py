@@ -14,10 +14,12 @@ from typing import Any, cast
 
 import grpc
 
+from kvstore.books import MAX_LEASE_FACTOR
+from kvstore.following import NOT_YET, Following, Progress
 from kvstore.key import MODELS, KvHandle, ObjectKey, object_id_of, require
 from kvstore.objects import ObjectState
 from kvstore.records import ChunkHeader, ObjectHeader, Record, Seal
-from kvstore.store import MAX_LEASE_FACTOR, KvStore
+from kvstore.store import KvStore
 from kvstore.wire import decode, expect
 from tandem.errors import DeadlineExceeded, InvalidRequest
 from tandem.pb.kv.v1 import kv_pb2 as pb
@@ -26,7 +28,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 SERVICE = "tandem.kv.v1.KvService"
 MAX_LISTED = 1000
 MAX_PIECES = 1 << 14  # of one prompt's prefix
-RESERVED = (("kv-reserved", "1"),)  # initial metadata of a put: the bytes are there, send them
+RESERVED = "kv-reserved"  # initial metadata of a put, with the store's epoch: the bytes are there, send them
 
 _STATES = {
     ObjectState.RESERVED: pb.KV_STATE_RESERVED,
@@ -42,14 +44,16 @@ class KvServicer:
     def __init__(self, store: KvStore) -> None:
         self._store = store
         self._turns = store.turns
+        self._progress = Progress()
 
     async def PutKv(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.PutKvResponse:
         header, _, _ = await self._next(request_iterator)
         reserve, undo = self._store.reserve, self._store.abort
         wanted = expect(ObjectHeader, header)
         ticket = await self._turns.take_or_undo(reserve, undo, wanted, context.peer())
+        key = ticket.object.key
         try:
-            await context.send_initial_metadata(RESERVED)
+            await context.send_initial_metadata(((RESERVED, str(self._store.store_epoch)),))
             while True:
                 record, payload, message = await self._next(request_iterator)
                 if isinstance(record, Seal):
@@ -57,8 +61,10 @@ class KvServicer:
                     return pb.PutKvResponse(handle=handle.to_pb())
                 chunk = expect(ChunkHeader, record)
                 await self._turns.take(self._store.append, ticket, chunk, payload, message)
+                self._progress.note(key)
         finally:
             self._turns.post(self._store.abort, ticket)
+            self._progress.note(key)
 
     async def GetKv(self, request: pb.GetKvRequest, context: Context) -> AsyncIterator[bytes]:
         handle = KvHandle.from_pb(request.handle)
@@ -77,6 +83,24 @@ class KvServicer:
             yield message
             cut.cancel()
             cut = self._cut_when_idle()
+
+    async def FollowKv(self, request: pb.GetKvRequest, context: Context) -> AsyncIterator[bytes]:
+        handle = KvHandle.from_pb(request.handle)
+        following = Following(self._store, handle, request.holder, request.lease_ms / 1000)
+        cut = self._cut_when_idle()
+
+        def close(_: Any) -> None:
+            cut.cancel()
+            self._turns.post(following.close)
+
+        cast(Any, context).add_done_callback(close)
+        while (message := await self._turns.take(following.next)) is not None:
+            if message is NOT_YET:
+                await self._progress.wait(handle.key, self._store.config.sweep_s)
+            else:
+                yield message
+                cut.cancel()
+                cut = self._cut_when_idle()
 
     async def MapKv(self, request: pb.MapKvRequest, context: Context) -> pb.MapKvResponse:
         handle, lease_s = KvHandle.from_pb(request.handle), request.lease_ms / 1000
@@ -154,6 +178,9 @@ def add_to_server(servicer: KvServicer, server: grpc.aio.Server) -> None:
         ),
         "GetKv": grpc.unary_stream_rpc_method_handler(
             servicer.GetKv, request_deserializer=pb.GetKvRequest.FromString
+        ),
+        "FollowKv": grpc.unary_stream_rpc_method_handler(
+            servicer.FollowKv, request_deserializer=pb.GetKvRequest.FromString
         ),
         "MapKv": unary(servicer.MapKv, pb.MapKvRequest.FromString, pb.MapKvResponse.SerializeToString),
         "FindKv": unary(servicer.FindKv, pb.FindKvRequest.FromString, pb.FindKvResponse.SerializeToString),

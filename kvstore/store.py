@@ -25,6 +25,7 @@ from kvstore.assembly import Assembly
 from kvstore.backend import Backend, Mappable
 from kvstore.books import Books
 from kvstore.fence import Fence
+from kvstore.following import NOT_YET
 from kvstore.key import Buffer, KvHandle, ObjectKey, require
 from kvstore.listing import ObjectInfo, list_objects
 from kvstore.mapping import MappedObject
@@ -38,7 +39,6 @@ from tandem.config import KvStoreConfig
 from tandem.errors import DataLoss, FailedPrecondition, InvalidRequest, NotFound, Overloaded
 from tandem.ledger import PoolAudit
 
-MAX_LEASE_FACTOR = 10  # no lease is longer than this many default ones
 MAX_HOLDER = 256  # characters
 
 
@@ -125,19 +125,26 @@ class KvStore:
         if not obj.is_readable:
             raise self._stale("handle has expired or was given up")
         lease = Lease(handle, holder)
-        self._books.lease(obj, lease, self._duration(lease_s))
+        self._books.lease(obj, lease, lease_s)
         self.counters.leased += 1
         return lease
 
-    def read(self, lease: Lease) -> Iterator[bytes]:
-        """The object's messages: header, chunks, seal. Fails as soon as the lease is over."""
+    def read(self, lease: Lease, first: int = 0) -> Iterator[bytes]:
+        """Messages from that one on: header, chunks, seal. Fails as soon as the lease is over."""
         obj = self._leased(lease)
         assert obj.seal is not None, obj.state
-        yield encode(obj.header)
-        for index in range(obj.seal.num_chunks):
+        for index in range(first, obj.seal.num_chunks + 1):
             self._leased(lease)
-            yield self._backend.get(obj.key, index)
+            yield self._message(obj, index)
         yield encode(obj.seal)
+
+    def peek(self, handle: KvHandle, index: int) -> bytes | None:
+        """A message of an object while it is written, `NOT_YET` before it came; None when all have."""
+        self.sweep()
+        obj = self._known(handle)
+        if obj.state is not ObjectState.RESERVED:
+            return None
+        return self._message(obj, index) if index <= len(obj.digests) else NOT_YET
 
     def lease_to_map(self, handle: KvHandle, holder: str, lease_s: float = 0.0) -> MappedObject | None:
         """Lease the object and say where on this host it lies. None, and nothing leased, if it has no such
@@ -163,7 +170,7 @@ class KvStore:
         obj = self._known(handle)
         if holder not in obj.leases:
             raise self._stale("lease is over")
-        self._books.renew(obj, holder, self._duration(lease_s))
+        self._books.renew(obj, holder, lease_s)
 
     def end(self, lease: Lease) -> bool:
         """End exactly this lease; a newer one of the same holder stays."""
@@ -240,6 +247,9 @@ class KvStore:
         self.turns.close()
         self._backend.close()
 
+    def _message(self, obj: KvObject, index: int) -> bytes:
+        return self._backend.get(obj.key, index - 1) if index else encode(obj.header)
+
     def _repeat(self, obj: KvObject, header: ObjectHeader) -> PutTicket:
         """The same put again is checked against what is kept; while the first goes on, it is refused."""
         if header != obj.header or not obj.is_readable:
@@ -271,9 +281,6 @@ class KvStore:
         if obj is None or handle != obj.header.handle(self.store_epoch):
             raise NotFound("NO_SUCH_HANDLE", "not found")
         return obj
-
-    def _duration(self, lease_s: float) -> float:
-        return min(lease_s, MAX_LEASE_FACTOR * self.config.lease_s) if lease_s > 0 else self.config.lease_s
 
     def _note_freed(self, obj: KvObject) -> None:
         self._fence.note_freed(obj)

@@ -24,11 +24,14 @@ from kvstore.wire import encode
 from tandem.pb.kv.v1 import kv_pb2 as pb
 
 T = TypeVar("T")
+RESERVED = "kv-reserved"
 PUT_KV = "/tandem.kv.v1.KvService/PutKv"
 
 
 class KvWriter:
-    """One put. `idle_s` bounds each wait for the store."""
+    """One put. `idle_s` bounds each wait for the store. `handle` names the object once it is reserved."""
+
+    handle: KvHandle
 
     def __init__(self, channel: grpc.aio.Channel, header: ObjectHeader, idle_s: float) -> None:
         self._channel = channel
@@ -47,9 +50,10 @@ class KvWriter:
         self._ending = Ending(self._call)
         try:
             await self._send(self._header)
-            metadata = await self._within(self._call.initial_metadata())
-            if "kv-reserved" not in dict(metadata):
+            metadata = dict(await self._within(self._call.initial_metadata()))
+            if RESERVED not in metadata:
                 await self._within(self._answer())
+            self.handle = self._header.handle(int(metadata[RESERVED]))
         except BaseException:
             self.abort()
             raise

@@ -425,3 +425,64 @@ async def test_the_sweep_survives_its_failures(caplog):
             await until(lambda: num_calls > 4)
             assert sweeper.num_failures == 2
             assert sweeper.age_s < 1
+
+
+async def test_following_an_object_as_it_is_written():
+    header = big(3)
+    ranges = make_ranges(header, blocks=1)
+    async with serving() as service, service.client() as client, client.put(header) as writer:
+        read = []
+
+        async def follow():
+            async for chunk in client.get(writer.handle, "reader", follow=True):
+                read.append(chunk)  # noqa: PERF401 (one by one, as others look at it)
+
+        following = asyncio.create_task(follow())
+        for place, where in enumerate(ranges):
+            await asyncio.sleep(0.02)
+            assert len(read) == place
+            await writer.write(where, PAYLOAD)
+            await until(lambda: len(read) > place)  # noqa: B023 (called in this very turn)
+        assert not following.done()
+        assert service.store.counters.leased == 0
+        handle = await writer.seal()
+        await following
+        assert handle == writer.handle
+        assert service.store.counters.leased == 1
+        await until(lambda: service.store.stat(handle).num_leases == 0)
+        assert [chunk async for chunk in client.get(handle, "late", follow=True)] == read
+        await client.release(handle)
+
+
+@pytest.mark.parametrize("end", ["abort", "fall silent", "forget"])
+async def test_who_follows_an_object_that_is_given_up_learns_it(end):
+    header = replace(big(3), object_id=object_id_of("", "r"))
+    async with serving(config=QUICK) as service, service.client() as client, client.put(header) as writer:
+        await writer.write(make_ranges(header, blocks=1)[0], PAYLOAD)
+        following = asyncio.create_task(read_all(client.get(writer.handle, "reader", follow=True)))
+        await asyncio.sleep(0.05)
+        if end == "abort":
+            writer.abort()
+        elif end == "forget":
+            attempt = pb.ForgetKvRequest(request_id="r", tenant=header.tenant, epoch=header.epoch)
+            await kv_pb2_grpc.KvServiceStub(client._channel).ForgetKv(attempt)
+        with pytest.raises(FailedPrecondition, match="STALE_HANDLE"):
+            await asyncio.wait_for(following, 2.0)
+        assert service.store.audit().is_empty
+
+
+async def test_who_stops_following_leaves_no_lease():
+    header = big(2)
+    async with serving() as service, service.client() as client:
+        for is_sealed in (False, True):
+            async with client.put(header) as writer:
+                await writer.write(make_ranges(header, blocks=1)[0], PAYLOAD)
+                if is_sealed:
+                    await writer.write(make_ranges(header, blocks=1)[1], PAYLOAD)
+                    await writer.seal()
+                async with aclosing(client.get(writer.handle, "reader", follow=True)) as chunks:
+                    await anext(chunks)
+                if is_sealed:
+                    await until(lambda: service.store.stat(writer.handle).num_leases == 0)
+                    assert await client.release(writer.handle)
+            await until(lambda: service.store.audit().is_empty)

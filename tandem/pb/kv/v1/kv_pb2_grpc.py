@@ -45,6 +45,11 @@ class KvServiceStub(object):
                 request_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvRequest.SerializeToString,
                 response_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvResponse.FromString,
                 _registered_method=True)
+        self.FollowKv = channel.unary_stream(
+                '/tandem.kv.v1.KvService/FollowKv',
+                request_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvRequest.SerializeToString,
+                response_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvResponse.FromString,
+                _registered_method=True)
         self.MapKv = channel.unary_unary(
                 '/tandem.kv.v1.KvService/MapKv',
                 request_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.MapKvRequest.SerializeToString,
@@ -97,6 +102,14 @@ class KvServiceServicer(object):
     def GetKv(self, request, context):
         """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease ends with the
         stream, however that ends.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def FollowKv(self, request, context):
+        """The same from the first frame on while the object is still being written. The lease begins when it is sealed;
+        nothing of it may be used before its seal frame was checked.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -163,6 +176,11 @@ def add_KvServiceServicer_to_server(servicer, server):
             ),
             'GetKv': grpc.unary_stream_rpc_method_handler(
                     servicer.GetKv,
+                    request_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvRequest.FromString,
+                    response_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvResponse.SerializeToString,
+            ),
+            'FollowKv': grpc.unary_stream_rpc_method_handler(
+                    servicer.FollowKv,
                     request_deserializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvRequest.FromString,
                     response_serializer=tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvResponse.SerializeToString,
             ),
@@ -255,6 +273,33 @@ class KvService(object):
             request,
             target,
             '/tandem.kv.v1.KvService/GetKv',
+            tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvRequest.SerializeToString,
+            tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FollowKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tandem.kv.v1.KvService/FollowKv',
             tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvRequest.SerializeToString,
             tandem_dot_pb_dot_kv_dot_v1_dot_kv__pb2.GetKvResponse.FromString,
             options,

@@ -41,6 +41,10 @@ class KvServiceStub:
     """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease ends with the
     stream, however that ends.
     """
+    FollowKv: _grpc.UnaryStreamMultiCallable[_kv_pb2.GetKvRequest, _kv_pb2.GetKvResponse]
+    """The same from the first frame on while the object is still being written. The lease begins when it is sealed;
+    nothing of it may be used before its seal frame was checked.
+    """
     MapKv: _grpc.UnaryUnaryMultiCallable[_kv_pb2.MapKvRequest, _kv_pb2.MapKvResponse]
     """Leases one object and says where it lies, for a reader on the store's host to map. The reader gives the lease
     back by ReleaseKv.
@@ -72,6 +76,10 @@ class KvServiceAsyncStub(KvServiceStub):
     GetKv: _aio.UnaryStreamMultiCallable[_kv_pb2.GetKvRequest, _kv_pb2.GetKvResponse]  # type: ignore[assignment]
     """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease ends with the
     stream, however that ends.
+    """
+    FollowKv: _aio.UnaryStreamMultiCallable[_kv_pb2.GetKvRequest, _kv_pb2.GetKvResponse]  # type: ignore[assignment]
+    """The same from the first frame on while the object is still being written. The lease begins when it is sealed;
+    nothing of it may be used before its seal frame was checked.
     """
     MapKv: _aio.UnaryUnaryMultiCallable[_kv_pb2.MapKvRequest, _kv_pb2.MapKvResponse]  # type: ignore[assignment]
     """Leases one object and says where it lies, for a reader on the store's host to map. The reader gives the lease
@@ -113,6 +121,16 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_kv_pb2.GetKvResponse], _abc.AsyncIterator[_kv_pb2.GetKvResponse]]:
         """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease ends with the
         stream, however that ends.
+        """
+
+    @_abc_1.abstractmethod
+    def FollowKv(
+        self,
+        request: _kv_pb2.GetKvRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kv_pb2.GetKvResponse], _abc.AsyncIterator[_kv_pb2.GetKvResponse]]:
+        """The same from the first frame on while the object is still being written. The lease begins when it is sealed;
+        nothing of it may be used before its seal frame was checked.
         """
 
     @_abc_1.abstractmethod
