@@ -19,8 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tandem.config_values import build
-from tandem.errors import ConfigError
+from tandem.config_door import POLICIES as POLICIES
+from tandem.config_door import RouterConfig as RouterConfig
+from tandem.config_door import SecurityConfig as SecurityConfig
+from tandem.config_values import build, check, check_positive
 from tandem.geometry import DTYPE_BYTES, KV_CODECS
 
 MIB = 1 << 20
@@ -34,19 +36,8 @@ IMPLEMENTATIONS = ("auto", "native", "lean", "transformers")
 BUNDLED_MODELS = Path(__file__).parent / "models"
 
 
-def _check(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _check_positive(config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _check(value > 0, f"{type(config).__name__}.{name} must be more than 0, not {value}")
-
-
 def _check_quantization(name: str) -> None:
-    _check(name in QUANTIZATIONS, f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {name}")
+    check(name in QUANTIZATIONS, f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {name}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,16 +52,16 @@ class ModelConfig:
     linear: str = "auto"  # auto | fp32 | fp16: storage of linear weights on a CPU (tandem.engine.linear)
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.dtype in DTYPE_BYTES,
             f"model dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype}",
         )
-        _check(
+        check(
             self.implementation in IMPLEMENTATIONS,
             f"model implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {self.implementation}",
         )
         _check_quantization(self.quantization)
-        _check(
+        check(
             self.linear in ("auto", "fp32", "fp16"),
             f"model linear must be auto, fp32 or fp16, not {self.linear}",
         )
@@ -91,9 +82,9 @@ class CacheConfig:
     prefix_bytes: int = 0  # of the store, for prompts' beginnings to be used again; 0: none is kept
 
     def __post_init__(self) -> None:
-        _check_positive(self, "block_size", "prefill_bytes", "decode_bytes", "store_bytes")
-        _check(self.prefix_bytes >= 0, "cache prefix_bytes must be 0 (no cached prefixes) or more")
-        _check(64 % self.block_size == 0, f"block size must divide 64, not {self.block_size}")
+        check_positive(self, "block_size", "prefill_bytes", "decode_bytes", "store_bytes")
+        check(self.prefix_bytes >= 0, "cache prefix_bytes must be 0 (no cached prefixes) or more")
+        check(64 % self.block_size == 0, f"block size must divide 64, not {self.block_size}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,9 +98,9 @@ class PrefillConfig:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        _check_positive(self, "token_budget", "max_batch", "threads")
-        _check(0 <= self.bucket_tolerance <= 1, "prefill bucket_tolerance must be in [0, 1]")
-        _check(self.max_wait_s >= 0, "prefill max_wait_s must not be negative")
+        check_positive(self, "token_budget", "max_batch", "threads")
+        check(0 <= self.bucket_tolerance <= 1, "prefill bucket_tolerance must be in [0, 1]")
+        check(self.max_wait_s >= 0, "prefill max_wait_s must not be negative")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +111,7 @@ class DecodeConfig:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        _check_positive(self, "max_batch", "threads")
+        check_positive(self, "max_batch", "threads")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,45 +130,45 @@ class SpeculationConfig:
     required: bool = True  # False: go on without a draft that cannot be used, and say so
 
     def __post_init__(self) -> None:
-        _check(self.draft in DRAFTS, f"unknown draft {self.draft}; known: {', '.join(DRAFTS)}")
+        check(self.draft in DRAFTS, f"unknown draft {self.draft}; known: {', '.join(DRAFTS)}")
         _check_quantization(self.draft_quantization)
-        _check(
+        check(
             self.draft != "self" or self.draft_quantization != "none",
             "a self-draft needs speculation.draft_quantization: unquantized it costs what the target costs",
         )
-        _check(
+        check(
             self.draft_quantization == "none" or self.draft in ("model", "self"),
             f"draft_quantization is for a draft model or a self-draft, not for draft {self.draft}",
         )
-        _check(
+        check(
             (self.draft == "model") == (self.draft_path is not None),
             "a draft model needs a checkpoint, and only a draft model has one",
         )
-        _check(
+        check(
             self.draft_activation_bits in (0, 4, 8, 32),
             f"draft_activation_bits must be 0, 4, 8 or 32, not {self.draft_activation_bits}",
         )
-        _check(
+        check(
             not self.draft_activation_bits or self.draft in ("self", "qspec"),
             f"draft_activation_bits is for a self-draft or qspec, not for draft {self.draft}",
         )
-        _check(
+        check(
             self.draft_prefill in ("decode_worker", "prefill_worker"),
             f"draft_prefill must be decode_worker or prefill_worker, not {self.draft_prefill}",
         )
-        _check(
+        check(
             self.draft_prefill == "decode_worker" or self.draft == "model",
             f"draft_prefill prefill_worker is for a draft model, not for draft {self.draft}",
         )
-        _check_positive(self, "max_assistant_tokens")
-        _check(
+        check_positive(self, "max_assistant_tokens")
+        check(
             self.num_assistant_tokens_schedule in ("constant", "heuristic"),
             "num_assistant_tokens_schedule must be constant or heuristic",
         )
-        _check(self.num_assistant_tokens >= 0, "num_assistant_tokens must be 0 (what pays now) or more")
-        _check(self.max_assistant_tokens <= 15, "at most 15 assistant tokens are checked in one step")
+        check(self.num_assistant_tokens >= 0, "num_assistant_tokens must be 0 (what pays now) or more")
+        check(self.max_assistant_tokens <= 15, "at most 15 assistant tokens are checked in one step")
         threshold = self.assistant_confidence_threshold
-        _check(0 <= threshold <= 1, "assistant_confidence_threshold must be in [0, 1]")
+        check(0 <= threshold <= 1, "assistant_confidence_threshold must be in [0, 1]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,57 +182,24 @@ class KvStoreConfig:
     lease_s: float = 30.0
     prefix_s: float = 600.0  # a cached prefix that nobody used for this long goes
     prefix_tokens: int = 128  # tokens of one cached piece of a prefix
+    publish: str = "prompt"  # or all: what is kept of a request as a prefix, its prompt or its output too
     sweep_s: float = 0.5
     tenant_share: float = 1.0  # of the store's bytes that one tenant's objects may hold
     writer_share: float = 1.0  # that one connection may have reserved and not written yet
 
     def __post_init__(self) -> None:
-        _check_positive(self, "chunk_bytes", "put_deadline_s", "lease_s", "prefix_s", "sweep_s")
-        _check_positive(self, "prefix_tokens")
+        check_positive(self, "chunk_bytes", "put_deadline_s", "lease_s", "prefix_s", "sweep_s")
+        check_positive(self, "prefix_tokens")
         for name in ("tenant_share", "writer_share"):
             share = getattr(self, name)
-            _check(0 < share <= 1, f"kvstore {name} must be more than 0 and at most 1, not {share}")
-        _check(self.codec in KV_CODECS, f"unknown codec {self.codec}; known: {', '.join(KV_CODECS)}")
-        _check(self.chunk_bytes <= 4 * MIB, "kvstore chunk_bytes must be at most 4 MiB")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouterConfig:
-    """The door: where it listens, how many may wait, for how long."""
-
-    host: str = "127.0.0.1"
-    port: int = 0  # of gRPC; 0 takes a free one
-    http_port: int | None = None  # of the OpenAI API; 0 takes a free one, none has no such listener
-    max_queue: int = 1024
-    default_timeout_s: float = 600.0
-    aging_s: float = 5.0  # waiting this long counts as one step of priority
-    heartbeat_s: float = 0.5
-    worker_timeout_s: float = 2.0  # silence after which a worker is taken for lost
-    drain_s: float = 30.0
-
-    def __post_init__(self) -> None:
-        _check_positive(
-            self, "max_queue", "default_timeout_s", "aging_s", "heartbeat_s", "worker_timeout_s", "drain_s"
+            check(0 < share <= 1, f"kvstore {name} must be more than 0 and at most 1, not {share}")
+        check(self.codec in KV_CODECS, f"unknown codec {self.codec}; known: {', '.join(KV_CODECS)}")
+        check(self.publish in ("prompt", "all"), f"publish must be prompt or all, not {self.publish}")
+        check(
+            self.publish == "prompt" or self.codec == "raw",
+            f"kvstore publish all needs codec raw: behind {self.codec} outputs have other KV than prompts",
         )
-        for port in (self.port, self.http_port or 0):
-            _check(0 <= port < 65536, f"router port must be in [0, 65535], not {port}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SecurityConfig:
-    """Who may call from outside. All are files; `tandem.security` reads them at start."""
-
-    api_key_file: Path | None = None  # bearer tokens, one a line; without it everybody may call
-    tls_cert: Path | None = None  # certificate chain, PEM
-    tls_key: Path | None = None
-    tls_client_ca: Path | None = None  # only clients with a certificate of this CA may connect
-    insecure: bool = False  # listen beyond this machine without tokens and TLS
-
-    def __post_init__(self) -> None:
-        has_pair = (self.tls_cert is None) == (self.tls_key is None)
-        _check(has_pair, "a TLS certificate needs its key, and a key its certificate")
-        needs_pair = self.tls_client_ca is not None
-        _check(not needs_pair or self.tls_cert is not None, "a client CA needs a TLS certificate and key")
+        check(self.chunk_bytes <= 4 * MIB, "kvstore chunk_bytes must be at most 4 MiB")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,12 +216,16 @@ class ClusterConfig:
     security: SecurityConfig = field(default_factory=SecurityConfig)
 
     def __post_init__(self) -> None:
-        _check(
+        check(
             self.kvstore.prefix_tokens % self.cache.block_size == 0,
             f"kvstore prefix_tokens must be whole blocks of {self.cache.block_size} tokens, not "
             f"{self.kvstore.prefix_tokens}",
         )
-        _check(
+        check(
+            self.kvstore.publish == "prompt" or self.cache.prefix_bytes > 0,
+            "kvstore publish all needs room for what is published: set cache.prefix_bytes",
+        )
+        check(
             self.speculation.draft != "qspec" or self.model.quantization in FOUR_BITS,
             f"draft qspec shares the target's four-bit weights: set model.quantization to one of "
             f"{', '.join(FOUR_BITS)}",

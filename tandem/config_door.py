@@ -1,0 +1,51 @@
+"""Settings of the router: where it listens, whom it lets in, how much may wait. Part of `tandem.config`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.config_values import check, check_positive
+
+POLICIES = ("least-loaded", "power-of-two", "kv-aware", "session")  # router.policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """The door: where it listens, how many may wait, for how long."""
+
+    host: str = "127.0.0.1"
+    port: int = 0  # of gRPC; 0 takes a free one
+    http_port: int | None = None  # of the OpenAI API; 0 takes a free one, none has no such listener
+    policy: str = "least-loaded"  # or power-of-two, kv-aware, session: which worker is next (router.policy)
+    max_queue: int = 1024
+    default_timeout_s: float = 600.0
+    aging_s: float = 5.0  # waiting this long counts as one step of priority
+    heartbeat_s: float = 0.5
+    worker_timeout_s: float = 2.0  # silence after which a worker is taken for lost
+    drain_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_positive(
+            self, "max_queue", "default_timeout_s", "aging_s", "heartbeat_s", "worker_timeout_s", "drain_s"
+        )
+        check(self.policy in POLICIES, f"unknown policy {self.policy}; known: {', '.join(POLICIES)}")
+        for port in (self.port, self.http_port or 0):
+            check(0 <= port < 65536, f"router port must be in [0, 65535], not {port}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecurityConfig:
+    """Who may call from outside. All are files; `tandem.security` reads them at start."""
+
+    api_key_file: Path | None = None  # bearer tokens, one a line; without it everybody may call
+    tls_cert: Path | None = None  # certificate chain, PEM
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None  # only clients with a certificate of this CA may connect
+    insecure: bool = False  # listen beyond this machine without tokens and TLS
+
+    def __post_init__(self) -> None:
+        has_pair = (self.tls_cert is None) == (self.tls_key is None)
+        check(has_pair, "a TLS certificate needs its key, and a key its certificate")
+        needs_pair = self.tls_client_ca is not None
+        check(not needs_pair or self.tls_cert is not None, "a client CA needs a TLS certificate and key")
