@@ -50,6 +50,7 @@ def serve(
     dtype: o.Dtype = "float32",
     quantization: o.Quantization = "none",
     draft_quantization: o.DraftQuantization = "none",
+    policy: o.Policy = "least-loaded",
     config: o.ConfigFile = None,
     on_ray: o.OnRay = False,
     try_prompt: o.Try = False,

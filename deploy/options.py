@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tandem.config import QUANTIZATIONS
+from tandem.config import POLICIES, QUANTIZATIONS
 from tandem.sampling import SamplingParams
 
 Model = Annotated[
@@ -51,6 +51,7 @@ ShownCert = Annotated[Path | None, typer.Option("--tls-cert", help="Certificate 
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Listen beyond this machine without tokens and TLS.")
 ]
+Policy = Annotated[str, typer.Option(help=f"Which worker is next: {', '.join(POLICIES)}.")]
 Prefills = Annotated[int, typer.Option(help="Number of prefill workers.", min=1)]
 Decodes = Annotated[int, typer.Option(help="Number of decode workers.", min=1)]
 OnRay = Annotated[

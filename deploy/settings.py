@@ -27,6 +27,7 @@ def load_config(
     host: str = "127.0.0.1",
     port: int = 0,
     http_port: int | None = None,
+    policy: str = "least-loaded",
     **security: Path | bool | None,
 ) -> ClusterConfig:
     """The file's settings, overridden by what the command line names. Raises `ConfigError`.
@@ -48,6 +49,7 @@ def load_config(
     router.setdefault("host", host)
     router.setdefault("port", port)
     router.setdefault("http_port", http_port)
+    router.setdefault("policy", policy)
     values.setdefault("security", {}).update({name: value for name, value in security.items() if value})
     config = ClusterConfig.from_dict(values)
     return replace(config, model=settle(config.model))

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from router.fleet import Fleet, Pool
 from router.needs import Needs
-from router.policy import Candidate, LeastLoaded, RoutingPolicy
+from router.policy import ANY, Candidate, LeastLoaded, Route, RoutingPolicy
 from router.registry import Registry, WorkerInfo, WorkerRole, WorkerState
 from tandem.errors import AlreadyExists, InvalidRequest, Unavailable
 from tandem.ledger import Ledger, PoolAudit
@@ -129,13 +129,18 @@ class Admission:
         return has_store and self._fleet.fits_when_idle(needs.prefill_blocks, needs.decode_blocks, exclude)
 
     def try_admit(
-        self, request_id: str, epoch: int, needs: Needs, exclude: Collection[str] = NOBODY
+        self,
+        request_id: str,
+        epoch: int,
+        needs: Needs,
+        exclude: Collection[str] = NOBODY,
+        route: Route = ANY,
     ) -> Plan | None:
         """Take all credits for one attempt, or none. `exclude` names workers that refused before."""
         store = self._store
         if store is None or store.free < needs.store_bytes:
             return None
-        pair = self._fleet.best_pair(needs.prefill_blocks, needs.decode_blocks, exclude)
+        pair = self._fleet.best_pair(needs.prefill_blocks, needs.decode_blocks, exclude, route)
         if pair is None:
             return None
         prefill, decode = pair

@@ -11,6 +11,8 @@ from tandem.pb.v1 import generation_pb2 as pb
 from tandem.sampling import SamplingParams, bad_param
 from tandem.speculation import SpeculationParams
 
+SESSION_HEADER = "x-session-id"  # of HTTP, and gRPC's metadata
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
@@ -25,6 +27,7 @@ class Ask:
     request_id: str = ""  # empty: one is made up
     priority: int = 0  # higher goes first
     timeout_s: float | None = None
+    session: str = ""  # whose requests the session policy keeps together
 
     @classmethod
     def from_pb(cls, message: pb.GenerationInput) -> Ask:

@@ -15,6 +15,7 @@ from router.needs import Needs, needs_of
 from router.queue import QueueSnapshot, RequestQueue
 from router.registry import WorkerRole
 from router.replan import ReplanBudget
+from router.routes import Routes, Traits
 from router.size_bucket import Entry
 from tandem.config import ClusterConfig
 from tandem.errors import AlreadyExists, NotFound, TandemError, Unavailable
@@ -42,6 +43,7 @@ class Ticket:
     epoch: int
     needs: Needs
     exclude: Collection[str]
+    traits: Traits
     plan: asyncio.Future[Plan] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
@@ -63,6 +65,7 @@ class Dispatcher:
         self._draft = ModelGeometry.from_path(draft) if draft else None
         self._admission = admission
         self._store = store
+        self._routes = Routes(config)
         self._queue: RequestQueue[Ticket] = RequestQueue(
             config.router.max_queue,
             config.router.aging_s,
@@ -142,7 +145,8 @@ class Dispatcher:
         since_s = request.lifecycle.received_s if len(request.lifecycle.stamps) > 1 else None
         needs = self.needs(request)
         self._admission.check_fits_ever(needs)
-        ticket = Ticket(request.request_id, request.priority, request.deadline_s, epoch, needs, exclude)
+        named = request.request_id, request.priority, request.deadline_s
+        ticket = Ticket(*named, epoch, needs, exclude, self._routes.traits(request))
         self._queue.put(ticket, needs.decode_blocks, since_s=since_s)
         self.pump()
         try:
@@ -229,8 +233,10 @@ class Dispatcher:
         if ticket.plan.done():  # cancelled this very moment: out of the queue, without a plan
             return True
         exclude = self._avoidable(ticket.exclude)
-        plan = self._admission.try_admit(ticket.request_id, ticket.epoch, ticket.needs, exclude)
+        route = self._routes.route(ticket.traits)
+        plan = self._admission.try_admit(ticket.request_id, ticket.epoch, ticket.needs, exclude, route)
         if plan is not None:
+            self._routes.note(ticket.traits, plan)
             ticket.plan.set_result(plan)
             self.replans.note_admitted()
         return plan is not None

@@ -6,10 +6,11 @@ exchange KV (same build, same block size) are kept together; a pair is always of
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from bisect import bisect_left, insort
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from router.policy import Candidate, RoutingPolicy
+from router.policy import ANY, Candidate, Route, RoutingPolicy
 from router.ranking import Ranking
 from router.registry import WorkerInfo, WorkerRole
 from tandem.ledger import Ledger
@@ -27,8 +28,8 @@ class Pool:
     queued_tokens: int = 0  # prompt tokens sent to it and not yet computed
 
     def candidate(self) -> Candidate:
-        free = max(self.ledger.free, 0)
-        return Candidate(self.info.worker_id, self.info.num_blocks, free, self.queued_tokens)
+        info, free = self.info, max(self.ledger.free, 0)
+        return Candidate(info.worker_id, info.num_blocks, free, self.queued_tokens, info.block_size)
 
     @property
     def build(self) -> Build:
@@ -39,8 +40,44 @@ class Pool:
 class _Side:
     """Workers of one role and build that accept work."""
 
-    by_choice: Ranking = field(default_factory=Ranking)
+    names: list[str] = field(default_factory=list)  # sorted
+    by_load: Ranking = field(default_factory=Ranking)
     by_room: Ranking = field(default_factory=Ranking)  # most free blocks first
+
+    def put(self, name: str, load: float, free_blocks: int) -> None:
+        if name not in self.by_load:
+            insort(self.names, name)
+        self.by_load.put(name, load)
+        self.by_room.put(name, -free_blocks)
+
+    def remove(self, name: str) -> None:
+        if name in self.by_load:
+            del self.names[bisect_left(self.names, name)]
+        self.by_load.remove(name)
+        self.by_room.remove(name)
+
+
+@dataclass(frozen=True, slots=True)
+class _Workers:
+    """One side as a policy sees it for one request: `router.policy.Workers`."""
+
+    pools: Mapping[str, Pool]
+    side: _Side
+    blocks: int
+    exclude: Collection[str]
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.side.names
+
+    def fits(self, name: str) -> bool:
+        return name not in self.exclude and self.pools[name].ledger.free >= self.blocks
+
+    def candidate(self, name: str) -> Candidate:
+        return self.pools[name].candidate()
+
+    def least_loaded(self) -> str | None:
+        return self.side.by_load.first(self.fits)
 
 
 class Fleet:
@@ -77,23 +114,28 @@ class Fleet:
         side = self._sides[pool.info.role].setdefault(pool.build, _Side())
         candidate = pool.candidate()
         is_prefill = pool.info.role is WorkerRole.PREFILL
-        key = self._policy.prefill_key if is_prefill else self._policy.decode_key
-        side.by_choice.put(candidate.worker_id, key(candidate))
-        side.by_room.put(candidate.worker_id, (-candidate.free_blocks,))
+        load = candidate.prefill_load if is_prefill else candidate.decode_load
+        side.put(candidate.worker_id, load, candidate.free_blocks)
 
     def best_pair(
-        self, prefill_blocks: int, decode_blocks: int, exclude: Collection[str]
+        self, prefill_blocks: int, decode_blocks: int, exclude: Collection[str], route: Route = ANY
     ) -> tuple[Pool, Pool] | None:
-        """The prefill and the decode worker that the policy takes first among those with room, or None."""
+        """The prefill and the decode worker that the policy names among those with room, or None.
+
+        Of several builds the one whose decode worker is less loaded is taken.
+        """
         pairs = []
-        for build, decodes in self._sides[WorkerRole.DECODE].items():
-            prefills = self._sides[WorkerRole.PREFILL].get(build)
-            decode = self._first(decodes, decode_blocks, exclude)
-            prefill = self._first(prefills, prefill_blocks, exclude) if prefills and decode else None
+        for build, side in self._sides[WorkerRole.DECODE].items():
+            decodes = self._with_room(side, decode_blocks, exclude)
+            prefills = self._with_room(self._sides[WorkerRole.PREFILL].get(build), prefill_blocks, exclude)
+            decode = decodes and self._policy.decode(decodes, route)
+            prefill = prefills and decode and self._policy.prefill(prefills, route)
             if prefill and decode:
-                name = decode.info.worker_id
-                pairs.append((decodes.by_choice.key(name), name, prefill, decode))
-        return min(pairs, key=lambda pair: pair[:2])[2:] if pairs else None
+                pairs.append((side.by_load.key(decode), decode, prefill))
+        if not pairs:
+            return None
+        _, decode, prefill = min(pairs)
+        return self._pools[prefill], self._pools[decode]
 
     def fits_when_idle(self, prefill_blocks: int, decode_blocks: int, exclude: Collection[str]) -> bool:
         """Whether some pair could hold so much if nothing else ran."""
@@ -107,19 +149,14 @@ class Fleet:
         }
         return bool(builds[WorkerRole.PREFILL] & builds[WorkerRole.DECODE])
 
-    def _first(self, side: _Side, blocks: int, exclude: Collection[str]) -> Pool | None:
-        roomiest = side.by_room.first()
-        if roomiest is None or self._pools[roomiest].ledger.free < blocks:
+    def _with_room(self, side: _Side | None, blocks: int, exclude: Collection[str]) -> _Workers | None:
+        """The side's workers, unless not even the roomiest could take so much."""
+        roomiest = side.by_room.first() if side else None
+        if side is None or roomiest is None or self._pools[roomiest].ledger.free < blocks:
             return None
-
-        def fits(worker_id: str) -> bool:
-            return worker_id not in exclude and self._pools[worker_id].ledger.free >= blocks
-
-        found = side.by_choice.first(fits)
-        return None if found is None else self._pools[found]
+        return _Workers(self._pools, side, blocks, exclude)
 
     def _leave(self, pool: Pool) -> None:
         side = self._sides[pool.info.role].get(pool.build)
         if side is not None:
-            side.by_choice.remove(pool.info.worker_id)
-            side.by_room.remove(pool.info.worker_id)
+            side.remove(pool.info.worker_id)

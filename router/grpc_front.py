@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import grpc
 
-from router.ask import Ask
+from router.ask import SESSION_HEADER, Ask
 from router.dispatch import Dispatcher
 from router.flight import Admitted, Completed, Flight, FlightEvent
 from router.intake import Intake
@@ -73,7 +73,8 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _start(self, message: pb.GenerationInput, context: Context) -> list[Flight]:
         """One flight per completion, or none of them."""
-        requests = await self._intake.requests(Ask.from_pb(message), context.time_remaining())
+        ask = replace(Ask.from_pb(message), session=_session_of(context))
+        requests = await self._intake.requests(ask, context.time_remaining())
         flights = self._dispatcher.start(requests)
 
         def leave(_: Any) -> None:
@@ -102,6 +103,12 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         if request.model != self._model.name:
             raise NotFound("NO_SUCH_MODEL", "not found")
         return model_pb2.GetModelResponse(model=self._model)
+
+
+def _session_of(context: Context) -> str:
+    """What the caller says in its metadata; values that are no text count for nothing."""
+    value = dict(context.invocation_metadata() or ()).get(SESSION_HEADER, "")
+    return value if isinstance(value, str) else ""
 
 
 async def _collect(index: int, flight: Flight) -> pb.Completion:

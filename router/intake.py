@@ -72,6 +72,7 @@ class Intake:
             seed=secrets.randbits(SEED_BITS) if sampling.seed is None else sampling.seed,
             deadline_s=deadline_s,
             priority=ask.priority,
+            session=ask.session,
             speculation=ask.speculation,
         )
         return self._children(request)

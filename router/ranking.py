@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 
-Key = tuple[float, ...]
 SLACK = 64  # outdated entries that are never worth a sweep
 
 
@@ -13,10 +12,13 @@ class Ranking:
     """Each name has one key; lower keys come first, ties go to the smaller name. A change costs O(log n)."""
 
     def __init__(self) -> None:
-        self._keys: dict[str, Key] = {}
-        self._heap: list[tuple[Key, str]] = []
+        self._keys: dict[str, float] = {}
+        self._heap: list[tuple[float, str]] = []
 
-    def put(self, name: str, key: Key) -> None:
+    def __contains__(self, name: str) -> bool:
+        return name in self._keys
+
+    def put(self, name: str, key: float) -> None:
         """Add a name, or move it."""
         if self._keys.get(name) == key:
             return
@@ -31,7 +33,7 @@ class Ranking:
         """Unknown names are ignored."""
         self._keys.pop(name, None)
 
-    def key(self, name: str) -> Key:
+    def key(self, name: str) -> float:
         return self._keys[name]
 
     def first(self, accepts: Callable[[str], bool] = lambda name: True) -> str | None:

@@ -23,6 +23,7 @@ from router.gauges import RouterGauges
 from router.grpc_front import GenerationServicer, ModelServicer
 from router.intake import Intake
 from router.links import StoreLink, WorkerLinks
+from router.policy import POLICIES
 from router.registry import Registry, WorkerInfo, WorkerRole
 from router.registry_service import RegistryServicer
 from tandem.audit import AuditServicer
@@ -67,7 +68,7 @@ class Router:
         self.intake = Intake(config, self._geometry, self._tokenizer, self._metrics)
         self._ready = asyncio.Event()
         self.registry.subscribe(on_join=self._note_join)
-        self._admission = Admission()
+        self._admission = Admission(POLICIES[config.router.policy]())
         self._admission.follow(self.registry)
         self._admission.set_store(config.cache.store_bytes)
         self._links = WorkerLinks(self.registry, f"router-{secrets.token_hex(4)}")

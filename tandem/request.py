@@ -186,6 +186,7 @@ class Request:
     deadline_s: float
     priority: int = 0  # higher goes first
     tenant: str = ""
+    session: str = ""  # whose requests the session policy keeps together
     speculation: SpeculationParams = field(default_factory=SpeculationParams)
     lifecycle: Lifecycle = field(default_factory=Lifecycle, compare=False)
 

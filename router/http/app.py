@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
+from router.ask import SESSION_HEADER
 from router.dispatch import Dispatcher
 from router.http.answer import Answer
 from router.http.body import Fields, read_object
@@ -58,10 +59,10 @@ class _Front:
         self._created = int(time.time())
 
     async def completions(self, request: Request) -> Answer:
-        return self._answer(parse_completion, await read_object(request), self._intake)
+        return self._answer(parse_completion, request, await read_object(request), self._intake)
 
     async def chat_completions(self, request: Request) -> Answer:
-        return self._answer(parse_chat, await read_object(request), self._template)
+        return self._answer(parse_chat, request, await read_object(request), self._template)
 
     async def models(self, request: Request) -> Response:
         return Json({"object": "list", "data": [self._model()]})
@@ -112,9 +113,11 @@ class _Front:
     async def metrics(self, request: Request) -> Response:
         return Response(self._dispatcher.metrics.exposition(), media_type=CONTENT_TYPE)
 
-    def _answer(self, parse: Callable[..., Any], body: dict[str, Any], context: object) -> Answer:
+    def _answer(
+        self, parse: Callable[..., Any], request: Request, body: dict[str, Any], context: object
+    ) -> Answer:
         with self._dispatcher.metrics.refusals():
-            generation = parse(body, context)
+            generation = parse(body, context).of_session(request.headers.get(SESSION_HEADER, ""))
         return Answer(generation, self._dispatcher, self._intake)
 
     def _take_model(self, fields: Fields) -> None:

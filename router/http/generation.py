@@ -9,7 +9,7 @@ from typing import Any
 
 from router.ask import Ask
 from router.http.body import Fields, is_integers
-from router.http.params import take_idle, take_sampling, take_speculation
+from router.http.params import take_idle, take_sampling, take_session, take_speculation
 from router.http.shapes import CHAT, COMPLETION, Shape
 from router.intake import Intake
 from tandem.chat_template import ChatTemplate
@@ -34,6 +34,12 @@ class Generation:
     stream: bool
     include_usage: bool
     return_token_ids: bool
+
+    def of_session(self, session: str) -> Generation:
+        """The same, as the named session's; unchanged if the name is empty."""
+        if not session:
+            return self
+        return replace(self, asks=[replace(ask, session=session) for ask in self.asks])
 
 
 def parse_completion(values: Mapping[str, Any], intake: Intake) -> Generation:
@@ -132,6 +138,7 @@ def _generation(
         model=fields.text("model"),
         priority=fields.integer("priority") or 0,
         timeout_s=fields.number("timeout"),
+        session=take_session(fields),
         add_special_tokens=shape is COMPLETION,  # a chat template writes them itself
     )
     names = [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]

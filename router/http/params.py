@@ -9,7 +9,7 @@ from tandem.sampling import SamplingParams, bad_param
 from tandem.speculation import SpeculationParams, parse_speculation
 
 # Labels for the provider's own books: they change no answer, and are dropped.
-LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
+LABELS = ("metadata", "safety_identifier")
 # Features there are not. Their idle values, which some clients always send, are accepted.
 IDLE: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -31,6 +31,12 @@ IDLE: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "web_search_options": (),
 }
+
+
+def take_session(fields: Fields) -> str:
+    """Whose request it is, for a policy that keeps a session's requests together; it changes no answer."""
+    given = [fields.take(name) for name in ("prompt_cache_key", "user")]
+    return next((name for name in given if isinstance(name, str) and name), "")
 
 
 def take_idle(fields: Fields) -> None:
