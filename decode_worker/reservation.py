@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from tandem.engine.block_pool import BlockPool
 from tandem.errors import InvalidRequest, Overloaded
@@ -14,10 +15,14 @@ PATIENCE_S = 1.0
 
 
 class Reservations:
-    """The way into a decode worker's pool. Lives on the event loop."""
+    """The way into a decode worker's pool. Lives on the event loop.
 
-    def __init__(self, pool: BlockPool) -> None:
+    `make_room` is called for a request that finds none: whoever holds blocks without need lets go.
+    """
+
+    def __init__(self, pool: BlockPool, make_room: Callable[[], None]) -> None:
         self._pool = pool
+        self._make_room = make_room
         self._freed = asyncio.Event()  # replaced each time it is set
 
     def check_fits(self, work: Work) -> None:
@@ -33,6 +38,7 @@ class Reservations:
             blocks = self._pool.allocate(work.request_id, work.max_total_tokens, generation=work.epoch)
             if blocks is not None:
                 return blocks
+            self._make_room()
             try:
                 async with asyncio.timeout_at(patience_s):
                     await self._freed.wait()

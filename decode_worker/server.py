@@ -12,6 +12,7 @@ from decode_worker.restore import KvRestorer
 from decode_worker.service import DecodeServicer
 from decode_worker.worker import DecodeWorker
 from kvstore.client import KvClient
+from kvstore.pieces import PieceFormat, Pieces
 from tandem.config import ClusterConfig
 from tandem.draft_checkpoint import usable_draft
 from tandem.engine.loading import Engine, load_engine
@@ -46,6 +47,7 @@ class DecodeServer:
         router_address = await router
         store_channel = channel(router_address)
         client = KvClient(store_channel, config.kvstore)
+        form = PieceFormat.of(config, engine.model.geometry, fingerprint)
         worker = DecodeWorker(
             config.decode,
             engine.model,
@@ -53,6 +55,7 @@ class DecodeServer:
             Tokenizer.from_dir(config.model.path),
             KvRestorer(client, engine.model.cache, engine.pool, _own_cache(engine), config.kvstore.codec),
             decoder,
+            Pieces(client, form) if config.kvstore.publish == "all" else None,
         )
         host = WorkerHost(router_address)
         servicer = DecodeServicer(worker, fingerprint)

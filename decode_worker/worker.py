@@ -6,7 +6,7 @@ The life of a request here:
  2. A task fetches the KV from the store into those blocks, off the step loop.
  3. The sequence joins the running batch; `Started` is emitted.
  4. Each step: one packed forward (decoder.py), find stops, emit, and let finished sequences leave.
- 5. Blocks go back to the pool in the step that ends the sequence.
+ 5. Blocks go back to the pool in the step that ends the sequence, or when its KV has been published.
 A sequence that is cancelled or late leaves at the next step; one whose KV is still arriving keeps its
 blocks until the last byte is written.
 """
@@ -20,11 +20,13 @@ from collections import deque
 from dataclasses import replace
 
 from decode_worker.decoder import Advance, Decoder, PlainDecoder
+from decode_worker.publisher import Publisher
 from decode_worker.reservation import Reservations
 from decode_worker.restore import KvRestorer
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.sequence import DecodeSequence, Emit, Event
 from kvstore.key import KvHandle
+from kvstore.pieces import Pieces
 from tandem.config import DecodeConfig
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.model_runner import ModelRunner
@@ -52,12 +54,14 @@ class DecodeWorker:
         tokenizer: Tokenizer,
         restorer: KvRestorer,
         decoder: Decoder | None = None,
+        pieces: Pieces | None = None,
     ) -> None:
         self._model = model
         self._pool = pool
         self._tokenizer = tokenizer
         self._restorer = restorer
-        self._reservations = Reservations(pool)
+        self._publisher = Publisher(pieces, model.cache, pool, self._note_freed)
+        self._reservations = Reservations(pool, self._publisher.give_up)
         self._decoder = decoder or PlainDecoder(model)
         self._scheduler = DecodeScheduler(config.max_batch)
         self._inbox: deque[DecodeSequence] = deque()  # KV in place, not yet in the scheduler
@@ -119,6 +123,7 @@ class DecodeWorker:
             self._stopping = True
             self._wake.notify()
         await asyncio.to_thread(self._thread.join)
+        await self._publisher.stop()
 
     # --- event loop ---
 
@@ -156,6 +161,9 @@ class DecodeWorker:
     def _refuse(self, sequence: DecodeSequence, error: TandemError) -> None:
         self._free(sequence)
         sequence.emit([(sequence, error)])
+
+    def _note_freed(self) -> None:
+        self._reservations.note_freed()
 
     def _notify(self) -> None:
         with self._wake:
@@ -222,6 +230,7 @@ class DecodeWorker:
             news = delta if news is None else news.followed_by(delta)
             if delta.finish is not None:
                 sequence.is_finished = True
+                self._publisher.keep(sequence)
                 break
         assert news is not None
         usage = sequence.speculated if sequence.is_finished and sequence.speculated.num_steps else None
@@ -259,7 +268,7 @@ class DecodeWorker:
         if sequence.blocks:
             self._pool.release(sequence.work.request_id, generation=sequence.work.epoch)
             sequence.blocks = []
-            self._loop.call_soon_threadsafe(self._reservations.note_freed)
+            self._loop.call_soon_threadsafe(self._note_freed)
 
     def _emit(self, events: list[tuple[DecodeSequence, Event]]) -> None:
         """One message per router and step."""

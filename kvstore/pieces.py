@@ -14,7 +14,9 @@ from kvstore.client import KvClient
 from kvstore.key import Buffer, KvHandle
 from kvstore.parts import parts_of
 from kvstore.records import ChunkRange, ObjectHeader
+from tandem.config import ClusterConfig
 from tandem.errors import FailedPrecondition
+from tandem.geometry import ModelGeometry
 
 Export = Callable[[ChunkRange], Awaitable[Buffer]]  # the raw bytes of a part, counted from the first block
 
@@ -30,6 +32,18 @@ class PieceFormat:
     block_size: int  # tokens
     block_bytes: int  # of one block across all layers
     chunk_bytes: int
+
+    @classmethod
+    def of(cls, config: ClusterConfig, geometry: ModelGeometry, fingerprint: bytes) -> PieceFormat:
+        return cls(
+            tokens=config.kvstore.prefix_tokens,
+            fingerprint=fingerprint,
+            dtype=config.model.dtype,
+            num_layers=geometry.num_layers,
+            block_size=config.cache.block_size,
+            block_bytes=geometry.block_bytes(config.cache.block_size, config.model.dtype),
+            chunk_bytes=config.kvstore.chunk_bytes,
+        )
 
     @property
     def num_blocks(self) -> int:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from kvstore.client import KvClient
 from kvstore.key import KvHandle
+from kvstore.pieces import PieceFormat, Pieces
 from prefill_worker.job import PrefillJob
 from prefill_worker.prefixes import PrefixCache
 from prefill_worker.sender import DraftSender, Format, ObjectSender
@@ -53,7 +54,8 @@ class HandoffContext:
             codec=config.kvstore.codec,
         )
         cache, draft_cache = engine.model.cache, engine.draft.cache if engine.draft else None
-        prefixes = PrefixCache(client, cache, form, config.kvstore.prefix_tokens)
+        pieces = Pieces(client, PieceFormat.of(config, cache.geometry, fingerprint))
+        prefixes = PrefixCache(client, cache, pieces)
         keeps_prefixes = config.cache.prefix_bytes > 0
         return cls(client, cache, engine.pool, form, draft_cache, prefixes if keeps_prefixes else None)
 

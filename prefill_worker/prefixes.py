@@ -21,9 +21,9 @@ from typing import Any
 
 from kvstore.client import KvClient
 from kvstore.key import KvHandle
-from kvstore.pieces import PieceFormat, Pieces
+from kvstore.pieces import Pieces
 from prefill_worker.job import PrefillJob
-from prefill_worker.sender import Format, export_part
+from prefill_worker.sender import export_part
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import TandemError
 from tandem.threads import to_thread_to_end
@@ -50,21 +50,11 @@ class PrefixStats:
 class PrefixCache:
     """One worker's use of the prefixes in the store."""
 
-    def __init__(self, client: KvClient, cache: PagedCache, form: Format, piece_tokens: int) -> None:
+    def __init__(self, client: KvClient, cache: PagedCache, pieces: Pieces) -> None:
         self.stats = PrefixStats()
         self._client = client
         self._cache = cache
-        self._piece_tokens = piece_tokens
-        piece = PieceFormat(
-            tokens=piece_tokens,
-            fingerprint=form.fingerprint,
-            dtype=form.dtype,
-            num_layers=cache.geometry.num_layers,
-            block_size=cache.block_size,
-            block_bytes=cache.block_bytes,
-            chunk_bytes=form.chunk_bytes,
-        )
-        self._pieces = Pieces(client, piece)
+        self._pieces = pieces
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -72,7 +62,7 @@ class PrefixCache:
         return len(self._tasks)
 
     def may_help(self, job: PrefillJob) -> bool:
-        return job.num_tokens > self._piece_tokens
+        return job.num_tokens > self._pieces.form.tokens
 
     def start_find(self, job: PrefillJob, then: Callable[[PrefillJob], None]) -> None:
         """Look for the longest cached beginning, then go on."""
@@ -139,7 +129,7 @@ class PrefixCache:
             self._count(job, num_pieces, time.monotonic() - started_s)
 
     def _count(self, job: PrefillJob, num_pieces: int, seconds: float) -> None:
-        job.num_computed = job.num_cached = num_pieces * self._piece_tokens
+        job.num_computed = job.num_cached = num_pieces * self._pieces.form.tokens
         if job.num_cached:
             job.has_draft_kv = False  # a draft model has not read these tokens
             self.stats.num_hits += 1

@@ -303,7 +303,13 @@ def gated_reads(decode: Any, *, before: bool = False):
 @contextmanager
 def gated_puts(prefill: Any):
     """Hold a prefill worker's hand-offs before they begin."""
-    client = prefill.worker._handoffs._context.client
+    with gated_puts_of(prefill.worker._handoffs._context.client) as held:
+        yield held
+
+
+@contextmanager
+def gated_puts_of(client: Any):
+    """Hold what a client puts before it begins."""
     held, original = Gate(), client.put
 
     class Put:

@@ -103,6 +103,21 @@ def test_values_that_cannot_work_are_refused(part, values):
         part(**values)
 
 
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"kvstore": {"publish": "everything"}}, "publish must be prompt or all"),
+        ({"kvstore": {"publish": "all"}}, "needs room for what is published: set cache.prefix_bytes"),
+        ({"kvstore": {"publish": "all", "codec": "int8"}}, "publish all needs codec raw"),
+    ],
+)
+def test_outputs_are_published_only_where_that_can_work(values, says):
+    with pytest.raises(ConfigError, match=says):
+        ClusterConfig.from_dict(values)
+    values = {"kvstore": {"publish": "all"}, "cache": {"prefix_bytes": MIB}}
+    assert ClusterConfig.from_dict(values).kvstore.publish == "all"
+
+
 def test_limits_themselves_are_allowed():
     CacheConfig(block_size=64)
     PrefillConfig(bucket_tolerance=0, max_wait_s=0)
