@@ -9,6 +9,7 @@ from __future__ import annotations
 import pkgutil
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
@@ -45,6 +46,7 @@ class Location:
 
     path: str
     ends: tuple[int, ...]  # byte offsets behind each message; the first starts at 0
+    is_reused: bool = False  # other objects will lie in the file later
 
 
 @runtime_checkable
@@ -54,6 +56,26 @@ class Mappable(Protocol):
     def locate(self, key: ObjectKey) -> Location | None:
         """Where the object is, as long as it is not deleted; a mapping made before stays good after. None if
         this one cannot be mapped."""
+
+
+@runtime_checkable
+class Placeable(Protocol):
+    """A backend in whose files a writer on the same host may put an object's messages by itself."""
+
+    def place(self, key: ObjectKey, num_bytes: int) -> None:
+        """Make room for a new object, or raise NO_MEMORY_FIT_NOW."""
+
+    def path(self, key: ObjectKey) -> Path:
+        """The object's file."""
+
+    def placed(self, key: ObjectKey, end: int) -> memoryview:
+        """What lies in the file behind the messages that were kept, up to that byte."""
+
+    def accept(self, key: ObjectKey, num_bytes: int) -> None:
+        """Keep that many bytes of it as the next message."""
+
+    def recycle(self, key: ObjectKey) -> None:
+        """As `delete`, and other objects may lie in that memory: nobody looks at it any more."""
 
 
 def known_schemes() -> list[str]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
-from kvstore.backend import Backend
+from kvstore.backend import Backend, Placeable
 from kvstore.expiry import ExpiryHeap
-from kvstore.key import ObjectKey
+from kvstore.key import Buffer, ObjectKey
 from kvstore.objects import KvObject, Lease, ObjectState
 from kvstore.records import ObjectHeader, Seal
 from kvstore.shares import Shares
@@ -34,7 +34,7 @@ class Books:
         clock: Callable[[], float],
         on_free: Callable[[KvObject], None],
     ) -> None:
-        self.num_evicted = 0
+        self.num_evicted = self.num_quarantined = 0
         self.objects: dict[ObjectKey, KvObject] = {}
         self.ledger = Ledger("kvstore", "bytes", total_bytes, clock)
         self.prefix_ledger = Ledger("kvstore prefixes", "bytes", prefix_bytes, clock)
@@ -59,11 +59,21 @@ class Books:
         self.objects[obj.key] = obj
         self.shares.reserved(obj)
         self._wait(obj, self._config.put_deadline_s)
+        if isinstance(self._backend, Placeable):
+            try:
+                self._backend.place(obj.key, header.most_message_bytes)
+            except BaseException:
+                self.free(obj, ObjectState.RELEASED)
+                raise
         return obj
 
-    def keep(self, obj: KvObject, digest: bytes, message: bytes) -> None:
-        """Keep the object's next message; its put deadline starts again."""
-        self._backend.put(obj.key, len(obj.digests), message)
+    def keep(self, obj: KvObject, digest: bytes, message: Buffer, *, is_placed: bool = False) -> None:
+        """Keep the object's next message, which may lie in its place already; its put deadline starts
+        again."""
+        if is_placed and isinstance(self._backend, Placeable):
+            self._backend.accept(obj.key, len(message))
+        else:
+            self._backend.put(obj.key, len(obj.digests), bytes(message))
         obj.digests.append(digest)
         self._wait(obj, self._config.put_deadline_s)
 
@@ -81,6 +91,7 @@ class Books:
             obj.to(ObjectState.LEASED)
             self._expiry.remove((obj.key, ""))
             self._evictable.pop(obj.key, None)
+        obj.has_lost_peer |= lease.holder in obj.leases
         obj.leases[lease.holder] = lease
         self._hold(obj, lease.hold)
         self.renew(obj, lease.holder, lease_s)
@@ -94,6 +105,7 @@ class Books:
     def end_lease(self, obj: KvObject, holder: str, *, has_expired: bool = False) -> None:
         """After the last one the object waits for another reader, unless that lease ran out; a prefix waits
         in any case."""
+        obj.has_lost_peer |= has_expired
         has_expired = has_expired and not obj.header.is_prefix
         if len(obj.leases) > 1:
             self._forget_lease(obj, holder)
@@ -119,7 +131,7 @@ class Books:
             self._forget_lease(obj, holder)
         self._expiry.remove((obj.key, ""))
         self._evictable.pop(obj.key, None)
-        self._backend.delete(obj.key)
+        self._give_back(obj)
         self._drop_hold(obj, WRITER if obj.seal is None else SEALED)
         if obj.seal is None:
             self.shares.written(obj)
@@ -179,6 +191,16 @@ class Books:
     @staticmethod
     def _is_evictable(obj: KvObject) -> bool:
         return bool(obj.header.is_prefix) and obj.state is ObjectState.SEALED
+
+    def _give_back(self, obj: KvObject) -> None:
+        """Memory that somebody may still have open is left to the last who has."""
+        if not isinstance(self._backend, Placeable):
+            self._backend.delete(obj.key)
+        elif obj.is_quiet:
+            self._backend.recycle(obj.key)
+        else:
+            self._backend.delete(obj.key)
+            self.num_quarantined += 1
 
     def _hold(self, obj: KvObject, hold: str) -> None:
         held = self.ledger_of(obj.header).hold(obj.owner, hold, generation=obj.key.epoch)

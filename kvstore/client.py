@@ -13,7 +13,7 @@ import grpc
 
 from kvstore.key import Buffer, KvHandle
 from kvstore.link import connected, store_errors
-from kvstore.mapping import MappedObject
+from kvstore.mapping import MappedObject, Mappings
 from kvstore.objects import ObjectStat, ObjectState
 from kvstore.reader import ReadCheck
 from kvstore.records import ChunkHeader, ObjectHeader
@@ -38,6 +38,7 @@ class KvClient:
         self._config = config or KvStoreConfig()
         self._stub: Any = kv_pb2_grpc.KvServiceStub(channel)
         self._may_map = True  # until the store's answer shows that it is not so
+        self._files_read, self._files_written = Mappings(), Mappings(writable=True)
         self._get: Any = channel.unary_stream(GET_KV, pb.GetKvRequest.SerializeToString)
         self._follow: Any = channel.unary_stream(FOLLOW_KV, pb.GetKvRequest.SerializeToString)
 
@@ -48,7 +49,7 @@ class KvClient:
 
     def put(self, header: ObjectHeader) -> KvWriter:
         """`async with client.put(header) as writer`; leaving without `await writer.seal()` aborts."""
-        return KvWriter(self._channel, header, self._config.put_deadline_s)
+        return KvWriter(self._channel, header, self._config.put_deadline_s, self._files_written)
 
     async def get(
         self,
@@ -62,8 +63,9 @@ class KvClient:
         """Verified chunks in the order they were written, under a lease that this renews as it reads.
 
         With `follow` the object may still be being written: chunks come as the store gets them. Use
-        nothing of the object before the iteration has ended without an error. The lease ends with it; the
-        object waits for another reader until it is released. Whoever stops early closes the iterator.
+        nothing of the object before the iteration has ended without an error. A payload is there until the
+        next is asked for. The lease ends with the iteration; the object waits for another reader until it is
+        released. Whoever stops early closes the iterator.
         """
         lease_s = lease_s or self._config.lease_s
         check = ReadCheck(handle, tenant)
@@ -135,7 +137,7 @@ class KvClient:
         request = pb.MapKvRequest(handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s))
         response: pb.MapKvResponse = await self._ask(self._stub.MapKv, request)
         mapped = MappedObject.from_pb(response)
-        messages = mapped.messages() if mapped else None
+        messages = mapped.messages(self._files_read) if mapped else None
         self._may_map = messages is not None or response.may_map_others
         return messages
 

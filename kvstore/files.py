@@ -28,9 +28,17 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(slots=True)
-class _File:
+class File:
+    """Where an object's messages are."""
+
     path: Path
     ends: list[int] = field(default_factory=list)  # offsets behind each message
+    is_reused: bool = False  # for other objects later
+
+    @property
+    def size(self) -> int:
+        """Bytes of all messages."""
+        return self.ends[-1] if self.ends else 0
 
 
 class FileBackend:
@@ -39,7 +47,7 @@ class FileBackend:
     def __init__(self, root: Path, *, is_blocking: bool) -> None:
         """Raises `ConfigError` if the folder cannot be made. Leftovers of dead processes go first."""
         self.is_blocking = is_blocking
-        self._files: dict[ObjectKey, _File] = {}
+        self._files: dict[ObjectKey, File] = {}
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             remove_leftovers(root)
@@ -48,18 +56,17 @@ class FileBackend:
             raise ConfigError(f"cannot keep KV in {root}: {error.strerror}") from error
 
     def put(self, key: ObjectKey, index: int, message: bytes) -> None:
-        with _medium_errors():
+        with medium_errors():
             file = self._files.get(key) or self._create(key)
             assert index == len(file.ends), (index, len(file.ends))
-            start = file.ends[-1] if file.ends else 0
             with _opened(file.path, os.O_WRONLY) as descriptor:
-                _write(descriptor, message, start)
-            file.ends.append(start + len(message))
+                _write(descriptor, message, file.size)
+            file.ends.append(file.size + len(message))
 
     def get(self, key: ObjectKey, index: int) -> bytes:
         file = self._files[key]
         start, end = (file.ends[index - 1] if index else 0), file.ends[index]
-        with _medium_errors(), _opened(file.path, os.O_RDONLY) as descriptor:
+        with medium_errors(), _opened(file.path, os.O_RDONLY) as descriptor:
             message = os.pread(descriptor, end - start, start)
         if len(message) != end - start:
             raise _lost()
@@ -67,7 +74,10 @@ class FileBackend:
 
     def locate(self, key: ObjectKey) -> Location:
         file = self._files[key]
-        return Location(str(file.path), tuple(file.ends))
+        return Location(str(file.path), tuple(file.ends), file.is_reused)
+
+    def path(self, key: ObjectKey) -> Path:
+        return self._files[key].path
 
     def delete(self, key: ObjectKey) -> None:
         file = self._files.pop(key, None)
@@ -80,10 +90,10 @@ class FileBackend:
         shutil.rmtree(self._folder, ignore_errors=True)
         os.close(self._lock)
 
-    def _create(self, key: ObjectKey) -> _File:
+    def _create(self, key: ObjectKey) -> File:
         path = self._folder / secrets.token_hex(16)
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-        self._files[key] = _File(path)
+        self._files[key] = File(path)
         return self._files[key]
 
 
@@ -126,7 +136,8 @@ def _write(descriptor: int, message: bytes, start: int) -> None:
 
 
 @contextmanager
-def _medium_errors() -> Iterator[None]:
+def medium_errors() -> Iterator[None]:
+    """What the system says of files leaves as the store's own errors."""
     try:
         yield
     except FileNotFoundError as error:

@@ -1,7 +1,9 @@
-"""An object that a reader on the store's host maps instead of receiving.
+"""Objects that a process on the store's host maps instead of sending or receiving them.
 
-What is mapped are the very messages that GetKv would send, and they are checked in the same way. The
-store only adds to its files and unlinks them, so a mapping stays good whatever becomes of the object.
+What lies in an object's file are the very messages that PutKv and GetKv carry, and they are checked in the
+same way. A file that will hold other objects later stays mapped here: mapping it anew would cost more than
+the copy. The store puts another object there only when everybody who was told of the last has said that
+they are done (kvstore/books.py).
 """
 
 from __future__ import annotations
@@ -9,13 +11,18 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
 from kvstore.backend import Location
 from kvstore.key import Buffer
 from tandem.pb.kv.v1 import kv_pb2 as pb
+
+MADV_POPULATE_READ = 22  # Linux 5.14; one fault per page would cost more
+MAX_KEPT = 64  # each holds a file descriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +35,27 @@ class MappedObject:
 
     def to_pb(self) -> pb.MapKvResponse:
         location = self.location
-        return pb.MapKvResponse(path=location.path, ends=location.ends, header=self.header, seal=self.seal)
+        return pb.MapKvResponse(
+            path=location.path,
+            ends=location.ends,
+            header=self.header,
+            seal=self.seal,
+            is_reused=location.is_reused,
+        )
 
     @classmethod
     def from_pb(cls, message: pb.MapKvResponse) -> Self | None:
         """None if the store keeps nothing that can be mapped."""
         if not message.path:
             return None
-        return cls(Location(message.path, tuple(message.ends)), message.header, message.seal)
+        location = Location(message.path, tuple(message.ends), message.is_reused)
+        return cls(location, message.header, message.seal)
 
-    def messages(self) -> Iterator[Buffer] | None:
+    def messages(self, mappings: Mappings) -> Iterator[Buffer] | None:
         """Header, chunks, seal; the chunks are views of the mapping. None if the file is not on this host."""
-        mapped = _map(self.location)
+        location = self.location
+        size = location.ends[-1] if location.ends else 0
+        mapped = mappings.view(location.path, size, keep=location.is_reused)
         return None if mapped is None else self._cut(mapped)
 
     def _cut(self, mapped: memoryview) -> Iterator[Buffer]:
@@ -51,18 +67,54 @@ class MappedObject:
         yield self.seal
 
 
-def _map(location: Location) -> memoryview | None:
-    """The file, if it is there, is ours and is as long as it is said to be."""
+class Mappings:
+    """Files that this process has mapped, the last used of them kept for the next object that lies there."""
+
+    def __init__(self, *, writable: bool = False) -> None:
+        self.are_here = True  # until one that the store named was not
+        self._writable = writable
+        self._views: OrderedDict[str, memoryview] = OrderedDict()  # least recently used first
+
+    def view(self, path: str, num_bytes: int, *, keep: bool = True) -> memoryview | None:
+        """The first `num_bytes` of the file; None unless it is here, ours, and that long."""
+        found = self._views.pop(path, None)
+        if found is None or len(found) < num_bytes:
+            found = _map(path, num_bytes, self._writable)
+        if found is None:
+            return None
+        if keep:
+            self._views[path] = found
+            self._forget()
+        return found[:num_bytes]
+
+    def _forget(self) -> None:
+        """Files that are gone come up here one by one: their memory is free when the last mapping goes."""
+        oldest = next(iter(self._views))
+        if len(self._views) > MAX_KEPT or not os.path.exists(oldest):
+            del self._views[oldest]
+
+    def clear(self) -> None:
+        self._views.clear()
+
+
+def _map(path: str, num_bytes: int, writable: bool) -> memoryview | None:
+    """All of the file, if it is there, is ours and is long enough."""
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        descriptor = os.open(location.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, flags)
     except OSError:
         return None
     try:
         found = os.fstat(descriptor)
         is_ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid()
-        if not is_ours or not location.ends or found.st_size < location.ends[-1]:
+        if not is_ours or not 0 < num_bytes <= found.st_size:
             return None
-        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)  # one fault per page would cost more
-        return memoryview(mmap.mmap(descriptor, location.ends[-1], flags=flags, prot=mmap.PROT_READ))
+        rights = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+        mapped = mmap.mmap(descriptor, found.st_size, flags=mmap.MAP_SHARED, prot=rights)
+    except OSError:
+        return None  # no memory for another mapping: the bytes can be sent
     finally:
         os.close(descriptor)
+    with suppress(OSError):
+        mapped.madvise(MADV_POPULATE_READ, 0, num_bytes)
+    return memoryview(mapped)

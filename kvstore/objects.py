@@ -64,6 +64,8 @@ class KvObject:
     digests: list[bytes] = field(default_factory=list)  # of the chunks kept so far
     seal: Seal | None = None
     leases: dict[str, Lease] = field(default_factory=dict)  # by holder
+    is_shared: bool = False  # a writer or a reader was told where its memory is
+    has_lost_peer: bool = False  # a reader whose time ran out may still look there
 
     @property
     def key(self) -> ObjectKey:
@@ -76,6 +78,11 @@ class KvObject:
     @property
     def is_readable(self) -> bool:
         return self.state in (ObjectState.SEALED, ObjectState.LEASED)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether everybody who was let at its memory has said that they are done."""
+        return not self.is_shared or (self.seal is not None and not self.has_lost_peer)
 
     def is_prefix_of(self, fingerprint: bytes, tenant: str) -> bool:
         """Whether this is a prefix that the tenant's prompts for that model build may use now."""
@@ -125,4 +132,5 @@ class StoreCounters:
     prefix_hits: int = 0  # pieces of prefixes that were asked for and there
     prefix_misses: int = 0
     expired: int = 0  # objects and leases whose time ran out
+    quarantined: int = 0  # objects whose memory no other got: a peer that was lost may still have it open
     late: int = 0  # operations that came late, twice or for something unknown, and were ignored

@@ -8,7 +8,7 @@ from __future__ import annotations
 from kvstore.assembly import Assembly
 from kvstore.key import Buffer, KvHandle, require
 from kvstore.records import ChunkHeader, ObjectHeader, Record, Seal
-from kvstore.wire import decode
+from kvstore.wire import decode, expect
 from tandem.errors import DataLoss, InvalidRequest
 
 
@@ -46,8 +46,9 @@ class ReadCheck:
             assembly.check(record)
             self.is_complete = True
             return None
-        assembly.add(record, payload)
-        return record, payload
+        chunk = expect(ChunkHeader, record)
+        assembly.add(chunk, payload)
+        return chunk, payload
 
     def _is_expected(self, header: ObjectHeader) -> bool:
         is_ours = self._tenant is None or self._tenant == header.tenant

@@ -1,4 +1,5 @@
-"""The three records an object is made of: its header, its chunks, its seal.
+"""The three records an object is made of: its header, its chunks, its seal. A fourth stands for chunks that
+lie in the object's file already.
 
 Each checks itself when built, so a record that exists is well formed: a bad one is BAD_MESSAGE
 wherever it came from. Knows nothing of frames, of sockets or of what the bytes mean.
@@ -19,6 +20,7 @@ MAX_CHUNKS = 1 << 20
 MAX_BLOCKS = 1 << 16
 MAX_LAYERS = 1 << 10
 MAX_BLOCK_SIZE = 1 << 10
+MAX_CHUNK_OVERHEAD = 256  # of a chunk's message over its payload
 MAX_OBJECT_BYTES = 1 << 50
 MAX_EPOCH = (1 << 64) - 1
 MAX_TENANT = 128  # characters
@@ -71,6 +73,11 @@ class ObjectHeader:
     def cell_bytes(self) -> int:
         """Bytes of one block in one layer, keys and values."""
         return self.total_bytes // (self.num_blocks * self.num_layers)
+
+    @property
+    def most_message_bytes(self) -> int:
+        """Bytes of all chunk messages, however the object is cut."""
+        return self.total_bytes + self.num_blocks * self.num_layers * MAX_CHUNK_OVERHEAD
 
     def handle(self, store_epoch: int) -> KvHandle:
         return KvHandle(
@@ -130,4 +137,14 @@ class Seal:
         require(len(self.total_digest) == DIGEST_BYTES)
 
 
-Record = ObjectHeader | ChunkHeader | Seal
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """Says that the object's file holds whole chunk messages up to a byte."""
+
+    end: int
+
+    def __post_init__(self) -> None:
+        _in(self.end, 1, MAX_OBJECT_BYTES)
+
+
+Record = ObjectHeader | ChunkHeader | Seal | Placed

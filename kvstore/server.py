@@ -17,8 +17,9 @@ import grpc
 from kvstore.books import MAX_LEASE_FACTOR
 from kvstore.following import NOT_YET, Following, Progress
 from kvstore.key import MODELS, KvHandle, ObjectKey, object_id_of, require
-from kvstore.objects import ObjectState
-from kvstore.records import ChunkHeader, ObjectHeader, Record, Seal
+from kvstore.link import FILE, MAY_PLACE, RESERVED
+from kvstore.objects import ObjectState, PutTicket
+from kvstore.records import ChunkHeader, ObjectHeader, Placed, Record, Seal
 from kvstore.store import KvStore
 from kvstore.wire import decode, expect
 from tandem.errors import DeadlineExceeded, InvalidRequest
@@ -28,7 +29,6 @@ Context = grpc.aio.ServicerContext[Any, Any]
 SERVICE = "tandem.kv.v1.KvService"
 MAX_LISTED = 1000
 MAX_PIECES = 1 << 14  # of one prompt's prefix
-RESERVED = "kv-reserved"  # initial metadata of a put, with the store's epoch: the bytes are there, send them
 
 _STATES = {
     ObjectState.RESERVED: pb.KV_STATE_RESERVED,
@@ -53,14 +53,17 @@ class KvServicer:
         ticket = await self._turns.take_or_undo(reserve, undo, wanted, context.peer())
         key = ticket.object.key
         try:
-            await context.send_initial_metadata(((RESERVED, str(self._store.store_epoch)),))
+            await context.send_initial_metadata(await self._reserved(ticket, context))
             while True:
                 record, payload, message = await self._next(request_iterator)
                 if isinstance(record, Seal):
                     handle = await self._turns.take(self._store.seal, ticket, record)
                     return pb.PutKvResponse(handle=handle.to_pb())
-                chunk = expect(ChunkHeader, record)
-                await self._turns.take(self._store.append, ticket, chunk, payload, message)
+                if isinstance(record, Placed):
+                    await self._turns.take(self._store.append_placed, ticket, record)
+                else:
+                    chunk = expect(ChunkHeader, record)
+                    await self._turns.take(self._store.append, ticket, chunk, payload, message)
                 self._progress.note(key)
         finally:
             self._turns.post(self._store.abort, ticket)
@@ -105,7 +108,7 @@ class KvServicer:
     async def MapKv(self, request: pb.MapKvRequest, context: Context) -> pb.MapKvResponse:
         handle, lease_s = KvHandle.from_pb(request.handle), request.lease_ms / 1000
         mapped = await self._turns.take(self._store.lease_to_map, handle, request.holder, lease_s)
-        return mapped.to_pb() if mapped else pb.MapKvResponse(may_map_others=self._store.may_map)
+        return mapped.to_pb() if mapped else pb.MapKvResponse(may_map_others=self._store.places.may_map)
 
     async def FindKv(self, request: pb.FindKvRequest, context: Context) -> pb.FindKvResponse:
         require(len(request.object_ids) <= MAX_PIECES)
@@ -149,6 +152,14 @@ class KvServicer:
             key = ObjectKey(object_id_of("", request.request_id, model), request.epoch)
             num_objects += await self._turns.take(self._store.forget, key, request.tenant)
         return pb.ForgetKvResponse(num_objects=num_objects)
+
+    async def _reserved(self, ticket: PutTicket, context: Context) -> tuple[tuple[str, str], ...]:
+        """Says that a put may begin, and to a writer that asks for it where the object's file is."""
+        metadata = [(RESERVED, str(self._store.store_epoch))]
+        if MAY_PLACE in dict(context.invocation_metadata() or ()):
+            path = await self._turns.take(self._store.places.for_writer, ticket)
+            metadata += [(FILE, str(path))] if path else []
+        return tuple(metadata)
 
     async def _next(self, requests: AsyncIterator[bytes]) -> tuple[Record, memoryview, bytes]:
         try:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
 from kvstore.assembly import Assembly
-from kvstore.backend import Backend, Mappable
+from kvstore.backend import Backend
 from kvstore.books import Books
 from kvstore.fence import Fence
 from kvstore.following import NOT_YET
@@ -30,13 +30,14 @@ from kvstore.key import Buffer, KvHandle, ObjectKey, require
 from kvstore.listing import ObjectInfo, list_objects
 from kvstore.mapping import MappedObject
 from kvstore.objects import KvObject, Lease, ObjectStat, ObjectState, PutTicket, StoreCounters
+from kvstore.places import Places
 from kvstore.prefixes import Prefixes
-from kvstore.records import ChunkHeader, ObjectHeader, Seal
+from kvstore.records import ChunkHeader, ObjectHeader, Placed, Seal
 from kvstore.refusals import refuse_full
 from kvstore.turns import Turns
 from kvstore.wire import encode
 from tandem.config import KvStoreConfig
-from tandem.errors import DataLoss, FailedPrecondition, InvalidRequest, NotFound, Overloaded
+from tandem.errors import DataLoss, FailedPrecondition, NotFound
 from tandem.ledger import PoolAudit
 
 MAX_HOLDER = 256  # characters
@@ -61,6 +62,7 @@ class KvStore:
         self._clock = clock
         self._books = Books(backend, total_bytes, prefix_bytes, self.config, clock, self._note_freed)
         self._fence = Fence(self._books, clock)
+        self.places = Places(backend)
         self.prefixes = Prefixes(self._books, self.counters, self.store_epoch)
 
     def reserve(self, header: ObjectHeader, writer: str = "") -> PutTicket:
@@ -75,12 +77,15 @@ class KvStore:
         obj = self._books.reserve(header, writer)
         self.counters.evicted = self._books.num_evicted
         if obj is None:
-            raise self._full(header)
+            self.counters.refused_full += 1
+            raise refuse_full(header.total_bytes, self._books.ledger_of(header), self.config.sweep_s)
         self.counters.reserved += 1
         return PutTicket(obj, Assembly(header))
 
-    def append(self, ticket: PutTicket, chunk: ChunkHeader, payload: Buffer, message: bytes) -> None:
-        """Check a chunk and keep the message it came in."""
+    def append(
+        self, ticket: PutTicket, chunk: ChunkHeader, payload: Buffer, message: Buffer, is_placed: bool = False
+    ) -> None:
+        """Check a chunk and keep the message it came in, which may lie in its place already."""
         self.sweep()
         obj = self._writable(ticket)
         try:
@@ -89,9 +94,15 @@ class KvStore:
             self.counters.refused_corrupt += 1
             raise
         if not ticket.is_repeat:
-            self._books.keep(obj, chunk.digest, message)
+            self._books.keep(obj, chunk.digest, message, is_placed=is_placed)
         elif obj.digests[chunk.index : chunk.index + 1] != [chunk.digest]:
             raise self._stale("the object exists with other content")
+
+    def append_placed(self, ticket: PutTicket, placed: Placed) -> None:
+        """The same for what the writer has put into the object's file."""
+        self._writable(ticket)
+        for chunk, payload, message in self.places.chunks(ticket, placed):
+            self.append(ticket, chunk, payload, message, is_placed=True)
 
     def seal(self, ticket: PutTicket, seal: Seal) -> KvHandle:
         """Make a complete object readable. An incomplete one stays reserved until its put deadline."""
@@ -147,22 +158,14 @@ class KvStore:
         return self._message(obj, index) if index <= len(obj.digests) else NOT_YET
 
     def lease_to_map(self, handle: KvHandle, holder: str, lease_s: float = 0.0) -> MappedObject | None:
-        """Lease the object and say where on this host it lies. None, and nothing leased, if it has no such
-        place."""
-        if not isinstance(self._backend, Mappable):
+        """Lease the object and say where on this host it lies; None, and nothing leased, if nowhere."""
+        if not self.places.may_map:
             return None
         lease = self.lease(handle, holder, lease_s)
-        obj, location = self._leased(lease), self._backend.locate(handle.key)
-        if location is None:
+        mapped = self.places.for_reader(self._leased(lease))
+        if mapped is None:
             self.end(lease)
-            return None
-        assert obj.seal is not None, obj.state
-        return MappedObject(location, encode(obj.header), encode(obj.seal))
-
-    @property
-    def may_map(self) -> bool:
-        """Whether any object of this store can be mapped."""
-        return isinstance(self._backend, Mappable)
+        return mapped
 
     def renew(self, handle: KvHandle, holder: str, lease_s: float = 0.0) -> None:
         """Let a lease run for `lease_s` from now; STALE_HANDLE if it is over."""
@@ -285,6 +288,7 @@ class KvStore:
     def _note_freed(self, obj: KvObject) -> None:
         self._fence.note_freed(obj)
         self.counters.freed += 1
+        self.counters.quarantined = self._books.num_quarantined
 
     def _late(self) -> bool:
         self.counters.late += 1
@@ -293,7 +297,3 @@ class KvStore:
     def _stale(self, message: str) -> FailedPrecondition:
         self.counters.refused_stale += 1
         return FailedPrecondition("STALE_HANDLE", message)
-
-    def _full(self, header: ObjectHeader) -> InvalidRequest | Overloaded:
-        self.counters.refused_full += 1
-        return refuse_full(header.total_bytes, self._books.ledger_of(header), self.config.sweep_s)

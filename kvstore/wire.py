@@ -10,13 +10,14 @@ nothing of what may follow what.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, TypeVar
 
 import msgpack
 
 from kvstore.key import Buffer, require
-from kvstore.records import ChunkHeader, ObjectHeader, Record, Seal
+from kvstore.records import ChunkHeader, ObjectHeader, Placed, Record, Seal
 from tandem.errors import InvalidRequest
 
 R = TypeVar("R", ObjectHeader, ChunkHeader, Seal)
@@ -26,10 +27,20 @@ MAX_HEADER_BYTES = 1024
 TAG = b"\x0a"  # field 1, length-delimited
 PREFIX = struct.Struct("<4sI")
 
-_KINDS: dict[str, type[Record]] = {"header": ObjectHeader, "chunk": ChunkHeader, "seal": Seal}
+_KINDS: dict[str, type[Record]] = {
+    "header": ObjectHeader,
+    "chunk": ChunkHeader,
+    "seal": Seal,
+    "placed": Placed,
+}
 _NAMES = {kind: name for name, kind in _KINDS.items()}
 _TYPES = {"int": int, "str": str, "bytes": bytes}
-_SCHEMAS = {kind: {field.name: _TYPES[str(field.type)] for field in fields(kind)} for kind in _NAMES}
+_SCHEMAS = {
+    kind: {"v": int, "kind": str} | {field.name: _TYPES[str(field.type)] for field in fields(kind)}
+    for kind in _NAMES
+}
+_FIELDS = {kind: tuple(schema)[2:] for kind, schema in _SCHEMAS.items()}
+_SHAPES = {_NAMES[kind]: (kind, list(schema), list(schema.values())) for kind, schema in _SCHEMAS.items()}
 _LIMITS: dict[str, Any] = {
     "raw": False,
     "strict_map_key": True,
@@ -50,9 +61,25 @@ def expect(kind: type[R], record: Record) -> R:
 
 def encode(record: Record, payload: Buffer = b"") -> bytes:
     """A PutKvRequest or GetKvResponse, in one copy."""
+    return head_of(record, memoryview(payload).nbytes) + payload
+
+
+def head_of(record: Record, payload_bytes: int = 0) -> bytes:
+    """What comes before the payload."""
     header = _pack(record)
-    length = PREFIX.size + len(header) + memoryview(payload).nbytes
-    return b"".join((TAG, _varint(length), PREFIX.pack(MAGIC, len(header)), header, payload))
+    length = PREFIX.size + len(header) + payload_bytes
+    return b"".join((TAG, _varint(length), PREFIX.pack(MAGIC, len(header)), header))
+
+
+def split(messages: memoryview) -> Iterator[memoryview]:
+    """Messages that lie one behind the other; BAD_MESSAGE at the first that is not whole."""
+    while messages:
+        require(messages[0] == TAG[0])
+        num_prefix = _prefix_bytes(messages)
+        length = sum((byte & 0x7F) << 7 * place for place, byte in enumerate(messages[1:num_prefix]))
+        require(num_prefix > 0 and length > 0)
+        yield messages[: num_prefix + length]  # one that is cut short has another length than it says
+        messages = messages[num_prefix + length :]
 
 
 def decode(message: Buffer) -> tuple[Record, memoryview]:
@@ -75,15 +102,20 @@ def _varint(value: int) -> bytes:
 def _frame(message: Buffer) -> memoryview:
     """What is behind the tag and the length, which must be exactly that long."""
     require(message[:1] == TAG)
-    num_prefix = next((end for end in range(2, min(7, len(message) + 1)) if message[end - 1] < 0x80), 0)
+    num_prefix = _prefix_bytes(message)
     frame = memoryview(message)[num_prefix:]
     require(num_prefix > 0 and message[1:num_prefix] == _varint(len(frame)))
     return frame
 
 
+def _prefix_bytes(message: Buffer) -> int:
+    """Of the tag and the length; 0 if that does not end."""
+    return next((end for end in range(2, min(7, len(message) + 1)) if message[end - 1] < 0x80), 0)
+
+
 def _pack(record: Record) -> bytes:
     kind = type(record)
-    values = {name: getattr(record, name) for name in _SCHEMAS[kind]}
+    values = {name: getattr(record, name) for name in _FIELDS[kind]}
     packed: bytes = msgpack.packb({"v": VERSION, "kind": _NAMES[kind], **values})
     return packed
 
@@ -93,13 +125,10 @@ def _unpack(header: memoryview) -> Record:
         values = msgpack.unpackb(header, **_LIMITS)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise InvalidRequest("BAD_MESSAGE", "malformed request message") from error
-    require(type(values) is dict and next(iter(values), None) == "v" and values.pop("v") == VERSION)
-    name = values.pop("kind", None)
-    require(isinstance(name, str) and name in _KINDS)
-    kind = _KINDS[name]
-    schema = _SCHEMAS[kind]
-    require(values.keys() == schema.keys())
-    require(all(type(values[key]) is wanted for key, wanted in schema.items()))
-    record = kind(**values)
-    require(_pack(record) == header)  # one record, one encoding
-    return record
+    require(type(values) is dict and values.get("v") == VERSION and type(values.get("kind")) is str)
+    require(values["kind"] in _SHAPES)
+    kind, names, types = _SHAPES[values["kind"]]
+    require(list(values) == names and list(map(type, values.values())) == types)
+    require(msgpack.packb(values) == header)  # one record, one encoding
+    del values["v"], values["kind"]
+    return kind(**values)

@@ -18,23 +18,29 @@ import grpc
 
 from kvstore.digest import ObjectDigest
 from kvstore.key import Buffer, KvHandle
-from kvstore.link import Ending, connected, store_errors
+from kvstore.link import FILE, MAY_PLACE, RESERVED, Ending, connected, store_errors
+from kvstore.mapping import Mappings
+from kvstore.placer import Placer
 from kvstore.records import ChunkHeader, ChunkRange, ObjectHeader, Record, Seal
 from kvstore.wire import encode
 from tandem.pb.kv.v1 import kv_pb2 as pb
 
 T = TypeVar("T")
-RESERVED = "kv-reserved"
 PUT_KV = "/tandem.kv.v1.KvService/PutKv"
 
 
 class KvWriter:
-    """One put. `idle_s` bounds each wait for the store. `handle` names the object once it is reserved."""
+    """One put. `idle_s` bounds each wait for the store. `handle` names the object once it is reserved. With
+    `files` it is written where it will lie, if store and writer share a host."""
 
     handle: KvHandle
 
-    def __init__(self, channel: grpc.aio.Channel, header: ObjectHeader, idle_s: float) -> None:
+    def __init__(
+        self, channel: grpc.aio.Channel, header: ObjectHeader, idle_s: float, files: Mappings | None = None
+    ) -> None:
         self._channel = channel
+        self._files = files
+        self._placer: Placer | None = None
         self._header = header
         self._idle_s = idle_s
         self._digest = ObjectDigest(header)
@@ -46,7 +52,7 @@ class KvWriter:
         """Returns when the store has reserved the bytes; raises its refusal otherwise."""
         await connected(self._channel)
         put: Any = self._channel.stream_unary(PUT_KV, response_deserializer=pb.PutKvResponse.FromString)
-        self._call = put()
+        self._call = put(metadata=((MAY_PLACE, "1"),) if self._files and self._files.are_here else None)
         self._ending = Ending(self._call)
         try:
             await self._send(self._header)
@@ -54,6 +60,7 @@ class KvWriter:
             if RESERVED not in metadata:
                 await self._within(self._answer())
             self.handle = self._header.handle(int(metadata[RESERVED]))
+            self._placer = self._placer_in(metadata.get(FILE))
         except BaseException:
             self.abort()
             raise
@@ -71,24 +78,39 @@ class KvWriter:
             length=memoryview(payload).nbytes,
             digest=digest,
         )
-        await self._send(chunk, payload)
+        if self._placer is None:
+            await self._send(chunk, payload)
+        else:
+            await self._placer.place(chunk, payload)
         self._digests.append(digest)
 
     async def seal(self) -> KvHandle:
         """Complete the object. From here on it is the store's."""
         seal = Seal(num_chunks=len(self._digests), total_digest=self._digest.total(self._digests))
+        if self._placer is not None:
+            await self._placer.settle()
         await self._send(seal)
         response = await self._within(self._answer())
         return KvHandle.from_pb(response.handle)
 
     def abort(self) -> None:
         """Give the put up, unless it is over."""
+        if self._placer is not None:
+            self._placer.close()
         self._call.cancel()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
+
+    def _placer_in(self, path: str | None) -> Placer | None:
+        """Fills the file, if there is one that can be mapped here."""
+        if path is None or self._files is None:
+            return None
+        view = self._files.view(path, self._header.most_message_bytes)
+        self._files.are_here = view is not None
+        return Placer(view, self._send) if view is not None else None
 
     async def _send(self, record: Record, payload: Buffer = b"") -> None:
         await self._within(self._write(encode(record, payload)))

@@ -69,6 +69,7 @@ class Peer:
         self._runner = asyncio.Runner()
         self._address = f"127.0.0.1:{int(line)}"
         self._channels: list[Any] = []
+        self._clients: list[KvClient] = []  # kept, as workers keep theirs
         self._handles: list[KvHandle] = []
 
     def close(self) -> None:
@@ -79,7 +80,8 @@ class Peer:
 
     def put(self, shape: Shape) -> float:
         """New objects, sealed; they stay for `get`."""
-        clients = [KvClient(each) for each in self._open(shape.num_channels)]
+        self._open(shape.num_channels)
+        clients = self._clients[: shape.num_channels]
         payload = secrets.token_bytes(shape.chunk_bytes)
         self._release()
 
@@ -95,7 +97,7 @@ class Peer:
 
     def get(self, shape: Shape) -> float:
         """Every byte checked and copied to where the reader wants it."""
-        clients = [KvClient(each) for each in self._open(shape.num_channels)]
+        clients = self._clients[: shape.num_channels]
         target = bytearray(shape.chunk_bytes)
 
         async def get(client: KvClient, handle: KvHandle) -> None:
@@ -137,6 +139,7 @@ class Peer:
             while len(self._channels) < count:
                 self._channels.append(channel(self._address))
                 await self._channels[-1].channel_ready()
+                self._clients.append(KvClient(self._channels[-1]))
 
         self._runner.run(more())
         return self._channels[:count]
@@ -144,7 +147,7 @@ class Peer:
     def _release(self) -> None:
         async def release() -> None:
             for handle in self._handles:
-                await KvClient(self._channels[0]).release(handle)
+                await self._clients[0].release(handle)
 
         self._runner.run(release())
         self._handles = []

@@ -43,4 +43,5 @@ def medium(scheme: str, folder: Path) -> Iterator[Medium]:
 def _files(backend: Backend) -> list[str]:
     folder = backend._folder
     assert folder.name.startswith(PREFIX)
-    return [path.name for path in folder.glob("*") if path.name != ".lock"] if folder.exists() else []
+    idle = {".lock", *(path.name for path in getattr(backend, "_free", ()))}
+    return [path.name for path in folder.glob("*") if path.name not in idle] if folder.exists() else []

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from kvstore.backend import Mappable, backend_from_url, redacted
+from kvstore.backend import Mappable, Placeable, backend_from_url, redacted
 from kvstore.backends import redis as redis_backend
 from kvstore.files import PREFIX, remove_leftovers
 from kvstore.key import ObjectKey
@@ -91,7 +91,8 @@ def test_a_store_leaves_nothing_behind(place):
     assert list(store.read(lease)) == SAMPLE.frames
     put(store, make_sample(make_header(b"\x02" * 16)))
     store.reserve(make_header(b"\x03" * 16))
-    assert len(place.contents(backend)) == 2
+    num_reserved = int(isinstance(backend, Placeable))  # which has a place for it already
+    assert len(place.contents(backend)) == 2 + num_reserved
     clock.advance(1000)
     store.sweep()
     assert store.audit().is_empty

@@ -18,6 +18,7 @@ from kvstore.books import SEALED, WRITER, Books
 from kvstore.files import FileBackend
 from kvstore.key import KvHandle, ObjectKey
 from kvstore.objects import Lease, ObjectState, PutTicket
+from kvstore.records import ChunkHeader, Placed
 from kvstore.store import KvStore
 from kvstore.tiers import TieredBackend
 from kvstore.wire import encode
@@ -76,8 +77,9 @@ def messages_in(backend) -> dict[ObjectKey, int]:
         assert {path.name for path in backend._folder.iterdir()} == {
             ".lock",
             *(file.path.name for file in backend._files.values()),
+            *(path.name for path in getattr(backend, "_free", ())),
         }
-        return {key: len(file.ends) for key, file in backend._files.items()}
+        return {key: len(file.ends) for key, file in backend._files.items() if file.ends}
     assert backend._redis.dbsize() == len(backend._lengths)
     return {key: len(lengths) for key, lengths in backend._lengths.items()}
 
@@ -199,7 +201,7 @@ class StoreMachine(RuleBasedStateMachine):
         may = self.live(model) and index == len(ticket.assembly.digests)
         if ticket.is_repeat:
             may = may and not model.is_given_up and sample == model.sample
-        self.check(may, self.store.append, ticket, *chunk, encode(*chunk))
+        self.check(may, self.keep, data.draw(st.booleans()), ticket, chunk)
         if may and not ticket.is_repeat:
             model.num_chunks += 1
             model.deadline_s = self.clock() + PUT_S
@@ -212,10 +214,23 @@ class StoreMachine(RuleBasedStateMachine):
         if picked:
             self.seal(*picked)
 
+    def keep(self, is_placed: bool, ticket: PutTicket, chunk: tuple[ChunkHeader, bytes]) -> None:
+        """As a writer elsewhere, or as one that fills the object's file where it has one."""
+        message = encode(*chunk)
+        file = getattr(self.store._backend, "_files", {}).get(ticket.object.key) if is_placed else None
+        path = self.store.places.for_writer(ticket) if file else None
+        if path is None or file is None:
+            self.store.append(ticket, *chunk, message)
+            return
+        with path.open("r+b") as stream:
+            stream.seek(file.size)
+            stream.write(message)
+        self.store.append_placed(ticket, Placed(end=file.size + len(message)))
+
     def write_the_rest(self, ticket: PutTicket, sample: Sample, model: Model) -> None:
         for chunk in sample.chunks[len(ticket.assembly.digests) :]:
             try:
-                self.store.append(ticket, *chunk, encode(*chunk))
+                self.keep(chunk[0].index % 2 == 1, ticket, chunk)
             except TandemError:
                 break
             if not ticket.is_repeat:

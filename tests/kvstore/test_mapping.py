@@ -10,7 +10,7 @@ import pytest
 
 from kvstore import mapping
 from kvstore.backend import backend_from_url
-from kvstore.mapping import MappedObject
+from kvstore.mapping import MappedObject, Mappings
 from tandem.errors import DataLoss, FailedPrecondition, NotFound
 from tests.kvstore.test_service import MIB, PAYLOAD, big, put, serving, until
 
@@ -57,10 +57,7 @@ async def test_payload_is_read_where_it_lies(streamed):
         assert all(view == PAYLOAD for view in views)
         assert streamed == []
         await until(lambda: service.store.stat(handle).num_leases == 0)
-        path = path_of(service, handle)
         assert await client.release(handle)
-        assert not path.exists()
-        assert views[0] == PAYLOAD  # an object that is gone stays mapped where it was
 
 
 async def test_an_object_is_leased_while_it_is_mapped():
@@ -99,7 +96,7 @@ async def test_a_reader_elsewhere_gets_the_bytes(monkeypatch, streamed):
     async with sharing() as (service, client):
         handle = await put(client, big(2))
         with monkeypatch.context() as elsewhere:
-            elsewhere.setattr(mapping, "_map", lambda location: None)
+            elsewhere.setattr(mapping, "_map", lambda *_: None)
             for _ in range(2):
                 assert [payload == PAYLOAD async for _, payload in client.get(handle, "reader")] == [True] * 2
         assert len(streamed) == 2
@@ -115,7 +112,7 @@ def test_what_is_not_ours_or_not_a_file_is_not_mapped(tmp_path):
 
     def messages(path, *ends):
         location = mapping.Location(str(path), ends)
-        return MappedObject(location, b"header", b"seal").messages()
+        return MappedObject(location, b"header", b"seal").messages(Mappings())
 
     assert messages(file, 4, 10) is not None
     for path, ends in (

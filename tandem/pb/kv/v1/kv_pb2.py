@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tandem/pb/kv/v1/kv.proto\x12\x0ctandem.kv.v1\"\xa4\x01\n\x08KvHandle\x12\x11\n\tobject_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0bstore_epoch\x18\x03 \x01(\x04\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12%\n\x05\x64raft\x18\x07 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\"\x1d\n\x0cPutKvRequest\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c\"7\n\rPutKvResponse\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\"X\n\x0cGetKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"\x1e\n\rGetKvResponse\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c\"X\n\x0cMapKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"a\n\rMapKvResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04\x65nds\x18\x02 \x03(\x04\x12\x0e\n\x06header\x18\x03 \x01(\x0c\x12\x0c\n\x04seal\x18\x04 \x01(\x0c\x12\x16\n\x0emay_map_others\x18\x05 \x01(\x08\"H\n\rFindKvRequest\x12\x12\n\nobject_ids\x18\x01 \x03(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"G\n\x0e\x46indKvResponse\x12\'\n\x07handles\x18\x01 \x03(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0c\n\x04salt\x18\x02 \x01(\x0c\"7\n\rStatKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\"]\n\x0eStatKvResponse\x12$\n\x05state\x18\x01 \x01(\x0e\x32\x15.tandem.kv.v1.KvState\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x12\n\nnum_leases\x18\x03 \x01(\r\"\x1e\n\rListKvRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"\x9c\x01\n\x0cKvObjectInfo\x12\x11\n\tobject_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.tandem.kv.v1.KvState\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07holders\x18\x05 \x03(\t\x12\r\n\x05\x61ge_s\x18\x06 \x01(\x01\x12\x11\n\tis_prefix\x18\x07 \x01(\x08\"\x8e\x02\n\x0eListKvResponse\x12+\n\x07objects\x18\x01 \x03(\x0b\x32\x1a.tandem.kv.v1.KvObjectInfo\x12<\n\x08\x63ounters\x18\x02 \x03(\x0b\x32*.tandem.kv.v1.ListKvResponse.CountersEntry\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bowned_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12prefix_total_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12prefix_owned_bytes\x18\x06 \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"]\n\x11RenewLeaseRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"\x14\n\x12RenewLeaseResponse\"J\n\x10ReleaseKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\"%\n\x11ReleaseKvResponse\x12\x10\n\x08was_held\x18\x01 \x01(\x08\"D\n\x0f\x46orgetKvRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\'\n\x10\x46orgetKvResponse\x12\x13\n\x0bnum_objects\x18\x01 \x01(\r*{\n\x07KvState\x12\x18\n\x14KV_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11KV_STATE_RESERVED\x10\x01\x12\x13\n\x0fKV_STATE_SEALED\x10\x02\x12\x13\n\x0fKV_STATE_LEASED\x10\x03\x12\x15\n\x11KV_STATE_RELEASED\x10\x04\x32\xd5\x05\n\tKvService\x12\x42\n\x05PutKv\x12\x1a.tandem.kv.v1.PutKvRequest\x1a\x1b.tandem.kv.v1.PutKvResponse(\x01\x12\x42\n\x05GetKv\x12\x1a.tandem.kv.v1.GetKvRequest\x1a\x1b.tandem.kv.v1.GetKvResponse0\x01\x12\x45\n\x08\x46ollowKv\x12\x1a.tandem.kv.v1.GetKvRequest\x1a\x1b.tandem.kv.v1.GetKvResponse0\x01\x12@\n\x05MapKv\x12\x1a.tandem.kv.v1.MapKvRequest\x1a\x1b.tandem.kv.v1.MapKvResponse\x12\x43\n\x06\x46indKv\x12\x1b.tandem.kv.v1.FindKvRequest\x1a\x1c.tandem.kv.v1.FindKvResponse\x12\x43\n\x06StatKv\x12\x1b.tandem.kv.v1.StatKvRequest\x1a\x1c.tandem.kv.v1.StatKvResponse\x12\x43\n\x06ListKv\x12\x1b.tandem.kv.v1.ListKvRequest\x1a\x1c.tandem.kv.v1.ListKvResponse\x12O\n\nRenewLease\x12\x1f.tandem.kv.v1.RenewLeaseRequest\x1a .tandem.kv.v1.RenewLeaseResponse\x12L\n\tReleaseKv\x12\x1e.tandem.kv.v1.ReleaseKvRequest\x1a\x1f.tandem.kv.v1.ReleaseKvResponse\x12I\n\x08\x46orgetKv\x12\x1d.tandem.kv.v1.ForgetKvRequest\x1a\x1e.tandem.kv.v1.ForgetKvResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tandem/pb/kv/v1/kv.proto\x12\x0ctandem.kv.v1\"\xa4\x01\n\x08KvHandle\x12\x11\n\tobject_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x13\n\x0bstore_epoch\x18\x03 \x01(\x04\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x12\n\nnum_tokens\x18\x05 \x01(\r\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\x0c\x12%\n\x05\x64raft\x18\x07 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\"\x1d\n\x0cPutKvRequest\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c\"7\n\rPutKvResponse\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\"X\n\x0cGetKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"\x1e\n\rGetKvResponse\x12\r\n\x05\x66rame\x18\x01 \x01(\x0c\"X\n\x0cMapKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"t\n\rMapKvResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04\x65nds\x18\x02 \x03(\x04\x12\x0e\n\x06header\x18\x03 \x01(\x0c\x12\x0c\n\x04seal\x18\x04 \x01(\x0c\x12\x16\n\x0emay_map_others\x18\x05 \x01(\x08\x12\x11\n\tis_reused\x18\x06 \x01(\x08\"H\n\rFindKvRequest\x12\x12\n\nobject_ids\x18\x01 \x03(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\x0c\x12\x0e\n\x06tenant\x18\x03 \x01(\t\"G\n\x0e\x46indKvResponse\x12\'\n\x07handles\x18\x01 \x03(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0c\n\x04salt\x18\x02 \x01(\x0c\"7\n\rStatKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\"]\n\x0eStatKvResponse\x12$\n\x05state\x18\x01 \x01(\x0e\x32\x15.tandem.kv.v1.KvState\x12\x11\n\tnum_bytes\x18\x02 \x01(\x04\x12\x12\n\nnum_leases\x18\x03 \x01(\r\"\x1e\n\rListKvRequest\x12\r\n\x05limit\x18\x01 \x01(\r\"\x9c\x01\n\x0cKvObjectInfo\x12\x11\n\tobject_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12$\n\x05state\x18\x03 \x01(\x0e\x32\x15.tandem.kv.v1.KvState\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x0f\n\x07holders\x18\x05 \x03(\t\x12\r\n\x05\x61ge_s\x18\x06 \x01(\x01\x12\x11\n\tis_prefix\x18\x07 \x01(\x08\"\x8e\x02\n\x0eListKvResponse\x12+\n\x07objects\x18\x01 \x03(\x0b\x32\x1a.tandem.kv.v1.KvObjectInfo\x12<\n\x08\x63ounters\x18\x02 \x03(\x0b\x32*.tandem.kv.v1.ListKvResponse.CountersEntry\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x13\n\x0bowned_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12prefix_total_bytes\x18\x05 \x01(\x04\x12\x1a\n\x12prefix_owned_bytes\x18\x06 \x01(\x04\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"]\n\x11RenewLeaseRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x10\n\x08lease_ms\x18\x03 \x01(\r\"\x14\n\x12RenewLeaseResponse\"J\n\x10ReleaseKvRequest\x12&\n\x06handle\x18\x01 \x01(\x0b\x32\x16.tandem.kv.v1.KvHandle\x12\x0e\n\x06holder\x18\x02 \x01(\t\"%\n\x11ReleaseKvResponse\x12\x10\n\x08was_held\x18\x01 \x01(\x08\"D\n\x0f\x46orgetKvRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\"\'\n\x10\x46orgetKvResponse\x12\x13\n\x0bnum_objects\x18\x01 \x01(\r*{\n\x07KvState\x12\x18\n\x14KV_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11KV_STATE_RESERVED\x10\x01\x12\x13\n\x0fKV_STATE_SEALED\x10\x02\x12\x13\n\x0fKV_STATE_LEASED\x10\x03\x12\x15\n\x11KV_STATE_RELEASED\x10\x04\x32\xd5\x05\n\tKvService\x12\x42\n\x05PutKv\x12\x1a.tandem.kv.v1.PutKvRequest\x1a\x1b.tandem.kv.v1.PutKvResponse(\x01\x12\x42\n\x05GetKv\x12\x1a.tandem.kv.v1.GetKvRequest\x1a\x1b.tandem.kv.v1.GetKvResponse0\x01\x12\x45\n\x08\x46ollowKv\x12\x1a.tandem.kv.v1.GetKvRequest\x1a\x1b.tandem.kv.v1.GetKvResponse0\x01\x12@\n\x05MapKv\x12\x1a.tandem.kv.v1.MapKvRequest\x1a\x1b.tandem.kv.v1.MapKvResponse\x12\x43\n\x06\x46indKv\x12\x1b.tandem.kv.v1.FindKvRequest\x1a\x1c.tandem.kv.v1.FindKvResponse\x12\x43\n\x06StatKv\x12\x1b.tandem.kv.v1.StatKvRequest\x1a\x1c.tandem.kv.v1.StatKvResponse\x12\x43\n\x06ListKv\x12\x1b.tandem.kv.v1.ListKvRequest\x1a\x1c.tandem.kv.v1.ListKvResponse\x12O\n\nRenewLease\x12\x1f.tandem.kv.v1.RenewLeaseRequest\x1a .tandem.kv.v1.RenewLeaseResponse\x12L\n\tReleaseKv\x12\x1e.tandem.kv.v1.ReleaseKvRequest\x1a\x1f.tandem.kv.v1.ReleaseKvResponse\x12I\n\x08\x46orgetKv\x12\x1d.tandem.kv.v1.ForgetKvRequest\x1a\x1e.tandem.kv.v1.ForgetKvResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,8 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LISTKVRESPONSE_COUNTERSENTRY']._loaded_options = None
   _globals['_LISTKVRESPONSE_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_KVSTATE']._serialized_start=1714
-  _globals['_KVSTATE']._serialized_end=1837
+  _globals['_KVSTATE']._serialized_start=1733
+  _globals['_KVSTATE']._serialized_end=1856
   _globals['_KVHANDLE']._serialized_start=43
   _globals['_KVHANDLE']._serialized_end=207
   _globals['_PUTKVREQUEST']._serialized_start=209
@@ -48,35 +48,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MAPKVREQUEST']._serialized_start=419
   _globals['_MAPKVREQUEST']._serialized_end=507
   _globals['_MAPKVRESPONSE']._serialized_start=509
-  _globals['_MAPKVRESPONSE']._serialized_end=606
-  _globals['_FINDKVREQUEST']._serialized_start=608
-  _globals['_FINDKVREQUEST']._serialized_end=680
-  _globals['_FINDKVRESPONSE']._serialized_start=682
-  _globals['_FINDKVRESPONSE']._serialized_end=753
-  _globals['_STATKVREQUEST']._serialized_start=755
-  _globals['_STATKVREQUEST']._serialized_end=810
-  _globals['_STATKVRESPONSE']._serialized_start=812
-  _globals['_STATKVRESPONSE']._serialized_end=905
-  _globals['_LISTKVREQUEST']._serialized_start=907
-  _globals['_LISTKVREQUEST']._serialized_end=937
-  _globals['_KVOBJECTINFO']._serialized_start=940
-  _globals['_KVOBJECTINFO']._serialized_end=1096
-  _globals['_LISTKVRESPONSE']._serialized_start=1099
-  _globals['_LISTKVRESPONSE']._serialized_end=1369
-  _globals['_LISTKVRESPONSE_COUNTERSENTRY']._serialized_start=1322
-  _globals['_LISTKVRESPONSE_COUNTERSENTRY']._serialized_end=1369
-  _globals['_RENEWLEASEREQUEST']._serialized_start=1371
-  _globals['_RENEWLEASEREQUEST']._serialized_end=1464
-  _globals['_RENEWLEASERESPONSE']._serialized_start=1466
-  _globals['_RENEWLEASERESPONSE']._serialized_end=1486
-  _globals['_RELEASEKVREQUEST']._serialized_start=1488
-  _globals['_RELEASEKVREQUEST']._serialized_end=1562
-  _globals['_RELEASEKVRESPONSE']._serialized_start=1564
-  _globals['_RELEASEKVRESPONSE']._serialized_end=1601
-  _globals['_FORGETKVREQUEST']._serialized_start=1603
-  _globals['_FORGETKVREQUEST']._serialized_end=1671
-  _globals['_FORGETKVRESPONSE']._serialized_start=1673
-  _globals['_FORGETKVRESPONSE']._serialized_end=1712
-  _globals['_KVSERVICE']._serialized_start=1840
-  _globals['_KVSERVICE']._serialized_end=2565
+  _globals['_MAPKVRESPONSE']._serialized_end=625
+  _globals['_FINDKVREQUEST']._serialized_start=627
+  _globals['_FINDKVREQUEST']._serialized_end=699
+  _globals['_FINDKVRESPONSE']._serialized_start=701
+  _globals['_FINDKVRESPONSE']._serialized_end=772
+  _globals['_STATKVREQUEST']._serialized_start=774
+  _globals['_STATKVREQUEST']._serialized_end=829
+  _globals['_STATKVRESPONSE']._serialized_start=831
+  _globals['_STATKVRESPONSE']._serialized_end=924
+  _globals['_LISTKVREQUEST']._serialized_start=926
+  _globals['_LISTKVREQUEST']._serialized_end=956
+  _globals['_KVOBJECTINFO']._serialized_start=959
+  _globals['_KVOBJECTINFO']._serialized_end=1115
+  _globals['_LISTKVRESPONSE']._serialized_start=1118
+  _globals['_LISTKVRESPONSE']._serialized_end=1388
+  _globals['_LISTKVRESPONSE_COUNTERSENTRY']._serialized_start=1341
+  _globals['_LISTKVRESPONSE_COUNTERSENTRY']._serialized_end=1388
+  _globals['_RENEWLEASEREQUEST']._serialized_start=1390
+  _globals['_RENEWLEASEREQUEST']._serialized_end=1483
+  _globals['_RENEWLEASERESPONSE']._serialized_start=1485
+  _globals['_RENEWLEASERESPONSE']._serialized_end=1505
+  _globals['_RELEASEKVREQUEST']._serialized_start=1507
+  _globals['_RELEASEKVREQUEST']._serialized_end=1581
+  _globals['_RELEASEKVRESPONSE']._serialized_start=1583
+  _globals['_RELEASEKVRESPONSE']._serialized_end=1620
+  _globals['_FORGETKVREQUEST']._serialized_start=1622
+  _globals['_FORGETKVREQUEST']._serialized_end=1690
+  _globals['_FORGETKVRESPONSE']._serialized_start=1692
+  _globals['_FORGETKVRESPONSE']._serialized_end=1731
+  _globals['_KVSERVICE']._serialized_start=1859
+  _globals['_KVSERVICE']._serialized_end=2584
 # @@protoc_insertion_point(module_scope)

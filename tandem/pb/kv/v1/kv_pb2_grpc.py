@@ -93,7 +93,9 @@ class KvServiceServicer(object):
 
     def PutKv(self, request_iterator, context):
         """Writes one object: a header frame, chunk frames, a seal frame. Initial metadata arrives when its bytes are
-        reserved. Ending the stream without a seal frees them.
+        reserved. Ending the stream without a seal frees them. A writer on the store's host that sends the metadata
+        kv-may-place may be answered kv-file, a path: it may put chunk frames there by itself, one behind the other, and
+        send a placed frame that says up to which byte.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,9 @@ class KvServiceStub:
     def __new__(cls, channel: _aio.Channel) -> KvServiceAsyncStub: ...
     PutKv: _grpc.StreamUnaryMultiCallable[_kv_pb2.PutKvRequest, _kv_pb2.PutKvResponse]
     """Writes one object: a header frame, chunk frames, a seal frame. Initial metadata arrives when its bytes are
-    reserved. Ending the stream without a seal frees them.
+    reserved. Ending the stream without a seal frees them. A writer on the store's host that sends the metadata
+    kv-may-place may be answered kv-file, a path: it may put chunk frames there by itself, one behind the other, and
+    send a placed frame that says up to which byte.
     """
     GetKv: _grpc.UnaryStreamMultiCallable[_kv_pb2.GetKvRequest, _kv_pb2.GetKvResponse]
     """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease ends with the
@@ -71,7 +73,9 @@ class KvServiceAsyncStub(KvServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     PutKv: _aio.StreamUnaryMultiCallable[_kv_pb2.PutKvRequest, _kv_pb2.PutKvResponse]  # type: ignore[assignment]
     """Writes one object: a header frame, chunk frames, a seal frame. Initial metadata arrives when its bytes are
-    reserved. Ending the stream without a seal frees them.
+    reserved. Ending the stream without a seal frees them. A writer on the store's host that sends the metadata
+    kv-may-place may be answered kv-file, a path: it may put chunk frames there by itself, one behind the other, and
+    send a placed frame that says up to which byte.
     """
     GetKv: _aio.UnaryStreamMultiCallable[_kv_pb2.GetKvRequest, _kv_pb2.GetKvResponse]  # type: ignore[assignment]
     """Leases one object and streams it: its header frame, its chunk frames, its seal frame. The lease ends with the
@@ -110,7 +114,9 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.PutKvResponse, _abc.Awaitable[_kv_pb2.PutKvResponse]]:
         """Writes one object: a header frame, chunk frames, a seal frame. Initial metadata arrives when its bytes are
-        reserved. Ending the stream without a seal frees them.
+        reserved. Ending the stream without a seal frees them. A writer on the store's host that sends the metadata
+        kv-may-place may be answered kv-file, a path: it may put chunk frames there by itself, one behind the other, and
+        send a placed frame that says up to which byte.
         """
 
     @_abc_1.abstractmethod

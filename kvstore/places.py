@@ -1,0 +1,59 @@
+"""Where on this host objects lie, for readers that map them and for writers that fill them by themselves.
+
+A writer says up to which byte it has put chunks, and each is checked where it lies before it counts: what
+was not checked is no part of the object. Whoever was told of a place is somebody to wait for before it is
+used again (`KvObject.is_quiet`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvstore.backend import Backend, Mappable, Placeable
+from kvstore.key import require
+from kvstore.mapping import MappedObject
+from kvstore.objects import KvObject, ObjectState, PutTicket
+from kvstore.records import ChunkHeader, Placed
+from kvstore.wire import decode, encode, expect, split
+
+
+class Places:
+    """What the backend says of its files, if it has any."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    @property
+    def may_map(self) -> bool:
+        """Whether any object can be mapped."""
+        return isinstance(self._backend, Mappable)
+
+    def for_reader(self, obj: KvObject) -> MappedObject | None:
+        """A sealed object's place; None if this one has none."""
+        location = self._backend.locate(obj.key) if isinstance(self._backend, Mappable) else None
+        if location is None:
+            return None
+        assert obj.seal is not None, obj.state
+        obj.is_shared = True
+        return MappedObject(location, encode(obj.header), encode(obj.seal))
+
+    def for_writer(self, ticket: PutTicket) -> Path | None:
+        """The file that the writer may fill, if it can open it."""
+        obj = ticket.object
+        if obj.state is not ObjectState.RESERVED or not isinstance(self._backend, Placeable):
+            return None
+        obj.is_shared = True
+        return self._backend.path(obj.key)
+
+    def chunks(
+        self, ticket: PutTicket, placed: Placed
+    ) -> Iterator[tuple[ChunkHeader, memoryview, memoryview]]:
+        """What the writer has put there since: header, payload, and the message around both. BAD_MESSAGE if
+        it is not whole chunks."""
+        obj, backend = ticket.object, self._backend
+        require(obj.is_shared and not ticket.is_repeat and placed.end <= obj.header.most_message_bytes)
+        assert isinstance(backend, Placeable)
+        for message in split(backend.placed(obj.key, placed.end)):
+            record, payload = decode(message)
+            yield expect(ChunkHeader, record), payload, message
