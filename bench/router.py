@@ -13,13 +13,15 @@ import random
 import time
 import tracemalloc
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bench.measure import Meter, console, flat, machine, table, write_csv, write_json
 from router.admission import Admission, Plan
 from router.needs import Needs
+from router.policy import POLICIES, Route
+from router.prefix_map import PrefixMap
 from router.queue import RequestQueue
 from router.registry import WorkerInfo, WorkerRole
 from router.size_bucket import Entry
@@ -31,7 +33,11 @@ LOADS = (0.7, 1.2)  # offered over what the workers' memory can hold at once
 QUEUE_LENGTHS = (100, 1_000, 10_000, 100_000)
 SWEEP = 2_000  # operations on a queue of each length
 TRACED = 20_000  # requests of the run whose memory is traced
+SESSIONS = 4_000  # the prompts of each are beginnings of one text
+MAX_PROMPT = 768  # tokens
+PIECE_TOKENS = 128  # of a cached prefix
 HEADINGS = (
+    "policy",
     "workers",
     "load",
     "requests",
@@ -39,6 +45,7 @@ HEADINGS = (
     "admitted/s",
     "µs/request",
     "most waiting",
+    "same worker",
     "MB",
     "left over",
 )
@@ -48,6 +55,7 @@ HEADINGS = (
 class Simulated:
     """One run. Seconds are of this machine, not of the simulation."""
 
+    policy: str
     workers: int
     load: float
     requests: int
@@ -56,6 +64,7 @@ class Simulated:
     decisions_per_s: float  # put, attempts to admit, releases: everything that a request costs
     microseconds_per_request: float
     most_waiting: int
+    same_worker: float  # share of requests decoded where the one before of their session was
     memory_mb: float  # most that the objects held
     owned_at_the_end: int  # units on all books; anything but 0 is a leak
 
@@ -75,6 +84,8 @@ class Job:
     request_id: str
     needs: Needs
     output_tokens: int
+    session: str = ""
+    beginnings: tuple[bytes, ...] = ()
     priority: int = 0
     deadline_s: float = float("inf")
 
@@ -82,10 +93,12 @@ class Job:
 class Simulation:
     """Events in order of simulated time."""
 
-    def __init__(self, workers: int, load: float, requests: int, seed: int = 0) -> None:
+    def __init__(self, policy: str, workers: int, load: float, requests: int, seed: int = 0) -> None:
         self._now_s = 0.0
         self._random = random.Random(seed)
-        self._admission = Admission(clock=lambda: self._now_s)
+        self._admission = Admission(POLICIES[policy](), clock=lambda: self._now_s)
+        self._prefixes = PrefixMap(PIECE_TOKENS) if policy == "kv-aware" else None
+        self._homes: dict[str, str] = {}  # where each session was decoded last
         half = workers // 2
         for number in range(half):
             for role in WorkerRole:
@@ -97,7 +110,7 @@ class Simulation:
         self._left = requests
         self._events: list[tuple[float, int, str, Any]] = []
         self._numbers = itertools.count()
-        self.admitted = self.refused = self.most_waiting = 0
+        self.admitted = self.refused = self.most_waiting = self.returned = 0
 
     def run(self, meter: Meter) -> None:
         """Until the last request has ended."""
@@ -124,22 +137,37 @@ class Simulation:
             self._at(self._random.expovariate(self._rate), "arrive", None)
         if self._left % 1000 == 0:
             meter.step()
-        prompt, output = self._random.randint(1, 768), self._random.randint(1, 512)
+        prompt, output = self._random.randint(1, MAX_PROMPT), self._random.randint(1, 512)
+        job = replace(_job(f"r{self._left}", prompt, output), **self._traits(prompt))
         try:
-            self._queue.put(_job(f"r{self._left}", prompt, output), _blocks(prompt + output))
+            self._queue.put(job, _blocks(prompt + output))
         except Overloaded:
             self.refused += 1
 
     def _try_admit(self, entry: Entry[Job]) -> bool:
         job = entry.request
-        plan = self._admission.try_admit(job.request_id, 1, job.needs)
+        cached = self._prefixes.cached_tokens(job.beginnings) if self._prefixes is not None else {}
+        route = Route(job.request_id, job.session, cached)
+        plan = self._admission.try_admit(job.request_id, 1, job.needs, route=route)
         if plan is None:
             return False
+        if self._prefixes is not None:
+            self._prefixes.note(job.beginnings, plan.decode.worker_id)
         self.admitted += 1
+        self.returned += self._homes.get(job.session) == plan.decode.worker_id
+        self._homes[job.session] = plan.decode.worker_id
         prefill_s = job.needs.prefill_tokens / PREFILL_TOKENS_PER_S
         self._at(prefill_s, "prefilled", plan)
         self._at(prefill_s + job.output_tokens / DECODE_TOKENS_PER_S, "ended", plan)
         return True
+
+    def _traits(self, prompt: int) -> dict[str, Any]:
+        """A session, and the names of the prompt's beginnings where the policy asks for them."""
+        session = self._random.randrange(SESSIONS)
+        if self._prefixes is None:
+            return {"session": str(session)}
+        tokens = range(session * MAX_PROMPT, session * MAX_PROMPT + prompt)
+        return {"session": str(session), "beginnings": self._prefixes.beginnings("", tokens)}
 
     def _at(self, delay_s: float, what: str, plan: Plan | None) -> None:
         heapq.heappush(self._events, (self._now_s + delay_s, next(self._numbers), what, plan))
@@ -168,17 +196,18 @@ def _job(request_id: str, prompt: int, output: int) -> Job:
     return Job(request_id, needs, output)
 
 
-def simulate(workers: int, load: float, requests: int, meter: Meter) -> Simulated:
+def simulate(policy: str, workers: int, load: float, requests: int, meter: Meter) -> Simulated:
     """One run, then a short one for its memory: tracing it takes time."""
-    simulation = Simulation(workers, load, requests)
+    simulation = Simulation(policy, workers, load, requests)
     began_s = time.perf_counter()
     simulation.run(meter)
     seconds = time.perf_counter() - began_s
     tracemalloc.start()
-    Simulation(workers, load, min(requests, TRACED)).run(meter)
+    Simulation(policy, workers, load, min(requests, TRACED)).run(meter)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return Simulated(
+        policy,
         workers,
         load,
         requests,
@@ -187,6 +216,7 @@ def simulate(workers: int, load: float, requests: int, meter: Meter) -> Simulate
         simulation.admitted / seconds,
         1e6 * seconds / requests,
         simulation.most_waiting,
+        simulation.returned / max(simulation.admitted, 1),
         peak / 1e6,
         simulation.owned(),
     )
@@ -208,6 +238,7 @@ def queue_costs() -> Iterator[QueueCost]:
 
 def _cells(row: Simulated) -> tuple[str, ...]:
     return (
+        row.policy,
         str(row.workers),
         f"{row.load:g}",
         str(row.requests),
@@ -215,6 +246,7 @@ def _cells(row: Simulated) -> tuple[str, ...]:
         f"{row.decisions_per_s:.0f}",
         f"{row.microseconds_per_request:.0f}",
         str(row.most_waiting),
+        f"{row.same_worker:.0%}",
         f"{row.memory_mb:.0f}",
         str(row.owned_at_the_end),
     )
@@ -223,8 +255,9 @@ def _cells(row: Simulated) -> tuple[str, ...]:
 def run(workers: int, requests: int, out: Path, as_json: bool) -> dict[str, Any]:
     """Simulate, print the tables, write CSV and JSON; the document that was written."""
     shown = console(as_json)
-    with Meter("router", 1 + len(LOADS) * (requests + min(requests, TRACED)) // 1000) as meter:
-        rows = [simulate(workers, load, requests, meter) for load in LOADS]
+    runs = [(policy, load) for policy in POLICIES for load in LOADS]
+    with Meter("router", 1 + len(runs) * (requests + min(requests, TRACED)) // 1000) as meter:
+        rows = [simulate(policy, workers, load, requests, meter) for policy, load in runs]
     costs = list(queue_costs())
     shown.print(table("the router on a virtual clock", HEADINGS, map(_cells, rows)))
     waiting = ((str(cost.length), f"{cost.microseconds:.1f}") for cost in costs)

@@ -57,7 +57,7 @@ class _Side:
         self.by_room.remove(name)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Workers:
     """One side as a policy sees it for one request: `router.policy.Workers`."""
 

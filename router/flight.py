@@ -16,12 +16,13 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from router.admission import Plan
-from router.links import no_decode, no_prefill
+from router.endings import STAGES, as_client_sees, status_of
+from router.links import DecodeLink, no_decode, no_prefill
 from router.registry import WorkerInfo
 from tandem.errors import (
     Cancelled,
@@ -29,10 +30,8 @@ from tandem.errors import (
     DeadlineExceeded,
     FailedPrecondition,
     Internal,
-    InvalidRequest,
     NotFound,
     Overloaded,
-    StreamBroken,
     TandemError,
     Unavailable,
 )
@@ -47,12 +46,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STAGES = {
-    RequestStatus.QUEUED: "queue",
-    RequestStatus.PREFILL: "prefill",
-    RequestStatus.TRANSFER: "transfer",
-    RequestStatus.DECODE: "decode",
-}
 # A worker's deadline that passed before ours is a transfer that stood still.
 WORTH_ANOTHER_PLAN = (Unavailable, Overloaded, FailedPrecondition, NotFound, DataLoss, DeadlineExceeded)
 MIN_TIME_LEFT_S = 2 * HOP_MARGIN_S  # less is the deadline itself, as a worker sees it
@@ -89,6 +82,7 @@ class Flight:
         self._delivered_s = request.lifecycle.received_s  # when, last
         self._num_admitted = 0
         self._drafted = self._accepted = self._cached = 0
+        self._prefetching: DecodeLink | None = None  # fetches the KV for a decode that has yet to begin
         self._is_storing = False  # the attempt's KV is on its way to the store or there, not yet fetched
         self._new_ids: list[int] = []  # delivered, and not yet part of `request`
         self._replanned: set[str] = set()
@@ -156,30 +150,21 @@ class Flight:
         except asyncio.CancelledError:
             self._fail(self._reason or Cancelled(), RequestStatus.FINISHED_CANCELLED)
         except TandemError as error:
-            self._fail(error, _status_of(error))
+            self._fail(error, status_of(error))
         except Exception:
             bug = Internal.bug()
             log.exception("request %s failed (%s)", self.request.request_id, bug.error_id)
             self._fail(bug, RequestStatus.FINISHED_ERROR)
 
     def _fail(self, error: TandemError, status: RequestStatus) -> None:
-        seen = self._as_client_sees(error)
+        stage = STAGES.get(self.request.lifecycle.status, "")
+        seen = as_client_sees(error, stage, self._delivered)
         self.request.lifecycle.mark(Mark.FINISHED)
         self.request.lifecycle.to(status)
         if not self._num_admitted:
             self._dispatcher.metrics.note_refused(seen)
         self._dispatcher.metrics.note_failed(seen)
         self._events.put_nowait(seen)
-
-    def _as_client_sees(self, error: TandemError) -> TandemError:
-        """The router knows the stage and the count; and what may be sent again as it was, had no output."""
-        if isinstance(error, DeadlineExceeded):
-            return DeadlineExceeded(STAGES[self.request.lifecycle.status], self._delivered)
-        if self._delivered and isinstance(error, (Unavailable, InvalidRequest, FailedPrecondition, NotFound)):
-            return StreamBroken(self._delivered)
-        if isinstance(error, NotFound) or error.reason == "STALE_HANDLE":
-            return Unavailable("STORE_DOWN", "KV store is unavailable", retry_after_ms=1000)
-        return error
 
     async def _fly(self) -> OutputDelta:
         """Attempts until one succeeds; returns the last delta."""
@@ -204,31 +189,44 @@ class Flight:
             first, handle = await self._prefill(plan)
             return first if handle is None else await self._decode(plan, handle)
         finally:
+            if self._prefetching is not None:
+                self._prefetching.cancel(self._work(plan.decode))
+                self._prefetching = None
             if self._is_storing:
                 self._dispatcher.forget_kv(self.request, self._epoch)
                 self._is_storing = False
 
     async def _prefill(self, plan: Plan) -> tuple[OutputDelta, kv_pb2.KvHandle | None]:
         """The first token, delivered; and unless it was the last, where the KV is."""
-        work = self._work(plan.prefill)
+        work, lifecycle = self._work(plan.prefill), self.request.lifecycle
         first: OutputDelta | None = None
         handle: kv_pb2.KvHandle | None = None
         self._is_storing = True
         async with aclosing(self._dispatcher.links.prefill(plan.prefill).prefill(work)) as events:
             async for event in events:
                 # The call is heard to its end: to leave early says that nobody wants this KV.
-                if isinstance(event, kv_pb2.KvHandle):
-                    handle = event
-                    self.request.lifecycle.mark(Mark.KV_SEALED)
+                if isinstance(event, worker_pb2.KvOpened):
+                    self._prefetch(plan, event.handle)
+                elif isinstance(event, worker_pb2.KvSealed):
+                    handle = event.handle
+                    lifecycle.mark(Mark.KV_SEALED)
+                    lifecycle.note_transfer(event.send_ns)
                     self._dispatcher.release_prefill(plan)
                 else:
                     first = event
-                    self.request.lifecycle.mark(Mark.FIRST_TOKEN)
+                    lifecycle.mark(Mark.FIRST_TOKEN)
                     self._deliver(first)
         if first is None or (first.finish is None) == (handle is None):
             raise no_prefill()
         self._is_storing = handle is not None
         return first, handle
+
+    def _prefetch(self, plan: Plan, handle: kv_pb2.KvHandle) -> None:
+        """The decode worker may take what of the KV is there; a lost one is noticed when it is to decode."""
+        with suppress(Unavailable):
+            link = self._dispatcher.links.decode(plan.decode)
+            link.prefetch(self._work(plan.decode), handle)
+            self._prefetching = link
 
     async def _decode(self, plan: Plan, handle: kv_pb2.KvHandle) -> OutputDelta:
         """Tokens until the last one, each delivered as it comes."""
@@ -236,7 +234,8 @@ class Flight:
         lifecycle.to(RequestStatus.TRANSFER)
         work = self._work(plan.decode)
         is_second = True
-        async with aclosing(self._dispatcher.links.decode(plan.decode).decode(work, handle)) as events:
+        link, self._prefetching = self._dispatcher.links.decode(plan.decode), None
+        async with aclosing(link.decode(work, handle)) as events:
             async for event in events:
                 if isinstance(event, worker_pb2.DecodeStarted):
                     self._note_started(plan, event)
@@ -253,6 +252,7 @@ class Flight:
         lifecycle = self.request.lifecycle
         lifecycle.mark(Mark.KV_READ_STARTED, asyncio.get_running_loop().time() - started.kv_read_ns / 1e9)
         lifecycle.mark(Mark.KV_READ_DONE)
+        lifecycle.note_transfer(started.prefetch_ns + started.kv_read_ns)
         lifecycle.to(RequestStatus.DECODE)
         self._is_storing = False  # the decode worker has read it, and gives it up
         self._dispatcher.release_store(plan)
@@ -291,9 +291,3 @@ class Flight:
         self._replanned.add(stage)
         self._exclude.add(plan.prefill.worker_id if stage == "prefill" else plan.decode.worker_id)
         self.request.lifecycle.to(RequestStatus.QUEUED)
-
-
-def _status_of(error: TandemError) -> RequestStatus:
-    if isinstance(error, DeadlineExceeded):
-        return RequestStatus.FINISHED_DEADLINE
-    return RequestStatus.FINISHED_REFUSED if isinstance(error, Overloaded) else RequestStatus.FINISHED_ERROR

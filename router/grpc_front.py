@@ -151,11 +151,12 @@ def _admitted_to_pb(index: int, admitted: Admitted, flight: Flight) -> pb.Admitt
 
 
 def _finished_to_pb(index: int, completed: Completed) -> pb.Finished:
+    timings = completed.timings
     message = pb.Finished(
         index=index,
         reason=FINISH_TO_PB[completed.delta.finish],
         usage=completed.usage.to_pb(),
-        timings=pb.Timings(**asdict(completed.timings)),
+        timings=pb.Timings(**asdict(timings), transfer_hidden=timings.transfer_hidden),
     )
     set_matched_stop(message, completed.delta.matched_stop)
     return message

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 FORGET_TIMEOUT_S = 2.0
 GRACE_S = 1.0
+PrefillEvent = OutputDelta | pb.KvOpened | pb.KvSealed
 DecodeEvent = pb.DecodeStarted | OutputDelta | TandemError
 
 
@@ -50,8 +51,9 @@ class PrefillLink:
         self._on_broken = on_broken
         self._stub: Any = worker_pb2_grpc.PrefillServiceStub(self._channel)
 
-    async def prefill(self, work: Work) -> AsyncGenerator[OutputDelta | kv_pb2.KvHandle]:
-        """The first token, then the handle of the KV unless that token was the last.
+    async def prefill(self, work: Work) -> AsyncGenerator[PrefillEvent]:
+        """Of a long prompt, that its KV is on its way; the first token; unless that was the last, that the KV
+        is in the store.
 
         Raises what the worker raised; `Unavailable(NO_PREFILL)` if it is lost.
         """
@@ -60,10 +62,13 @@ class PrefillLink:
         call = self._stub.Prefill(pb.PrefillRequest(work=work.to_pb()), timeout=limit_s)
         try:
             async for response in call:
-                if response.WhichOneof("event") == "first_token":
-                    yield OutputDelta.from_pb(response.first_token)
-                else:
-                    yield response.kv_sealed.handle
+                match response.WhichOneof("event"):
+                    case "first_token":
+                        yield OutputDelta.from_pb(response.first_token)
+                    case "kv_opened":
+                        yield response.kv_opened
+                    case "kv_sealed":
+                        yield response.kv_sealed
         except grpc.aio.AioRpcError as error:
             lost = no_prefill()
             meant = to_tandem_error(error, lost)
@@ -117,8 +122,15 @@ class DecodeLink:
         finally:
             del self._news[work.key]
             if not is_over:
-                cancel = pb.CancelDecode(request_id=work.request_id, epoch=work.epoch)
-                self._orders.put_nowait(pb.DecodeRequest(cancel=cancel))
+                self.cancel(work)
+
+    def prefetch(self, work: Work, handle: kv_pb2.KvHandle) -> None:
+        """Let the worker fetch KV that is still being computed; `decode` or `cancel` follows."""
+        self._orders.put_nowait(pb.DecodeRequest(prefetch=pb.PrefetchKv(work=work.to_pb(), handle=handle)))
+
+    def cancel(self, work: Work) -> None:
+        cancel = pb.CancelDecode(request_id=work.request_id, epoch=work.epoch)
+        self._orders.put_nowait(pb.DecodeRequest(cancel=cancel))
 
     async def close(self) -> None:
         self._task.cancel()

@@ -103,6 +103,8 @@ class RequestQueue(Generic[T]):
         The condition may take what the entry needs: an entry it said yes to is the one returned.
         Take expired entries out first; they are offered like any other.
         """
+        if not self._entries:
+            return None
         now_s = self._clock()
         for entry in self._offers(now_s):
             if condition(entry):

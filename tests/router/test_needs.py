@@ -82,6 +82,16 @@ def test_blocks_hold_all_tokens_and_none_is_superfluous(num_prompt, max_tokens, 
     assert needs.prefill_blocks <= needs.decode_blocks
 
 
+@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from([1, 8, 16, 64]), st.data())
+def test_a_running_request_never_grows_beyond_what_was_taken_for_it(num_prompt, max_tokens, block_size, data):
+    """The fit that admission predicts is exact: all that may be generated is taken before anything is."""
+    taken = needs_of(request_of(num_prompt, max_tokens), TARGET, block_size, "bfloat16").decode_blocks
+    num_delivered = data.draw(st.integers(0, max_tokens - 1))
+    later = needs_of(request_of(num_prompt, max_tokens, num_delivered), TARGET, block_size, "bfloat16")
+    assert later.decode_blocks == taken
+    assert later.prefill_blocks <= taken
+
+
 def test_the_context_limit_names_the_callers_numbers():
     check_context(7680, 512, 8192)
     with pytest.raises(InvalidRequest) as caught:
