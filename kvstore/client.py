@@ -147,8 +147,9 @@ class KvClient:
             return await method(request, timeout=UNARY_S)
 
     async def _read(self, call: Any) -> bytes | None:
+        """The store gives a silent writer up first, and says so."""
         with store_errors():
-            async with asyncio.timeout(self._config.put_deadline_s):
+            async with asyncio.timeout(2 * self._config.put_deadline_s):
                 message = await call.read()
         return None if message is grpc.aio.EOF else message
 
