@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from decode_worker.sequence import DecodeSequence
 from kvstore.key import Buffer
@@ -22,6 +21,7 @@ from tandem.engine.block_pool import BlockPool
 from tandem.engine.kv_transfer import export_kv
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import TandemError
+from tandem.prefix_usage import PrefixReport
 from tandem.threads import to_thread_to_end
 from tandem.work import Work
 
@@ -30,16 +30,6 @@ HOLD = "publish"
 AT_ONCE = 2  # sequences on their way
 MAX_HELD = 16  # with those that wait for their turn
 PUBLISH_S = 2.0  # of each, its wait included
-
-
-@dataclass(slots=True)
-class PublishStats:
-    """What became of finished sequences so far."""
-
-    num_sequences: int = 0  # long enough to publish something of
-    num_pieces: int = 0  # published
-    num_given_up: int = 0  # sequences: too many at once, too slow, or their blocks were needed
-    num_failures: int = 0  # sequences that the store would not take
 
 
 class Publisher:
@@ -51,7 +41,6 @@ class Publisher:
     def __init__(
         self, pieces: Pieces | None, cache: PagedCache, pool: BlockPool, note_freed: Callable[[], None]
     ) -> None:
-        self.stats = PublishStats()
         self._pieces = pieces
         self._cache = cache
         self._pool = pool
@@ -67,7 +56,7 @@ class Publisher:
             return
         work, token_ids = sequence.work, sequence.token_ids[: sequence.num_computed]
         self._pool.hold(work.request_id, HOLD, generation=work.epoch)
-        self._loop.call_soon_threadsafe(self._start, work, token_ids, tuple(sequence.blocks))
+        self._loop.call_soon_threadsafe(self._start, self._pieces, work, token_ids, tuple(sequence.blocks))
 
     def give_up(self) -> None:
         """Somebody needs the blocks: all of them are free as soon as nothing reads them."""
@@ -80,24 +69,23 @@ class Publisher:
             self.give_up()
             await asyncio.wait(self._tasks)
 
-    def _start(self, work: Work, token_ids: Sequence[int], blocks: Sequence[int]) -> None:
-        self.stats.num_sequences += 1
+    def _start(self, pieces: Pieces, work: Work, token_ids: Sequence[int], blocks: Sequence[int]) -> None:
         if len(self._tasks) >= MAX_HELD:
-            self.stats.num_given_up += 1
+            pieces.report.num_given_up += 1
             self._release(work)
             return
-        task = self._loop.create_task(self._publish(work, token_ids, blocks))
+        task = self._loop.create_task(self._publish(pieces, work, token_ids, blocks))
         self._tasks.add(task)
-        task.add_done_callback(lambda task: self._ended(work, task))
+        task.add_done_callback(lambda task: self._ended(pieces.report, work, task))
 
-    def _ended(self, work: Work, task: asyncio.Task[None]) -> None:
+    def _ended(self, report: PrefixReport, work: Work, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         self._release(work)
         error = TimeoutError() if task.cancelled() else task.exception()
         if isinstance(error, TimeoutError):
-            self.stats.num_given_up += 1
+            report.num_given_up += 1
         elif error is not None:
-            self.stats.num_failures += 1
+            report.num_failures += 1
             known = isinstance(error, TandemError)
             log.info("could not publish %s: %s", work.request_id, error, exc_info=None if known else error)
 
@@ -105,9 +93,9 @@ class Publisher:
         self._pool.release(work.request_id, generation=work.epoch, hold=HOLD)
         self._note_freed()
 
-    async def _publish(self, work: Work, token_ids: Sequence[int], blocks: Sequence[int]) -> None:
-        assert self._pieces is not None
-
+    async def _publish(
+        self, pieces: Pieces, work: Work, token_ids: Sequence[int], blocks: Sequence[int]
+    ) -> None:
         async def export(part: ChunkRange) -> Buffer:
             chosen = blocks[part.block_start : part.block_start + part.num_blocks]
             num_tokens = part.num_blocks * self._cache.block_size
@@ -116,7 +104,4 @@ class Publisher:
             )
 
         async with asyncio.timeout(PUBLISH_S), self._some:
-            await self._pieces.publish(work.tenant, token_ids, export, self._note_piece)
-
-    def _note_piece(self) -> None:
-        self.stats.num_pieces += 1
+            await pieces.publish(work.tenant, token_ids, export)

@@ -48,6 +48,7 @@ class DecodeServer:
         store_channel = channel(router_address)
         client = KvClient(store_channel, config.kvstore)
         form = PieceFormat.of(config, engine.model.geometry, fingerprint)
+        pieces = Pieces(client, form) if config.kvstore.publish == "all" else None
         worker = DecodeWorker(
             config.decode,
             engine.model,
@@ -55,7 +56,7 @@ class DecodeServer:
             Tokenizer.from_dir(config.model.path),
             KvRestorer(client, engine.model.cache, engine.pool, _own_cache(engine), config.kvstore.codec),
             decoder,
-            Pieces(client, form) if config.kvstore.publish == "all" else None,
+            pieces,
         )
         host = WorkerHost(router_address)
         servicer = DecodeServicer(worker, fingerprint)
@@ -70,7 +71,11 @@ class DecodeServer:
             ),
             lambda server: worker_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server),
             lambda: WorkerLoad(
-                engine.pool.num_free, worker.num_running, worker.num_waiting, speculation=decoder.report()
+                engine.pool.num_free,
+                worker.num_running,
+                worker.num_waiting,
+                speculation=decoder.report(),
+                prefixes=pieces.report if pieces else None,
             ),
             worker.audit,
         )

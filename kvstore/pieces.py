@@ -17,6 +17,7 @@ from kvstore.records import ChunkRange, ObjectHeader
 from tandem.config import ClusterConfig
 from tandem.errors import FailedPrecondition
 from tandem.geometry import ModelGeometry
+from tandem.prefix_usage import PrefixReport
 
 Export = Callable[[ChunkRange], Awaitable[Buffer]]  # the raw bytes of a part, counted from the first block
 
@@ -71,10 +72,11 @@ class PieceFormat:
 
 
 class Pieces:
-    """One worker's way to the pieces in the store."""
+    """One worker's way to the pieces in the store. What comes of them is added up in `report`."""
 
     def __init__(self, client: KvClient, form: PieceFormat) -> None:
         self.form = form
+        self.report = PrefixReport()
         self._client = client
         self._salts: dict[str, bytes] = {}  # by tenant; another one means that the store started again
 
@@ -95,20 +97,16 @@ class Pieces:
             return await self.look_up(tenant, token_ids)
         return names, handles
 
-    async def publish(
-        self, tenant: str, token_ids: Sequence[int], export: Export, note: Callable[[], None]
-    ) -> None:
-        """Store the whole pieces of these tokens that the store does not have; `note` hears of each.
+    async def publish(self, tenant: str, token_ids: Sequence[int], export: Export) -> None:
+        """Store the whole pieces of these tokens that the store does not have.
 
         Raises what the store raises; what was stored before stays.
         """
         names, known = await self.look_up(tenant, token_ids)
         for place in range(len(known), len(names)):
-            if await self._publish_piece(tenant, names[place], place * self.form.num_blocks, export):
-                note()
+            await self._publish_piece(tenant, names[place], place * self.form.num_blocks, export)
 
-    async def _publish_piece(self, tenant: str, name: bytes, first_block: int, export: Export) -> bool:
-        """False where another worker publishes the same piece just now."""
+    async def _publish_piece(self, tenant: str, name: bytes, first_block: int, export: Export) -> None:
         form = self.form
         try:
             async with self._client.put(form.header(tenant, name)) as writer:
@@ -116,6 +114,6 @@ class Pieces:
                     there = replace(part, block_start=first_block + part.block_start)
                     await writer.write(part, await export(there))
                 await writer.seal()
+            self.report.num_published += 1
         except FailedPrecondition:
-            return False
-        return True
+            pass  # another worker publishes the same piece just now

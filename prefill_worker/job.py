@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from kvstore.key import KvHandle
 from tandem.errors import TandemError
 from tandem.output import OutputDelta
+from tandem.prefix_usage import NO_HIT, PrefixHit
 from tandem.work import Work
 
 Event = OutputDelta | KvHandle | TandemError
@@ -27,7 +28,7 @@ class PrefillJob:
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose KV is in the cache
     pieces: Sequence[KvHandle] = ()  # of its beginning, cached in the store
-    num_cached: int = 0  # tokens whose KV came from there
+    hit: PrefixHit = NO_HIT  # what of the prompt came from there
     num_overtaken: int = 0  # batches of younger prompts that started while there was no memory for this one
     handle: KvHandle | None = None  # once the store has sealed the KV
     has_draft_kv: bool = True  # as far as the draft model, if there is one, could follow

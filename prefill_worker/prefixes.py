@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +25,7 @@ from prefill_worker.job import PrefillJob
 from prefill_worker.sender import export_part
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import TandemError
+from tandem.prefix_usage import PrefixHit
 from tandem.threads import to_thread_to_end
 
 log = logging.getLogger(__name__)
@@ -34,24 +34,11 @@ RESTORE_S = 2.0  # what is not here by then is computed
 AT_ONCE = 8  # pieces of one prompt on their way
 
 
-@dataclass(slots=True)
-class PrefixStats:
-    """What looking for prefixes brought so far."""
-
-    num_prompts: int = 0  # that are long enough to look for
-    num_hits: int = 0  # prompts of which something was restored
-    num_tokens: int = 0  # restored and not computed
-    num_bytes: int = 0
-    restore_s: float = 0.0
-    num_published: int = 0  # pieces
-    num_failures: int = 0  # finding, restoring or publishing that ended early
-
-
 class PrefixCache:
     """One worker's use of the prefixes in the store."""
 
     def __init__(self, client: KvClient, cache: PagedCache, pieces: Pieces) -> None:
-        self.stats = PrefixStats()
+        self.report = pieces.report
         self._client = client
         self._cache = cache
         self._pieces = pieces
@@ -68,9 +55,12 @@ class PrefixCache:
         """Look for the longest cached beginning, then go on."""
         self._start(self._find(job), job, then)
 
-    def start_restore(self, job: PrefillJob, then: Callable[[PrefillJob], None]) -> None:
-        """Place what was found in the job's blocks, as far as it goes, then go on."""
-        self._start(self._restore(job), job, then)
+    def start_restore(
+        self, job: PrefillJob, then: Callable[[PrefillJob], None], token_s: float = 0.0
+    ) -> None:
+        """Place what was found in the job's blocks, as far as it goes, then go on. A token that is not
+        computed saves `token_s`."""
+        self._start(self._restore(job, token_s), job, then)
 
     async def stop(self) -> None:
         """Wait for what was started."""
@@ -81,7 +71,7 @@ class PrefixCache:
         """Store the pieces of a computed prompt that the store does not have. `blocks` hold its KV."""
         work, export = job.work, partial(export_part, self._cache, blocks, job.num_tokens)
         try:
-            await self._pieces.publish(work.tenant, work.token_ids, export, self._note_published)
+            await self._pieces.publish(work.tenant, work.token_ids, export)
         except TandemError as error:
             self._note("publish", error)
 
@@ -100,14 +90,14 @@ class PrefixCache:
         task.add_done_callback(end)
 
     async def _find(self, job: PrefillJob) -> None:
-        self.stats.num_prompts += 1
+        self.report.num_prompts += 1
         try:
             async with asyncio.timeout(FIND_S):
                 _, job.pieces = await self._pieces.look_up(job.work.tenant, job.work.token_ids[:-1])
         except (TandemError, TimeoutError) as error:
             self._note("find", error)
 
-    async def _restore(self, job: PrefillJob) -> None:
+    async def _restore(self, job: PrefillJob, token_s: float) -> None:
         started_s = time.monotonic()
         is_restored = [False] * len(job.pieces)
         some = asyncio.Semaphore(AT_ONCE)
@@ -126,16 +116,21 @@ class PrefixCache:
             self._note("restore", errors.exceptions[0])
         finally:
             num_pieces = [*is_restored, False].index(False)  # up to the first that is missing
-            self._count(job, num_pieces, time.monotonic() - started_s)
+            self._count(job, num_pieces, time.monotonic() - started_s, token_s)
 
-    def _count(self, job: PrefillJob, num_pieces: int, seconds: float) -> None:
-        job.num_computed = job.num_cached = num_pieces * self._pieces.form.tokens
-        if job.num_cached:
+    def _count(self, job: PrefillJob, num_pieces: int, restore_s: float, token_s: float) -> None:
+        form, report = self._pieces.form, self.report
+        num_tokens, num_bytes = num_pieces * form.tokens, num_pieces * form.num_bytes
+        saved_s = num_tokens * token_s - restore_s
+        job.num_computed = num_tokens
+        job.hit = PrefixHit(min(num_tokens, job.work.num_prompt_tokens), num_bytes, saved_s)
+        if num_tokens:
             job.has_draft_kv = False  # a draft model has not read these tokens
-            self.stats.num_hits += 1
-        self.stats.num_tokens += job.num_cached
-        self.stats.num_bytes += sum(handle.num_bytes for handle in job.pieces[:num_pieces])
-        self.stats.restore_s += seconds
+            report.num_hits += 1
+        report.num_tokens += num_tokens
+        report.num_bytes += num_bytes
+        report.restore_s += restore_s
+        report.saved_s += saved_s
 
     async def _restore_piece(self, job: PrefillJob, handle: KvHandle, blocks: Sequence[int]) -> None:
         """A piece counts only when all of it was checked; until then its blocks are as good as empty."""
@@ -147,9 +142,6 @@ class PrefixCache:
                     self._cache.write_blocks, chosen, payload, chunk.layer_start, chunk.num_layers
                 )
 
-    def _note_published(self) -> None:
-        self.stats.num_published += 1
-
     def _note(self, what: str, error: Exception) -> None:
-        self.stats.num_failures += 1
+        self.report.num_failures += 1
         log.info("could not %s a prefix: %s", what, getattr(error, "reason", type(error).__name__))

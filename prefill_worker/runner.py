@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from prefill_worker.job import PrefillJob
+from prefill_worker.token_cost import TokenCost
 from tandem.engine.batch import SequenceRows
 from tandem.engine.decoder import Batch
 from tandem.engine.model_runner import ModelRunner
@@ -58,13 +59,16 @@ class PrefillRunner:
         self._draft = draft
         self._sampler = Sampler()
         self.stats = PrefillStats()
+        self.cost = TokenCost()
 
     def run(self, chunks: Sequence[Chunk]) -> list[SampledToken | BadLogits | None]:
         """Compute the chunks; one sampled token for each that completes its prompt, else None."""
         started_s = time.monotonic()
         batch = self._model.batch([self._rows(chunk) for chunk in chunks])
         logits = self._model.forward(batch)
-        self.stats.compute_s += time.monotonic() - started_s
+        compute_s = time.monotonic() - started_s
+        self.stats.compute_s += compute_s
+        self.cost.observe(sum(chunk.num_tokens for chunk in chunks), compute_s)
         if self._draft is not None:
             self._read_for_draft(self._draft, chunks)
         for chunk in chunks:

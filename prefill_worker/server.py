@@ -66,7 +66,12 @@ class PrefillServer:
                 block_bytes=engine.block_bytes,
             ),
             lambda server: worker_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server),
-            lambda: WorkerLoad(engine.pool.num_free, worker.num_running, worker.num_waiting),
+            lambda: WorkerLoad(
+                engine.pool.num_free,
+                worker.num_running,
+                worker.num_waiting,
+                prefixes=context.prefixes.report if context.prefixes else None,
+            ),
             worker.audit,
         )
         return cls(host, worker, store_channel)

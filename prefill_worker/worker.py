@@ -213,7 +213,8 @@ class PrefillWorker:
         for job in batch:
             self._runner.stats.queue_s += time.monotonic() - job.arrived_s
             if job.pieces and self._prefixes is not None:
-                self._loop.call_soon_threadsafe(self._prefixes.start_restore, job, self._go_on)
+                restore, token_s = self._prefixes.start_restore, self._runner.cost.per_token_s
+                self._loop.call_soon_threadsafe(restore, job, self._go_on, token_s)
             elif job.num_tokens > self._config.token_budget:
                 self._long.append(job)
         return [self._chunk(job) for job in batch if not job.pieces]
@@ -257,7 +258,7 @@ class PrefillWorker:
             return True
         stream = job.work.output_stream(self._tokenizer, self._model.eos_token_ids)
         delta = stream.append(token.token_id, logprobs_of(token))
-        job.emit(replace(delta, cached=min(job.num_cached, job.work.num_prompt_tokens)))
+        job.emit(replace(delta, cached=job.hit))
         return delta.finish is not None
 
     def _fail(self, jobs: list[PrefillJob], error: Exception) -> None:

@@ -38,6 +38,7 @@ from tandem.errors import (
 from tandem.output import OutputDelta
 from tandem.pb.kv.v1 import kv_pb2
 from tandem.pb.worker.v1 import worker_pb2
+from tandem.prefix_usage import NO_HIT
 from tandem.request import STATUS_OF_REASON, Mark, Request, RequestStatus, Timings, Usage
 from tandem.work import HOP_MARGIN_S, Work
 
@@ -81,7 +82,7 @@ class Flight:
         self._num_given = self._delivered = request.num_output_tokens
         self._delivered_s = request.lifecycle.received_s  # when, last
         self._num_admitted = 0
-        self._drafted = self._accepted = self._cached = 0
+        self._drafted, self._accepted, self._hit = 0, 0, NO_HIT
         self._prefetching: DecodeLink | None = None  # fetches the KV for a decode that has yet to begin
         self._is_storing = False  # the attempt's KV is on its way to the store or there, not yet fetched
         self._new_ids: list[int] = []  # delivered, and not yet part of `request`
@@ -140,7 +141,7 @@ class Flight:
             lifecycle.mark(Mark.FINISHED)
             assert last.finish is not None
             lifecycle.to(STATUS_OF_REASON[last.finish])
-            counts = self._delivered, self._cached, self._drafted, self._accepted
+            counts = self._delivered, self._hit, self._drafted, self._accepted
             usage = Usage(self.request.num_prompt_tokens, *counts, last.speculation)
             completed = Completed(last, usage, lifecycle.timings())
             self._dispatcher.metrics.note_finished(last.finish.value, usage, completed.timings)
@@ -265,7 +266,7 @@ class Flight:
         self._dispatcher.metrics.note_tokens(len(delta.token_ids), now_s - self._delivered_s, first=is_first)
         self._delivered, self._delivered_s = self._delivered + len(delta.token_ids), now_s
         self._drafted += delta.drafted
-        self._cached = max(self._cached, delta.cached)
+        self._hit = max(self._hit, delta.cached)
         self._accepted += delta.accepted
         self._new_ids.extend(delta.token_ids)
         self._events.put_nowait(delta)

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from router.admission import Admission
 from router.dispatch import Dispatcher
 from router.registry import Registry, WorkerState, WorkerView
+from tandem.prefix_usage import PrefixReport
 from tandem.speculation_usage import SpeculationReport
 
 WORKER = ("worker", "role")
@@ -60,9 +61,31 @@ def _workers(views: Sequence[WorkerView]) -> Iterable[Metric]:
     yield _gauge("worker_requests_running", "In progress, as the worker says.", WORKER, running)
     waiting = [(of, load.num_waiting) for of, load in named]
     yield _gauge("worker_requests_waiting", "Waiting inside the worker, as it says.", WORKER, waiting)
+    yield from _prefixes([(of, load.prefixes) for of, load in named if load.prefixes])
     yield from _speculation(
         [((view.info.worker_id,), view.load.speculation) for view in views if view.load.speculation]
     )
+
+
+def _prefixes(reports: Sequence[tuple[Sequence[str], PrefixReport]]) -> Iterable[Metric]:
+    """Sums since each worker started; hits over prompts is the hit rate."""
+
+    def counter(name: str, what: str, figure: Callable[[PrefixReport], float]) -> Metric:
+        return _counter(f"prefix_{name}", what, WORKER, [(of, figure(report)) for of, report in reports])
+
+    yield counter("prompts", "Prompts whose beginning was looked for.", lambda r: r.num_prompts)
+    yield counter("hits", "Prompts of which something was restored.", lambda r: r.num_hits)
+    yield counter("restored_tokens", "Prompt tokens restored and not computed.", lambda r: r.num_tokens)
+    yield counter("restored_bytes", "Bytes of KV restored and not computed.", lambda r: r.num_bytes)
+    yield counter("restore_seconds", "Time spent on restoring.", lambda r: r.restore_s)
+    yield counter("published_pieces", "Pieces put into the store.", lambda r: r.num_published)
+    given_up = "Finished sequences not published: too many, too slow, or their blocks were needed."
+    yield counter("given_up", given_up, lambda r: r.num_given_up)
+    failures = "Finding, restoring or publishing that the store ended."
+    yield counter("failures", failures, lambda r: r.num_failures)
+    saved = "Restored tokens * measured seconds per prefill token - seconds of restoring, all prompts."
+    rows = [(of, report.saved_s) for of, report in reports]
+    yield _gauge("prefix_saved_seconds", saved, WORKER, rows)
 
 
 def _speculation(reports: Sequence[tuple[Sequence[str], SpeculationReport]]) -> Iterable[Metric]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2
+from tandem.prefix_usage import NO_HIT, PrefixHit
 from tandem.request import FinishReason
 from tandem.sampling import SamplingParams
 from tandem.speculation_usage import SpeculationUsage
@@ -52,7 +53,7 @@ class OutputDelta:
     drafted: int = 0  # draft tokens proposed on the way to these tokens
     accepted: int = 0  # draft tokens among those proposed that the target accepted
     speculation: SpeculationUsage | None = None  # of the whole request, with its last token
-    cached: int = 0  # with the first token: prompt tokens whose KV was not computed again
+    cached: PrefixHit = NO_HIT  # with the first token: prompt tokens whose KV was not computed again
 
     def followed_by(self, other: OutputDelta) -> OutputDelta:
         """Both as one."""
@@ -77,8 +78,8 @@ class OutputDelta:
             drafted=self.drafted,
             accepted=self.accepted,
             speculation=self.speculation.to_pb() if self.speculation else None,
-            cached=self.cached,
         )
+        self.cached.fill(message)
         set_matched_stop(message, self.matched_stop)
         return message
 
@@ -94,7 +95,7 @@ class OutputDelta:
             drafted=message.drafted,
             accepted=message.accepted,
             speculation=_speculation_of(message),
-            cached=message.cached,
+            cached=PrefixHit.from_pb(message),
         )
 
 

@@ -14,6 +14,7 @@ import grpc
 from tandem.errors import Unavailable
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
+from tandem.prefix_usage import PrefixReport
 from tandem.rpc import to_tandem_error
 from tandem.speculation_usage import SpeculationReport
 
@@ -33,6 +34,7 @@ class WorkerLoad:
     num_waiting: int = 0
     draining: bool = False
     speculation: SpeculationReport | None = None
+    prefixes: PrefixReport | None = None
 
     @classmethod
     def from_pb(cls, message: pb.HeartbeatRequest) -> WorkerLoad:
@@ -43,6 +45,7 @@ class WorkerLoad:
             message.num_waiting,
             message.draining,
             SpeculationReport.from_pb(message.speculation) if speculates else None,
+            PrefixReport.from_pb(message.prefixes) if message.HasField("prefixes") else None,
         )
 
 
@@ -101,6 +104,7 @@ class RouterLink:
             num_waiting=load.num_waiting,
             draining=load.draining,
             speculation=load.speculation.to_pb() if load.speculation else None,
+            prefixes=load.prefixes.to_pb() if load.prefixes else None,
         )
         try:
             return bool((await self._stub.Heartbeat(request, timeout=TIMEOUT_S)).known)

@@ -18,6 +18,7 @@ from enum import Enum, IntEnum
 
 from tandem.errors import InvalidRequest
 from tandem.pb.v1 import generation_pb2 as pb
+from tandem.prefix_usage import NO_HIT, PrefixHit
 from tandem.sampling import SamplingParams
 from tandem.speculation import SpeculationParams
 from tandem.speculation_usage import SpeculationUsage
@@ -148,24 +149,30 @@ class Lifecycle:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts of one request. `cached` prompt tokens were not computed again."""
+    """Token counts of one request."""
 
     prompt: int = 0
     completion: int = 0
-    cached: int = 0
+    hit: PrefixHit = NO_HIT
     drafted: int = 0
     accepted: int = 0
     speculation: SpeculationUsage | None = None  # of the worker that finished it
 
+    @property
+    def cached(self) -> int:
+        """Prompt tokens that were not computed again."""
+        return self.hit.num_tokens
+
     def to_pb(self) -> pb.Usage:
-        return pb.Usage(
+        message = pb.Usage(
             prompt=self.prompt,
             completion=self.completion,
-            cached=self.cached,
             drafted=self.drafted,
             accepted=self.accepted,
             speculation=self.speculation.to_pb() if self.speculation else None,
         )
+        self.hit.fill(message)
+        return message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,7 @@ from tandem.offline.lines import CHAT_COMPLETIONS, BadLine, Entry
 from tandem.offline.members import Answer
 from tandem.output import FINISH_FROM_PB, OutputDelta, TokenLogprobs
 from tandem.pb.v1 import generation_pb2 as pb
+from tandem.prefix_usage import PrefixHit
 from tandem.request import Usage
 from tandem.sampling import bad_param
 from tandem.tokenizer import Tokenizer
@@ -146,7 +147,7 @@ class ServiceAsker:
 
 
 def _usage(usage: pb.Usage) -> Usage:
-    return Usage(usage.prompt, usage.completion, usage.cached, usage.drafted, usage.accepted)
+    return Usage(usage.prompt, usage.completion, PrefixHit.from_pb(usage), usage.drafted, usage.accepted)
 
 
 def _metrics(timings: pb.Timings) -> dict[str, Any]:

@@ -119,6 +119,11 @@ def usage_json(usages: Sequence[Usage], num_choices: int) -> dict[str, Any]:
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(u.cached for u in prompts)},
     }
+    if any(u.cached for u in prompts):  # ours
+        usage["prompt_tokens_details"] |= {
+            "cached_bytes": sum(u.hit.num_bytes for u in prompts),
+            "saved_ms": round(sum(1e3 * u.hit.saved_s for u in prompts), 3),
+        }
     if drafted:
         usage["completion_tokens_details"] = {
             "accepted_prediction_tokens": accepted,

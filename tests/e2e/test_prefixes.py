@@ -96,7 +96,7 @@ async def test_cached_pieces_that_are_corrupt_are_computed(cluster):
         tokens, cached = await say(other, prompts[2:])
         assert cached == [0, 0]
         assert tokens == (await say(cluster, prompts[2:]))[0]
-        assert other.prefills[0].worker._prefixes.stats.num_failures > 0
+        assert other.prefills[0].worker._prefixes.report.num_failures > 0
 
 
 @pytest.mark.redis

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from contextlib import aclosing, asynccontextmanager
+from types import SimpleNamespace
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from decode_worker import publisher
 from kvstore.client import KvClient
@@ -17,6 +20,7 @@ from tandem.geometry import ModelGeometry
 from tandem.rpc import channel
 from tests.checkpoints import save_llama, tiny_llama
 from tests.e2e.harness import (
+    BLOCK_BYTES,
     MIB,
     Result,
     ask,
@@ -32,6 +36,7 @@ from tests.e2e.harness import (
     slow_steps,
     until,
 )
+from tests.web import get, post
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -58,7 +63,7 @@ def publishing(draft="none", stranger=None, publish="all", **parts) -> ClusterCo
 
 
 def stats_of(cluster):
-    return cluster.decodes[0].worker._publisher.stats
+    return cluster.decodes[0].worker._publisher._pieces.report
 
 
 async def say(cluster, prompt, max_tokens, **sampling):
@@ -113,7 +118,7 @@ async def test_the_next_turn_starts_warm_and_says_the_same(draft, stranger, clus
             assert first.token_ids == cold_first.token_ids
             assert second.token_ids == cold_second.token_ids
             assert second.logprobs == cold_second.logprobs
-        assert stats_of(warm).num_pieces == 5  # behind each prompt's two: none, one, one, one and two
+        assert stats_of(warm).num_published == 5  # behind each prompt's two: none, one, one, one and two
         assert stats_of(warm).num_given_up == stats_of(warm).num_failures == 0
 
 
@@ -147,9 +152,9 @@ async def test_tokens_behind_a_stop_are_not_published(cluster):
     async with running(publishing("twin")) as warm:
         first, _ = await say(warm, prompt, 60, stop_token_ids=[mark])
         assert len(first.token_ids) == at + 1
-        assert stats_of(warm).num_pieces == 0
+        assert stats_of(warm).num_published == 0
         longer, _ = await say(warm, (*prompt, *first.token_ids), 60)
-        assert stats_of(warm).num_pieces == whole_pieces(len(prompt) + at + 60) // PIECE - 3
+        assert stats_of(warm).num_published == whole_pieces(len(prompt) + at + 60) // PIECE - 3
         assert longer.token_ids == (await say(cluster, (*prompt, *first.token_ids), 60))[0].token_ids
 
 
@@ -166,7 +171,7 @@ async def test_by_default_only_prompts_are_published():
     async with running(publishing(publish="prompt")) as warm:
         _, _, cached = await two_turns(warm, 60)
         assert cached == whole_pieces(len(PROMPT))
-        assert stats_of(warm).num_sequences == 0
+        assert warm.decodes[0].worker._publisher._pieces is None
 
 
 async def test_cancelled_requests_publish_nothing():
@@ -176,7 +181,7 @@ async def test_cancelled_requests_publish_nothing():
             await read_tokens(call, Result(), 40)
             call.cancel()
         await quiesce(warm)
-        assert stats_of(warm).num_sequences == 0
+        assert stats_of(warm).num_published == 0
 
 
 def client_of(cluster):
@@ -193,9 +198,9 @@ async def test_a_slow_store_delays_nobody_and_lets_go_of_memory_that_is_needed()
             assert warm.decodes[0].worker.audit().owned == one
             await complete(warm, ask(PROMPT, max_tokens=60, ignore_eos=True))
             assert stats_of(warm).num_given_up == 1
-            assert stats_of(warm).num_pieces == 0
+            assert stats_of(warm).num_published == 0
         await quiesce(warm)
-        assert stats_of(warm).num_pieces == 2, "the second one's blocks were needed by nobody"
+        assert stats_of(warm).num_published == 2, "the second one's blocks were needed by nobody"
 
 
 async def test_what_takes_too_long_or_is_too_much_is_given_up(monkeypatch):
@@ -209,7 +214,7 @@ async def test_what_takes_too_long_or_is_too_much_is_given_up(monkeypatch):
             assert all(len(result.token_ids) == 60 for result in results)
             await quiesce(warm)
             stats = stats_of(warm)
-            assert (stats.num_sequences, stats.num_given_up, stats.num_pieces) == (5, 5, 0)
+            assert (stats.num_given_up, stats.num_published) == (5, 0)
 
 
 async def test_a_store_that_takes_nothing_costs_nothing_but_the_next_turns_time(cluster):
@@ -237,10 +242,52 @@ async def test_a_request_that_lost_its_worker_starts_from_what_was_published(clu
             call = open_stream(warm, ask(prompt, max_tokens=60, ignore_eos=True))
             result = await read_tokens(call, Result(), 40)
             [busy] = [server for server in warm.decodes if server.worker.num_running]
-            restored = warm.prefills[0].worker._prefixes.stats
+            restored = warm.prefills[0].worker._prefixes.report
             assert restored.num_tokens == 0
             await crash(busy)
             await drain(call, result)
         assert restored.num_tokens == len(prompt)
         assert result.token_ids == (await say(cluster, prompt, 60))[0].token_ids
         await busy.worker.stop()
+
+
+async def test_what_reuse_brought_is_counted_over_http():
+    """Per request, and per worker: hits, bytes, and time by the measured cost of a prompt token."""
+    async with running(publishing(router={"http_port": 0, "heartbeat_s": 0.05})) as warm:
+        prefill, body = warm.prefills[0].worker, {"max_tokens": 59, "ignore_eos": True, "temperature": 0}
+        await post(warm.http_address, "/v1/completions", {"prompt": list(PROMPT), **body})
+        await quiesce(warm)
+        prefill._runner.cost = SimpleNamespace(per_token_s=0.01, observe=lambda *forward: None)
+        turn = [*PROMPT, *(await say(warm, PROMPT, 59))[0].token_ids, *NEXT]
+        reply = await post(warm.http_address, "/v1/completions", {"prompt": turn, **body})
+        details = reply.json()["usage"]["prompt_tokens_details"]
+        assert (details["cached_tokens"], details["cached_bytes"]) == (128, 8 * BLOCK_BYTES)
+        assert 0 < details["saved_ms"] < 10 * 128
+        metrics = await settled_metrics(warm, prompts=3)
+
+    first, second = "prefill-0", "decode-0"
+    assert metrics["tandem_prefix_prompts_total", first] == 3
+    assert metrics["tandem_prefix_hits_total", first] == 2
+    assert metrics["tandem_prefix_restored_tokens_total", first] == 64 + 128
+    assert metrics["tandem_prefix_restored_bytes_total", first] == 12 * BLOCK_BYTES
+    restore_s = metrics["tandem_prefix_restore_seconds_total", first]
+    assert metrics["tandem_prefix_saved_seconds", first] == pytest.approx(0.01 * (64 + 128) - restore_s)
+    assert metrics["tandem_prefix_published_pieces_total", first] == 2
+    assert metrics["tandem_prefix_published_pieces_total", second] == 4
+    for name in ("given_up", "failures"):
+        assert metrics[f"tandem_prefix_{name}_total", first] == 0
+
+
+async def settled_metrics(cluster, prompts):
+    """(name, worker) → value, once the workers have said what they did last."""
+    for _ in range(100):
+        await quiesce(cluster)
+        text = (await get(cluster.http_address, "/metrics")).body.decode()
+        families = text_string_to_metric_families(text)
+        samples = (sample for family in families for sample in family.samples)
+        found = Counter({(sample.name, sample.labels.get("worker")): sample.value for sample in samples})
+        published = found["tandem_prefix_published_pieces_total", "decode-0"]
+        if found["tandem_prefix_prompts_total", "prefill-0"] == prompts and published == 4:
+            return found
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"the workers' heartbeats do not tell: {found}")

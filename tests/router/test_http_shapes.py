@@ -13,6 +13,7 @@ from router.http.logprobs import LogprobsReader
 from router.http.shapes import CHAT, COMPLETION, Part, usage_json
 from tandem.errors import Cancelled, InvalidRequest, Overloaded, Unauthenticated
 from tandem.output import OutputDelta, TokenLogprobs
+from tandem.prefix_usage import PrefixHit
 from tandem.request import Usage
 
 EURO = "€".encode()
@@ -66,8 +67,8 @@ def test_minus_infinity_is_a_number_that_json_has():
 
 def test_usage_counts_each_prompt_once_and_what_speculation_did():
     usages = [
-        Usage(prompt=7, completion=4, cached=2, drafted=6, accepted=3),
-        Usage(prompt=7, completion=5, cached=2, drafted=2, accepted=1),
+        Usage(prompt=7, completion=4, hit=PrefixHit(2, 64, 0.0015), drafted=6, accepted=3),
+        Usage(prompt=7, completion=5, hit=PrefixHit(2, 64, 0.0015), drafted=2, accepted=1),
         Usage(prompt=3, completion=1),
         Usage(prompt=3, completion=2),
     ]
@@ -75,10 +76,12 @@ def test_usage_counts_each_prompt_once_and_what_speculation_did():
         "prompt_tokens": 10,
         "completion_tokens": 12,
         "total_tokens": 22,
-        "prompt_tokens_details": {"cached_tokens": 2},
+        "prompt_tokens_details": {"cached_tokens": 2, "cached_bytes": 64, "saved_ms": 1.5},
         "completion_tokens_details": {"accepted_prediction_tokens": 4, "rejected_prediction_tokens": 4},
     }
-    assert "completion_tokens_details" not in usage_json(usages[2:], num_choices=2)
+    cold = usage_json(usages[2:], num_choices=2)
+    assert "completion_tokens_details" not in cold
+    assert cold["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
 def test_errors_tell_clients_whether_and_when_to_try_again():

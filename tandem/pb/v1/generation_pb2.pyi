@@ -716,6 +716,8 @@ class Usage(_message.Message):
     DRAFTED_FIELD_NUMBER: _builtins.int
     ACCEPTED_FIELD_NUMBER: _builtins.int
     SPECULATION_FIELD_NUMBER: _builtins.int
+    CACHED_BYTES_FIELD_NUMBER: _builtins.int
+    CACHED_SAVED_MS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.int
     """Prompt tokens."""
     completion: _builtins.int
@@ -726,6 +728,10 @@ class Usage(_message.Message):
     """Tokens proposed by a draft."""
     accepted: _builtins.int
     """Proposed tokens that the target accepted."""
+    cached_bytes: _builtins.int
+    """Bytes of the KV of those cached tokens."""
+    cached_saved_ms: _builtins.float
+    """Estimated prefill time that the cached tokens saved, less the time to restore them."""
     @_builtins.property
     def speculation(self) -> Global___SpeculationUsage:
         """What speculation did, where the decode worker speculates."""
@@ -739,10 +745,12 @@ class Usage(_message.Message):
         drafted: _builtins.int = ...,
         accepted: _builtins.int = ...,
         speculation: Global___SpeculationUsage | None = ...,
+        cached_bytes: _builtins.int = ...,
+        cached_saved_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["speculation", b"speculation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cached", b"cached", "completion", b"completion", "drafted", b"drafted", "prompt", b"prompt", "speculation", b"speculation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cached", b"cached", "cached_bytes", b"cached_bytes", "cached_saved_ms", b"cached_saved_ms", "completion", b"completion", "drafted", b"drafted", "prompt", b"prompt", "speculation", b"speculation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

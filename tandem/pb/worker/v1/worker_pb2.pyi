@@ -201,6 +201,8 @@ class OutputDelta(_message.Message):
     ACCEPTED_FIELD_NUMBER: _builtins.int
     SPECULATION_FIELD_NUMBER: _builtins.int
     CACHED_FIELD_NUMBER: _builtins.int
+    CACHED_BYTES_FIELD_NUMBER: _builtins.int
+    CACHED_SAVED_MS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text they add."""
     finish_reason: _generation_pb2.FinishReason.ValueType
@@ -215,6 +217,10 @@ class OutputDelta(_message.Message):
     """Draft tokens among those proposed that were accepted."""
     cached: _builtins.int
     """With the first token: prompt tokens whose KV was cached and not computed."""
+    cached_bytes: _builtins.int
+    """Bytes of their KV."""
+    cached_saved_ms: _builtins.float
+    """Estimated time of computing them, less the time to restore them."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens."""
@@ -240,10 +246,12 @@ class OutputDelta(_message.Message):
         accepted: _builtins.int = ...,
         speculation: _generation_pb2.SpeculationUsage | None = ...,
         cached: _builtins.int = ...,
+        cached_bytes: _builtins.int = ...,
+        cached_saved_ms: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["matched_stop", b"matched_stop", "speculation", b"speculation", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cached", b"cached", "drafted", b"drafted", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "matched_stop", b"matched_stop", "speculation", b"speculation", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "cached", b"cached", "cached_bytes", b"cached_bytes", "cached_saved_ms", b"cached_saved_ms", "drafted", b"drafted", "finish_reason", b"finish_reason", "logprobs", b"logprobs", "matched_stop", b"matched_stop", "speculation", b"speculation", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_matched_stop: _TypeAlias = _typing.Literal["stop_string", "stop_token_id"]  # noqa: Y015
     _WhichOneofArgType_matched_stop: _TypeAlias = _typing.Literal["matched_stop", b"matched_stop"]  # noqa: Y015
@@ -598,6 +606,7 @@ class HeartbeatRequest(_message.Message):
     NUM_WAITING_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
     SPECULATION_FIELD_NUMBER: _builtins.int
+    PREFIXES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Who."""
     incarnation: _builtins.str
@@ -614,6 +623,10 @@ class HeartbeatRequest(_message.Message):
     def speculation(self) -> Global___SpeculationReport:
         """From a worker that speculates."""
 
+    @_builtins.property
+    def prefixes(self) -> Global___PrefixReport:
+        """From a worker that restores or publishes cached prefixes."""
+
     def __init__(
         self,
         *,
@@ -624,14 +637,69 @@ class HeartbeatRequest(_message.Message):
         num_waiting: _builtins.int = ...,
         draining: _builtins.bool = ...,
         speculation: Global___SpeculationReport | None = ...,
+        prefixes: Global___PrefixReport | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["speculation", b"speculation"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prefixes", b"prefixes", "speculation", b"speculation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "incarnation", b"incarnation", "num_running", b"num_running", "num_waiting", b"num_waiting", "speculation", b"speculation", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "incarnation", b"incarnation", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefixes", b"prefixes", "speculation", b"speculation", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HeartbeatRequest: _TypeAlias = HeartbeatRequest  # noqa: Y015
+
+@_typing.final
+class PrefixReport(_message.Message):
+    """What cached prefixes brought one worker since it started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROMPTS_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    RESTORE_S_FIELD_NUMBER: _builtins.int
+    SAVED_S_FIELD_NUMBER: _builtins.int
+    PUBLISHED_FIELD_NUMBER: _builtins.int
+    GIVEN_UP_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
+    prompts: _builtins.int
+    """Prompts long enough to look for a cached beginning."""
+    hits: _builtins.int
+    """Prompts of which something was restored."""
+    tokens: _builtins.int
+    """Tokens restored and not computed."""
+    bytes: _builtins.int
+    """Bytes of their KV."""
+    restore_s: _builtins.float
+    """Time spent on restoring."""
+    saved_s: _builtins.float
+    """Estimated time of computing what was restored, less the time to restore it."""
+    published: _builtins.int
+    """Pieces published."""
+    given_up: _builtins.int
+    """Finished sequences whose publishing was given up: too many, too slow, or their blocks were needed."""
+    failures: _builtins.int
+    """Finding, restoring or publishing that the store ended."""
+    def __init__(
+        self,
+        *,
+        prompts: _builtins.int = ...,
+        hits: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        bytes: _builtins.int = ...,
+        restore_s: _builtins.float = ...,
+        saved_s: _builtins.float = ...,
+        published: _builtins.int = ...,
+        given_up: _builtins.int = ...,
+        failures: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "failures", b"failures", "given_up", b"given_up", "hits", b"hits", "prompts", b"prompts", "published", b"published", "restore_s", b"restore_s", "saved_s", b"saved_s", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixReport: _TypeAlias = PrefixReport  # noqa: Y015
 
 @_typing.final
 class SpeculationReport(_message.Message):
