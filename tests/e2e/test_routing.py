@@ -19,7 +19,8 @@ async def worker_of(cluster, session: str) -> str:
     stub = generation_pb2_grpc.GenerationServiceStub(cluster.channel)
     message = pb.StreamGenerateRequest(input=ask("x", max_tokens=2))
     call = stub.StreamGenerate(message, timeout=PATIENCE_S, metadata=(("x-session-id", session),))
-    return (await anext(aiter(call))).admitted.decode_worker
+    events = [event async for event in call]  # to its end: what is held up later is held up alone
+    return events[0].admitted.decode_worker
 
 
 async def http_worker_of(cluster, session_header: str, body: str) -> str:
