@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import aclosing
+from collections.abc import Iterator, Sequence
+from contextlib import aclosing, contextmanager
 
 from decode_worker.sequence import DecodeSequence, Started
 from kvstore.client import KvClient
@@ -41,38 +42,67 @@ class KvRestorer:
         self._draft_cache = draft_cache
         self._codec = codec  # the writer's too: it is part of the fingerprint
 
-    async def restore(self, sequence: DecodeSequence) -> Started:
-        """Place the KV of all tokens but the last; that of a draft model too, if it came and is sound.
+    @property
+    def may_follow(self) -> bool:
+        """Whether KV is worth fetching while it is written. What can be mapped is there at once when it is
+        complete."""
+        return not self._client.may_map
+
+    async def follow(self, work: Work, handle: KvHandle, blocks: Sequence[int]) -> int:
+        """Place the KV of all tokens as the store gets it; nanoseconds spent on placing it.
+
+        Raises what `restore` raises.
+        """
+        _check(handle, work, len(work.token_ids))
+        with self._held(work):
+            return await self._place(work, handle, blocks, self._cache, follow=True)
+
+    async def restore(self, sequence: DecodeSequence, *, has_kv: bool = False) -> Started:
+        """Place the KV of all tokens but the last, unless it is there; that of a draft model too, if it came
+        and is sound.
 
         Raises `TandemError`: STALE_HANDLE, NO_SUCH_HANDLE, STORE_DOWN, or KV_CORRUPT from the client;
         FINGERPRINT_MISMATCH or STALE_HANDLE if the handle is not of this request's KV.
         """
-        work = sequence.work
-        _check(sequence.handle, work)
-        self._pool.hold(work.request_id, HOLD, generation=work.epoch)
-        try:
+        work, handle = sequence.work, sequence.handle
+        _check(handle, work, len(work.token_ids) - 1)
+        with self._held(work):
             started_ns = time.monotonic_ns()
-            await self._place(sequence, sequence.handle, self._cache)
-            if sequence.handle.draft is not None and self._draft_cache is not None:
-                await self._place_draft(sequence, sequence.handle.draft, self._draft_cache)
+            if not has_kv:
+                await self._place(work, handle, sequence.blocks, self._cache)
+            if handle.draft is not None and self._draft_cache is not None:
+                await self._place_draft(sequence, handle.draft, self._draft_cache)
             done_ns = time.monotonic_ns()
-        finally:
-            self._pool.release(work.request_id, generation=work.epoch, hold=HOLD)
         return Started(started_ns - sequence.arrived_ns, done_ns - started_ns)
 
-    async def _place(self, sequence: DecodeSequence, handle: KvHandle, cache: PagedCache) -> None:
-        async with aclosing(self._client.get(handle, _holder(sequence))) as chunks:
+    @contextmanager
+    def _held(self, work: Work) -> Iterator[None]:
+        self._pool.hold(work.request_id, HOLD, generation=work.epoch)
+        try:
+            yield
+        finally:
+            self._pool.release(work.request_id, generation=work.epoch, hold=HOLD)
+
+    async def _place(
+        self, work: Work, handle: KvHandle, blocks: Sequence[int], cache: PagedCache, *, follow: bool = False
+    ) -> int:
+        """Nanoseconds spent on placing what came."""
+        spent_ns = 0
+        async with aclosing(self._client.get(handle, _holder(work), follow=follow)) as chunks:
             async for chunk, payload in chunks:
-                blocks = sequence.blocks[chunk.block_start : chunk.block_start + chunk.num_blocks]
+                began_ns = time.monotonic_ns()
+                chosen = blocks[chunk.block_start : chunk.block_start + chunk.num_blocks]
                 await to_thread_to_end(
-                    import_kv, cache, blocks, payload, chunk.layer_start, chunk.num_layers, self._codec
+                    import_kv, cache, chosen, payload, chunk.layer_start, chunk.num_layers, self._codec
                 )
+                spent_ns += time.monotonic_ns() - began_ns
+        return spent_ns
 
     async def _place_draft(self, sequence: DecodeSequence, handle: KvHandle, cache: PagedCache) -> None:
         """Without it the draft reads the prompt by itself."""
         try:
-            _check(handle, sequence.work, "draft")
-            await self._place(sequence, handle, cache)
+            _check(handle, sequence.work, len(sequence.work.token_ids) - 1, "draft")
+            await self._place(sequence.work, handle, sequence.blocks, cache)
         except TandemError as error:
             log.warning("the draft's KV of %s did not come: %s", sequence.work.request_id, error.reason)
             return
@@ -87,14 +117,13 @@ class KvRestorer:
             log.warning("could not release stored KV: %s", error.reason)
 
 
-def _check(handle: KvHandle, work: Work, model: str = "target") -> None:
+def _check(handle: KvHandle, work: Work, needed: int, model: str = "target") -> None:
     """KV of other tokens or of another build would become wrong text."""
     if handle.fingerprint != work.fingerprint:
         raise FailedPrecondition("FINGERPRINT_MISMATCH", "prefill and decode builds differ")
-    needed = len(work.token_ids) - 1
     if handle.num_tokens != needed or handle.object_id != object_id_of("", work.request_id, model):
         raise FailedPrecondition("STALE_HANDLE", f"handle is not of the {needed} tokens to continue from")
 
 
-def _holder(sequence: DecodeSequence) -> str:
-    return f"{sequence.work.request_id}/{sequence.work.epoch}"
+def _holder(work: Work) -> str:
+    return f"{work.request_id}/{work.epoch}"

@@ -23,6 +23,7 @@ class Started:
 
     kv_wait_ns: int
     kv_read_ns: int
+    prefetch_ns: int = 0  # spent before that on placing what came while the prompt was computed
 
 
 Event = Started | OutputDelta | TandemError

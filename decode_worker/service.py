@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import grpc
@@ -49,6 +51,7 @@ class Session:
         self._worker = worker
         self._fingerprint = fingerprint
         self._sequences: dict[tuple[str, int], DecodeSequence] = {}
+        self._prefetched: set[tuple[str, int]] = set()  # and not started
         self.outbox: asyncio.Queue[pb.DecodeResponse | None] = asyncio.Queue()
 
     async def read(self, requests: AsyncIterator[pb.DecodeRequest]) -> None:
@@ -58,6 +61,8 @@ class Session:
                 match request.WhichOneof("command"):
                     case "start":
                         self._start(request.start)
+                    case "prefetch":
+                        self._prefetch(request.prefetch)
                     case "cancel":
                         self._cancel((request.cancel.request_id, request.cancel.epoch))
         finally:
@@ -66,12 +71,15 @@ class Session:
     def close(self) -> None:
         for sequence in self._sequences.values():
             self._worker.cancel(sequence)
+        for key in self._prefetched:
+            self._worker.cancel_prefetch(key)
 
     def _start(self, order: pb.StartDecode) -> None:
         key = (order.work.request_id, order.work.epoch)
         if key in self._sequences:
             log.warning("ignored a second order to decode %s, attempt %d", *key)
             return
+        self._prefetched.discard(key)
         try:
             if order.work.fingerprint != self._fingerprint:
                 raise FailedPrecondition("FINGERPRINT_MISMATCH", "prefill and decode builds differ")
@@ -84,7 +92,18 @@ class Session:
             log.exception("could not start %s (%s)", key[0], bug.error_id)
             self.outbox.put_nowait(pb.DecodeResponse(events=[_failed(key, bug)]))
 
+    def _prefetch(self, order: pb.PrefetchKv) -> None:
+        """An order that makes no sense is one to decode later, which says so."""
+        with suppress(TandemError):
+            work, handle = Work.from_pb(order.work), KvHandle.from_pb(order.handle)
+            if work.fingerprint == self._fingerprint:
+                self._prefetched.add(work.key)
+                self._worker.prefetch(work, handle)
+
     def _cancel(self, key: tuple[str, int]) -> None:
+        if key in self._prefetched:
+            self._prefetched.discard(key)
+            self._worker.cancel_prefetch(key)
         if sequence := self._sequences.pop(key, None):
             self._worker.cancel(sequence)
 
@@ -99,7 +118,7 @@ class Session:
 def _to_pb(key: tuple[str, int], event: Event) -> pb.SequenceEvent:
     match event:
         case Started():
-            started = pb.DecodeStarted(kv_wait_ns=event.kv_wait_ns, kv_read_ns=event.kv_read_ns)
+            started = pb.DecodeStarted(**asdict(event))
             return pb.SequenceEvent(request_id=key[0], epoch=key[1], started=started)
         case OutputDelta():
             return pb.SequenceEvent(request_id=key[0], epoch=key[1], output=event.to_pb())

@@ -20,6 +20,7 @@ from collections import deque
 from dataclasses import replace
 
 from decode_worker.decoder import Advance, Decoder, PlainDecoder
+from decode_worker.prefetch import Prefetches
 from decode_worker.publisher import Publisher
 from decode_worker.reservation import Reservations
 from decode_worker.restore import KvRestorer
@@ -62,6 +63,7 @@ class DecodeWorker:
         self._restorer = restorer
         self._publisher = Publisher(pieces, model.cache, pool, self._note_freed)
         self._reservations = Reservations(pool, self._publisher.give_up)
+        self._prefetches = Prefetches(pool, self._reservations, restorer)
         self._decoder = decoder or PlainDecoder(model)
         self._scheduler = DecodeScheduler(config.max_batch)
         self._inbox: deque[DecodeSequence] = deque()  # KV in place, not yet in the scheduler
@@ -80,7 +82,7 @@ class DecodeWorker:
 
     @property
     def num_waiting(self) -> int:
-        return self._scheduler.num_waiting + len(self._restoring) + len(self._inbox)
+        return self._scheduler.num_waiting + len(self._restoring) + len(self._inbox) + len(self._prefetches)
 
     def audit(self) -> PoolAudit:
         return self._pool.audit()
@@ -105,6 +107,18 @@ class DecodeWorker:
         task.add_done_callback(lambda task: self._restored(sequence, task))
         return sequence
 
+    def prefetch(self, work: Work, handle: KvHandle) -> None:
+        """Fetch KV while its prompt is computed. Call on the event loop; `start` or `cancel_prefetch` comes.
+
+        What fails later is done again by `start`. Raises NEVER_FITS.
+        """
+        if not self._draining:
+            self._reservations.check_fits(work)
+            self._prefetches.start(work, handle)
+
+    def cancel_prefetch(self, key: tuple[str, int]) -> None:
+        self._prefetches.give_up(key)
+
     def cancel(self, sequence: DecodeSequence) -> None:
         """Stop working on a sequence and free what it holds. Call on the event loop."""
         sequence.is_cancelled = True
@@ -115,6 +129,7 @@ class DecodeWorker:
     async def stop(self) -> None:
         """End every sequence, then the step thread."""
         self._draining = True
+        await self._prefetches.stop()
         for task in list(self._restoring.values()):
             task.cancel()
         while tasks := [*self._restoring.values(), *self._releases]:
@@ -130,8 +145,7 @@ class DecodeWorker:
     async def _restore(self, sequence: DecodeSequence) -> None:
         try:
             async with asyncio.timeout_at(sequence.work.deadline_s):
-                sequence.blocks = await self._reservations.take(sequence.work)
-                started = await self._restorer.restore(sequence)
+                started = await self._prefetches.fetch(sequence)
         except asyncio.CancelledError:
             self._free(sequence)
             raise

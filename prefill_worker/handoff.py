@@ -1,7 +1,8 @@
 """Sends a prompt's KV to the store while the rest of the prompt is still being computed.
 
 One `Handoff` per prompt, living on the event loop. The compute thread says how many tokens are done;
-full blocks leave at once, the last one when the prompt is complete. The blocks stay in the pool under
+full blocks leave at once, the last one when the prompt is complete. Those of a long chunk leave layer by
+layer while the chunk is computed. The blocks stay in the pool under
 a hold of their own until the store has them, whatever happens to the request meanwhile.
 
 When the object is sealed, the pieces of the prompt's beginning are published for others
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 from kvstore.client import KvClient
 from kvstore.key import KvHandle
 from kvstore.pieces import PieceFormat, Pieces
-from prefill_worker.job import PrefillJob
+from prefill_worker.job import KvOpened, PrefillJob
 from prefill_worker.prefixes import PrefixCache
 from prefill_worker.sender import DraftSender, Format, ObjectSender
 from tandem.config import ClusterConfig
@@ -30,6 +31,7 @@ from tandem.errors import Internal, TandemError
 
 log = logging.getLogger(__name__)
 HOLD = "handoff"
+POLL_S = 0.002  # between two looks at the layers of a running forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class HandoffContext:
     cache: PagedCache
     pool: BlockPool
     form: Format
+    overlap_tokens: int = 0  # chunks so long leave layer by layer; 0: none do
     draft_cache: PagedCache | None = None
     prefixes: PrefixCache | None = None
 
@@ -56,8 +59,9 @@ class HandoffContext:
         cache, draft_cache = engine.model.cache, engine.draft.cache if engine.draft else None
         pieces = Pieces(client, PieceFormat.of(config, cache.geometry, fingerprint))
         prefixes = PrefixCache(client, cache, pieces)
-        keeps_prefixes = config.cache.prefix_bytes > 0
-        return cls(client, cache, engine.pool, form, draft_cache, prefixes if keeps_prefixes else None)
+        keeps_prefixes, overlap = config.cache.prefix_bytes > 0, config.kvstore.overlap_tokens
+        kept = prefixes if keeps_prefixes else None
+        return cls(client, cache, engine.pool, form, overlap, draft_cache, kept)
 
 
 async def release_handle(client: KvClient, handle: KvHandle) -> None:
@@ -67,6 +71,14 @@ async def release_handle(client: KvClient, handle: KvHandle) -> None:
             await client.release(each)
     except TandemError as error:
         log.warning("could not release stored KV: %s", error.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """The KV of the first tokens is in the cache, or a forward is under way that puts it there."""
+
+    num_tokens: int
+    is_under_way: bool = False
 
 
 class Handoff:
@@ -83,17 +95,17 @@ class Handoff:
         self._job = job
         self._blocks = blocks
         self._on_end = on_end
-        self._progress: asyncio.Queue[int | None] = asyncio.Queue()  # tokens computed; None: give up
+        self._steps: asyncio.Queue[Step | None] = asyncio.Queue()  # None: give up
         self._task = asyncio.get_running_loop().create_task(self._run())
 
-    def advance(self, num_computed: int) -> None:
-        """The KV of the first `num_computed` tokens is in the cache."""
-        self._progress.put_nowait(num_computed)
+    def advance(self, step: Step) -> None:
+        """What the compute thread has done, or is about to do with `layers_written` of the cache at 0."""
+        self._steps.put_nowait(step)
 
     def give_up(self) -> None:
         """Nobody needs this KV: the store forgets it."""
         self._job.is_cancelled = True
-        self._progress.put_nowait(None)
+        self._steps.put_nowait(None)
 
     async def wait(self) -> None:
         """Until the hand-off has ended, one way or the other."""
@@ -127,8 +139,8 @@ class Handoff:
 
     async def _send(self) -> KvHandle | None:
         """Send blocks as they become complete, then seal. None if the hand-off was given up."""
-        num_computed = await self._progress.get()
-        if num_computed is None:
+        step = await self._steps.get()
+        if step is None:
             return None
         context, blocks = self._context, self._blocks
         ends = context.client, context.form, self._job
@@ -136,16 +148,32 @@ class Handoff:
             ObjectSender(*ends, context.cache, blocks) as target,
             DraftSender(*ends, context.draft_cache, blocks) as draft,
         ):
-            while num_computed is not None:
-                num_ready = self._num_ready(num_computed)
-                await target.send(num_ready)
-                await draft.send(num_ready)
+            if step != Step(self._job.num_tokens) and self._job.num_left:
+                self._job.emit(KvOpened(target.handle))
+            while step is not None:
+                num_ready = self._num_ready(step.num_tokens)
+                if step.is_under_way:
+                    await self._send_layers(target, num_ready)
+                else:
+                    await target.send(num_ready)
+                    await draft.send(num_ready)
                 if self._job.is_cancelled:
                     return None
-                if num_ready == len(blocks):
+                if num_ready == len(blocks) and not step.is_under_way:
                     return replace(await target.seal(), draft=await draft.seal())
-                num_computed = await self._progress.get()
+                step = await self._steps.get()
         return None
+
+    async def _send_layers(self, target: ObjectSender, num_ready: int) -> None:
+        """Blocks that a forward is filling, in the layers it has done, until it is over."""
+        cache, num_sent = self._context.cache, 0
+        while self._steps.empty() and num_sent < cache.geometry.num_layers:
+            num_written = cache.layers_written
+            if num_written > num_sent:
+                await target.send(num_ready, num_written)
+                num_sent = num_written
+            else:
+                await asyncio.sleep(POLL_S)
 
     def _num_ready(self, num_computed: int) -> int:
         """Blocks that will not change any more."""

@@ -1,12 +1,13 @@
-"""All hand-offs of a worker. Lives on the event loop."""
+"""All hand-offs of a worker: told by the compute thread what is done, running on the event loop."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from prefill_worker.handoff import Handoff, HandoffContext, release_handle
+from prefill_worker.handoff import HOLD, Handoff, HandoffContext, Step, release_handle
 from prefill_worker.job import PrefillJob
+from prefill_worker.runner import Chunk
 
 
 class Handoffs:
@@ -17,17 +18,49 @@ class Handoffs:
         self._on_end = on_end
         self._running: dict[PrefillJob, Handoff] = {}
         self._releases: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
 
     def __len__(self) -> int:
         return len(self._running)
 
-    def start(self, job: PrefillJob, blocks: tuple[int, ...]) -> None:
+    # --- compute thread ---
+
+    def begin(self, chunks: Sequence[Chunk]) -> None:
+        """A forward over these chunks is next: the long ones leave while it runs."""
+        leaving = [chunk for chunk in chunks if self._leaves_early(chunk)]
+        if leaving:
+            self._context.cache.layers_written = 0
+        for chunk in leaving:
+            self._tell(chunk.job, Step(chunk.job.num_computed + chunk.num_tokens, is_under_way=True))
+
+    def advance(self, job: PrefillJob) -> None:
+        """What is computed of the prompt may leave."""
+        self._tell(job, Step(job.num_computed))
+
+    def give_up_soon(self, job: PrefillJob) -> None:
+        self._loop.call_soon_threadsafe(self.give_up, job)
+
+    def _leaves_early(self, chunk: Chunk) -> bool:
+        """A prompt that ends with its first token needs no KV at all."""
+        least, work = self._context.overlap_tokens, chunk.job.work
+        return 0 < least <= chunk.num_tokens and work.max_total_tokens > chunk.job.num_tokens + 1
+
+    def _tell(self, job: PrefillJob, step: Step) -> None:
+        if not job.is_handed_off:
+            self._context.pool.hold(job.work.request_id, HOLD, generation=job.work.epoch)
+            job.is_handed_off = True
+            self._loop.call_soon_threadsafe(self._start, job, tuple(job.blocks))
+        self._loop.call_soon_threadsafe(self._advance, job, step)
+
+    # --- event loop ---
+
+    def _start(self, job: PrefillJob, blocks: tuple[int, ...]) -> None:
         """Send the KV in these blocks, which carry a hold of the hand-off's own."""
         self._running[job] = Handoff(self._context, job, blocks, self._ended)
 
-    def advance(self, job: PrefillJob, num_computed: int) -> None:
+    def _advance(self, job: PrefillJob, step: Step) -> None:
         if job in self._running:
-            self._running[job].advance(num_computed)
+            self._running[job].advance(step)
 
     def give_up(self, job: PrefillJob) -> None:
         if job in self._running:

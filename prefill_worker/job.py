@@ -12,7 +12,15 @@ from tandem.output import OutputDelta
 from tandem.prefix_usage import NO_HIT, PrefixHit
 from tandem.work import Work
 
-Event = OutputDelta | KvHandle | TandemError
+
+@dataclass(frozen=True, slots=True)
+class KvOpened:
+    """The KV is on its way to the store under that name."""
+
+    handle: KvHandle
+
+
+Event = OutputDelta | KvOpened | KvHandle | TandemError
 
 
 @dataclass(slots=True, eq=False)
@@ -30,6 +38,7 @@ class PrefillJob:
     pieces: Sequence[KvHandle] = ()  # of its beginning, cached in the store
     hit: PrefixHit = NO_HIT  # what of the prompt came from there
     num_overtaken: int = 0  # batches of younger prompts that started while there was no memory for this one
+    send_ns: int = 0  # time spent on sending the KV, most of it while the rest was computed
     handle: KvHandle | None = None  # once the store has sealed the KV
     has_draft_kv: bool = True  # as far as the draft model, if there is one, could follow
     is_handed_off: bool = False  # a hand-off holds the blocks too

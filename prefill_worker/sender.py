@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -59,7 +60,8 @@ class ObjectSender:
         self._job = job
         self._cache = cache
         self._blocks = blocks
-        self._num_sent = 0
+        self._num_sent = 0  # blocks
+        self._layers_sent = 0  # of the blocks behind those
         self._writer: KvWriter = client.put(self._header())
 
     async def __aenter__(self) -> Self:
@@ -71,14 +73,27 @@ class ObjectSender:
     ) -> None:
         await self._writer.__aexit__(kind, error, trace)
 
-    async def send(self, num_ready: int) -> None:
-        """Everything up to that block that has not been sent; stops early when nobody wants it any more."""
-        layers, size = self._cache.geometry.num_layers, self._cache.block_bytes
-        for part in parts_of(layers, size, self._form.chunk_bytes, self._num_sent, num_ready):
+    @property
+    def handle(self) -> KvHandle:
+        """The object's name, before it can be read."""
+        return self._writer.handle
+
+    async def send(self, num_ready: int, num_layers: int | None = None) -> None:
+        """What was not sent up to that block, in all or the first layers; stops early when nobody wants it.
+
+        After some layers the next call is for more layers of the same blocks.
+        """
+        began_ns = time.monotonic_ns()
+        most, size = self._cache.geometry.num_layers, self._cache.block_bytes
+        layers = range(self._layers_sent, most if num_layers is None else num_layers)
+        for part in parts_of(most, size, self._form.chunk_bytes, self._num_sent, num_ready, layers):
             if self._job.is_cancelled:
                 return
             await self._send_part(part)
-        self._num_sent = num_ready
+        self._layers_sent = layers.stop % most
+        if not self._layers_sent:
+            self._num_sent = num_ready
+        self._job.send_ns += time.monotonic_ns() - began_ns
 
     async def seal(self) -> KvHandle:
         return await self._writer.seal()

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from kvstore.key import KvHandle
-from prefill_worker.job import Event
+from prefill_worker.job import Event, KvOpened
 from prefill_worker.worker import PrefillWorker
 from tandem.errors import FailedPrecondition, TandemError
 from tandem.pb.worker.v1 import worker_pb2 as pb
@@ -36,8 +36,12 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
                 event = await events.get()
                 if isinstance(event, TandemError):
                     raise event
+                if isinstance(event, KvOpened):
+                    yield pb.PrefillResponse(kv_opened=pb.KvOpened(handle=event.handle.to_pb()))
+                    continue
                 if isinstance(event, KvHandle):
-                    yield pb.PrefillResponse(kv_sealed=pb.KvSealed(handle=event.to_pb()))
+                    sealed = pb.KvSealed(handle=event.to_pb(), send_ns=job.send_ns)
+                    yield pb.PrefillResponse(kv_sealed=sealed)
                     return
                 yield pb.PrefillResponse(first_token=event.to_pb())
                 if event.finish is not None:

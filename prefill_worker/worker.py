@@ -6,7 +6,7 @@ The life of a prompt here:
  2. It waits in its length bucket, briefly, for company.
  3. Blocks for all of its tokens are taken from the pool, or it goes on waiting. What is cached is placed.
  4. It is computed in chunks of at most the token budget; a long prompt takes turns with short ones.
- 5. After each chunk the hand-off sends the finished blocks to the store.
+ 5. After each chunk, and during a long one, the hand-off sends what is finished to the store.
  6. The first token is sampled and emitted at once. If it ends the request, the KV is not needed.
  7. The hand-off seals the object and emits its handle; the blocks go back to the pool.
 A prompt that is cancelled, late or fails leaves at the next of these steps and frees what it holds.
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from prefill_worker.buckets import LengthBuckets
-from prefill_worker.handoff import HOLD, HandoffContext
+from prefill_worker.handoff import HandoffContext
 from prefill_worker.handoffs import Handoffs
 from prefill_worker.job import Event, PrefillJob
 from prefill_worker.runner import Chunk, PrefillRunner
@@ -71,7 +71,7 @@ class PrefillWorker:
         self._long: deque[PrefillJob] = deque()  # prompts with chunks left
         self._inbox: deque[PrefillJob] = deque()
         self._restored: deque[PrefillJob] = deque()  # with the cached part of their prompt in the pool
-        self._handoffs = Handoffs(handoff, self._notify)  # event loop only
+        self._handoffs = Handoffs(handoff, self._notify)
         self._prefixes = handoff.prefixes  # event loop only
         self._wake = threading.Condition()
         self._stopping = False
@@ -195,6 +195,7 @@ class PrefillWorker:
         if not chunks:
             return
         try:
+            self._handoffs.begin(chunks)
             tokens = self._runner.run(chunks)
         except Exception as error:
             self._fail([chunk.job for chunk in chunks], error)
@@ -246,7 +247,7 @@ class PrefillWorker:
         except Exception as error:
             self._fail([job], error)
             return
-        self._advance_handoff(job)
+        self._handoffs.advance(job)
         if job.num_left == 0:
             self._free(job)
 
@@ -284,17 +285,10 @@ class PrefillWorker:
         """The prompt leaves: its hand-off gives up, its blocks are free once nobody reads them."""
         job.is_cancelled = True
         if job.is_handed_off:
-            self._loop.call_soon_threadsafe(self._handoffs.give_up, job)
+            self._handoffs.give_up_soon(job)
         self._free(job)
 
     def _free(self, job: PrefillJob) -> None:
         if job.blocks:
             self._pool.release(job.work.request_id, generation=job.work.epoch)
             job.blocks = []
-
-    def _advance_handoff(self, job: PrefillJob) -> None:
-        if not job.is_handed_off:
-            self._pool.hold(job.work.request_id, HOLD, generation=job.work.epoch)
-            job.is_handed_off = True
-            self._loop.call_soon_threadsafe(self._handoffs.start, job, tuple(job.blocks))
-        self._loop.call_soon_threadsafe(self._handoffs.advance, job, job.num_computed)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client import disable_created_metrics as leave_out_created_series
@@ -16,11 +15,11 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from tandem.errors import TandemError
-from tandem.request import Timings, Usage
+from tandem.request import Mark, Timings, Usage
 
 # 1-2-5 steps from 1 ms to 120 s: the same relative error everywhere.
 SECONDS = (*(m * 10.0**e for e in (-3, -2, -1, 0, 1) for m in (1, 2, 5)), 100.0, 120.0)
-STAGES = tuple(f.name.removesuffix("_ms") for f in fields(Timings) if f.name != "total_ms")
+STAGES = tuple(mark.value.removesuffix("_ms") for mark in Mark)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 

@@ -99,6 +99,16 @@ class Timings:
     first_decode_ms: float = 0.0  # KV in place → second token
     decode_ms: float = 0.0  # second token → last token
     total_ms: float = 0.0
+    transfer_ms: float = 0.0  # spent on sending and fetching KV, whether or not anybody waited for it
+
+    @property
+    def transfer_hidden(self) -> float:
+        """The share of `transfer_ms` that ran while prefill still computed, in [0, 1].
+
+        What the client waited for beyond the transfer itself counts against it.
+        """
+        waited_ms = self.kv_write_ms + self.kv_wait_ms + self.kv_read_ms
+        return max(0.0, 1 - waited_ms / self.transfer_ms) if self.transfer_ms else 0.0
 
 
 class Mark(Enum):
@@ -127,6 +137,7 @@ class Lifecycle:
         self.stamps: list[tuple[RequestStatus, float]] = [(self.status, self.received_s)]
         self._last_mark_s = self.received_s
         self._parts_s = dict.fromkeys(Mark, 0.0)
+        self._transfer_ns = 0
 
     def to(self, status: RequestStatus) -> None:
         """Move to `status`; a move the table does not list is a bug and raises ValueError."""
@@ -141,10 +152,14 @@ class Lifecycle:
         self._parts_s[mark] += now_s - self._last_mark_s
         self._last_mark_s = now_s
 
+    def note_transfer(self, spent_ns: int) -> None:
+        """So much more time was spent on sending or fetching KV."""
+        self._transfer_ns += spent_ns
+
     def timings(self) -> Timings:
         """The parts so far; `total_ms` is their sum by construction."""
         parts = {mark.value: 1e3 * seconds for mark, seconds in self._parts_s.items()}
-        return Timings(**parts, total_ms=sum(parts.values()))
+        return Timings(**parts, total_ms=sum(parts.values()), transfer_ms=self._transfer_ns / 1e6)
 
 
 @dataclass(frozen=True, slots=True)

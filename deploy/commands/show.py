@@ -50,6 +50,9 @@ def show_timings(finished: pb.Finished, console: Console) -> None:
     table.add_column("", style="dim")
     for name, field, meaning in STAGES:
         table.add_row(name, f"{getattr(finished.timings, field):.1f}", meaning)
+    if hidden := finished.timings.transfer_hidden:
+        what = f"of {finished.timings.transfer_ms:.1f} ms of transfer hidden behind prefill"
+        table.add_row("", f"{100 * hidden:.0f} %", what)
     usage, total_ms = finished.usage, finished.timings.total_ms
     table.add_row("total", f"{total_ms:.1f}", f"{usage.prompt} prompt + {usage.completion} output tokens")
     console.print(table)

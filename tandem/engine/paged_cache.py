@@ -41,6 +41,7 @@ class PagedCache:
         first = torch.arange(2 * geometry.num_kv_heads, device=device) * (num_blocks + 1)
         self._first_block_of_head = first.view(2, 1, -1, 1)  # [kv, rows, kv_heads, blocks] int64
         self._scratch = self._data.new_empty(0)
+        self._layers_written = np.zeros(1, np.int32)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,12 +61,28 @@ class PagedCache:
         """Bytes of one block across all layers."""
         return self._data[:, :, :, 0].numel() * self._data.element_size()
 
+    @property
+    def layers_written(self) -> int:
+        """Layers whose keys and values the forward that runs now has stored, for all of its rows. Whoever
+        wants to know sets it to 0 before that forward. Any thread may look."""
+        return int(self._layers_written[0])
+
+    @layers_written.setter
+    def layers_written(self, count: int) -> None:
+        self._layers_written[0] = count
+
+    @property
+    def progress_address(self) -> int:
+        """Of the int32 behind `layers_written`, for kernels that store it."""
+        return self._layers_written.ctypes.data
+
     def write(self, layer: int, slot_mapping: torch.Tensor, kv: torch.Tensor) -> None:
         """Store new keys and values, one slot per row.
 
         `slot_mapping` is [rows] int64; `kv` [rows, 2 · kv_heads, head_dim] has the keys' heads first.
         """
         self._slots[layer].index_copy_(1, slot_mapping, kv.transpose(0, 1))
+        self.layers_written = layer + 1
 
     def clear(self, block_ids: torch.Tensor) -> None:
         """Zero blocks `[n]` in all layers."""

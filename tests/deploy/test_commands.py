@@ -15,6 +15,7 @@ from deploy.models import resolve_model
 from deploy.settings import config_of, load_config
 from tandem.config import BUNDLED_MODELS, SecurityConfig
 from tandem.errors import ConfigError
+from tandem.request import Mark
 from tests.checkpoints import tiny_llama
 
 GIB = 1 << 30
@@ -168,7 +169,7 @@ def test_generate_answers_a_file_in_input_order(tmp_path: Path) -> None:
     for record in records:
         assert len(record["token_ids"]) == len(record["logprobs"]) == 5
         assert record["finish_reason"] == "length"
-        parts = [value for name, value in record["timings"].items() if name != "total_ms"]
+        parts = [record["timings"][mark.value] for mark in Mark]
         assert sum(parts) == pytest.approx(record["timings"]["total_ms"], abs=0.01)
 
 

@@ -323,6 +323,10 @@ def gated_puts_of(client: Any):
         async def __aexit__(self, *error: Any) -> None:
             await self._writer.__aexit__(*error)
 
+        @property
+        def handle(self) -> Any:
+            return self._writer.handle
+
     client.put = Put
     try:
         yield held

@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from router.links import PrefillLink
-from tandem.pb.kv.v1.kv_pb2 import KvHandle
+from tandem.pb.worker.v1.worker_pb2 import KvSealed
 from tests.e2e.harness import (
     Result,
     ask,
@@ -48,7 +48,10 @@ MESSAGES = {
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster():
     """Room for two long requests, and prompts of more than 64 tokens in chunks."""
-    async with running(config(decode_blocks=DECODE_BLOCKS, prefill={"token_budget": 64})) as started:
+    settings = config(
+        decode_blocks=DECODE_BLOCKS, prefill={"token_budget": 64}, kvstore={"overlap_tokens": 48}
+    )
+    async with running(settings) as started:
         yield started
 
 
@@ -143,7 +146,7 @@ async def test_leaving_before_the_handle_has_arrived(cluster, monkeypatch):
 
     async def keep_handle_back(link, work):
         async for event in prefill(link, work):
-            if isinstance(event, KvHandle):
+            if isinstance(event, KvSealed):
                 is_lost.set()
             else:
                 yield event

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from kvstore.key import KvHandle
 from prefill_worker.handoff import HandoffContext
-from prefill_worker.job import PrefillJob
+from prefill_worker.job import KvOpened, PrefillJob
 from prefill_worker.sender import Format
 from prefill_worker.worker import PrefillWorker
 from tandem.config import MIB, PrefillConfig
@@ -28,27 +28,34 @@ from tests.serving import (
     tokenizer,
 )
 
+OVERLAP_TOKENS = 16  # so that most prompts of the tests leave while they are computed
+
 
 def make_context(client, model, pool, chunk_bytes: int = MIB, draft=None) -> HandoffContext:
     form = Format(dtype="float32", fingerprint=FINGERPRINT, chunk_bytes=chunk_bytes)
-    return HandoffContext(client, model.cache, pool, form, draft.cache if draft else None)
+    draft_cache = draft.cache if draft else None
+    return HandoffContext(client, model.cache, pool, form, OVERLAP_TOKENS, draft_cache)
 
 
 class Prompt:
     """A submitted prompt and what has been said about it."""
 
     def __init__(self, worker: PrefillWorker, work) -> None:
+        self.opened: KvHandle | None = None
         self._events: asyncio.Queue = asyncio.Queue()
         self.work = work
         self.job: PrefillJob = worker.submit(work, self._events.put_nowait)
 
     @property
     def is_silent(self) -> bool:
-        return self._events.empty()
+        return all(isinstance(event, KvOpened) for event in self._events._queue)
 
     async def next(self):
+        """The next event but for that the KV is on its way."""
         async with asyncio.timeout(5):
-            return await self._events.get()
+            while isinstance(event := await self._events.get(), KvOpened):
+                self.opened = event.handle
+            return event
 
     async def token(self) -> OutputDelta:
         event = await self.next()

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from kvstore.key import KvHandle
 from kvstore.objects import ObjectState
 from kvstore.parts import parts_of
-from prefill_worker.handoff import HOLD, Handoff
-from prefill_worker.job import PrefillJob
+from prefill_worker.handoff import HOLD, Handoff, Step
+from prefill_worker.job import KvOpened, PrefillJob
 from prefill_worker.sender import ObjectSender
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.kv_transfer import export_kv
@@ -122,6 +122,10 @@ class _Watched:
     async def __aexit__(self, *error):
         await self._writer.__aexit__(*error)
 
+    @property
+    def handle(self):
+        return self._writer.handle
+
     async def write(self, where, payload):
         self._num += 1
         await self._on_write(self._num)
@@ -139,12 +143,13 @@ async def test_what_is_stored_is_what_was_computed(running, steps, chunk_bytes):
     sender = Sender(running, chunk_bytes=chunk_bytes)
     handoff = sender.start()
     for num_computed in steps:
-        handoff.advance(num_computed)
+        handoff.advance(Step(num_computed))
         await asyncio.sleep(0)
     await sender.end()
-    (handle,) = sender.events
+    *opened, handle = sender.events
     assert isinstance(handle, KvHandle)
     assert handle == sender.job.handle
+    assert opened == [KvOpened(handle)] * (len(steps) > 1)
     assert handle.num_tokens == 100
     other = PagedCache(sender.model.geometry, 16, BLOCK_SIZE)
     async for chunk, payload in running.client.get(handle, "reader"):
@@ -159,22 +164,58 @@ async def test_what_is_stored_is_what_was_computed(running, steps, chunk_bytes):
 async def test_full_blocks_leave_before_the_prompt_is_complete(running):
     sender = Sender(running)
     handoff = sender.start()
-    handoff.advance(50)
+    handoff.advance(Step(50))
     await until(lambda: any(obj.digests for obj in running.store._books.objects.values()))
-    assert sender.events == []
-    handoff.advance(100)
+    [opened] = sender.events
+    handoff.advance(Step(100))
     await sender.end()
-    await running.client.release(sender.events[0])
+    assert sender.events[1:] == [opened.handle]
+    await running.client.release(opened.handle)
+
+
+async def test_a_chunk_leaves_layer_by_layer_while_it_is_computed(running):
+    sender = Sender(running)
+    cache, handoff = sender.model.cache, sender.start()
+    cache.layers_written = 0
+    handoff.advance(Step(100, is_under_way=True))
+    await until(lambda: sender.events)
+    [obj] = running.store._books.objects.values()
+    for num_layers in (1, 2):
+        await asyncio.sleep(0.02)
+        assert len(obj.digests) == num_layers - 1
+        cache.layers_written = num_layers
+        await until(lambda: len(obj.digests) == num_layers)  # noqa: B023 (called in this very turn)
+    assert obj.state is ObjectState.RESERVED
+    handoff.advance(Step(100))
+    await sender.end()
+    [_, handle] = sender.events
+    layers = [chunk.layer_start async for chunk, _ in running.client.get(handle, "reader")]
+    assert layers == [0, 1]
+    await running.client.release(handle)
+
+
+async def test_a_forward_that_ends_before_anybody_looked_is_sent_whole(running):
+    sender = Sender(running)
+    handoff = sender.start()
+    sender.model.cache.layers_written = 0
+    handoff.advance(Step(50, is_under_way=True))
+    handoff.advance(Step(50))
+    handoff.advance(Step(100, is_under_way=True))
+    handoff.advance(Step(100))
+    await sender.end()
+    [_, handle] = sender.events
+    assert (await running.client.stat(handle)).num_bytes == handle.num_bytes
+    await running.client.release(handle)
 
 
 async def test_giving_up_midway_frees_the_stored_object(running):
     sender = Sender(running)
     handoff = sender.start()
-    handoff.advance(50)
+    handoff.advance(Step(50))
     await until(lambda: running.store.audit().owned)
     handoff.give_up()
     await sender.end()
-    assert sender.events == []
+    assert [type(event) for event in sender.events] == [KvOpened]
     await running.freed()
     assert running.store.counters.sealed == 0
 
@@ -194,7 +235,7 @@ async def test_a_cancelled_prompt_stops_between_two_parts(running):
         sender.job.is_cancelled = number == 2
 
     sender = Sender(running, chunk_bytes=10_000, put=watch_writes(on_write))
-    sender.start().advance(100)
+    sender.start().advance(Step(100))
     await sender.end()
     assert (sender.events, numbers) == ([], [1, 2])
     await running.freed()
@@ -206,7 +247,7 @@ async def test_what_was_sealed_for_nobody_is_released(running):
         sender.job.is_cancelled = number == 0  # 0: the seal is done, its handle not yet passed on
 
     sender = Sender(running, put=watch_writes(on_write))
-    sender.start().advance(100)
+    sender.start().advance(Step(100))
     await sender.end()
     assert sender.events == []
     assert running.store.counters.sealed == 1
@@ -218,7 +259,7 @@ async def test_what_was_sealed_for_nobody_is_released(running):
 async def test_kv_that_is_not_finite_is_never_sealed(running, block, value):
     sender = Sender(running, chunk_bytes=10_000)
     sender.model.cache._data[1, 0, 1, sender.job.blocks[block], 2, 3] = value
-    sender.start().advance(100)
+    sender.start().advance(Step(100))
     await sender.end()
     (error,) = sender.events
     assert error.reason == "NUMERICS"
@@ -229,7 +270,7 @@ async def test_kv_that_is_not_finite_is_never_sealed(running, block, value):
 async def test_garbage_behind_the_last_token_does_not_matter(running):
     sender = Sender(running)
     sender.model.cache._data[:, :, :, sender.job.blocks[-1], 100 % BLOCK_SIZE :] = NAN
-    sender.start().advance(100)
+    sender.start().advance(Step(100))
     await sender.end()
     await running.client.release(sender.events[0])
 
@@ -243,7 +284,7 @@ async def test_blocks_stay_until_the_put_has_ended(running):
 
     sender = Sender(running, put=watch_writes(on_write))
     handoff = sender.start()
-    handoff.advance(100)
+    handoff.advance(Step(100))
     await waiting.wait()
     sender.pool.release("r")
     handoff.give_up()
@@ -272,7 +313,7 @@ async def nobody():
 async def test_a_failed_put_is_said_once_and_ends_the_prompt(length, client, reason):
     async with running_store(total_bytes=100_000) as running:
         sender = Sender(running, length=length, **client)
-        sender.start().advance(length)
+        sender.start().advance(Step(length))
         await sender.end()
         (error,) = sender.events
         assert isinstance(error, TandemError)
@@ -285,7 +326,7 @@ async def test_a_failed_put_is_said_once_and_ends_the_prompt(length, client, rea
 async def test_a_store_that_is_gone_is_store_down():
     async with running_store() as running:
         sender = Sender(running)
-    sender.start().advance(100)
+    sender.start().advance(Step(100))
     await sender.end()
     assert [error.reason for error in sender.events] == ["STORE_DOWN"]
 
@@ -294,7 +335,7 @@ async def test_nothing_is_said_about_a_prompt_that_was_cancelled(running):
     sender = Sender(running)
     sender.model.cache._data[:] = NAN
     sender.job.is_cancelled = True
-    sender.start().advance(100)
+    sender.start().advance(Step(100))
     await sender.end()
     assert sender.events == []
 
@@ -314,7 +355,7 @@ async def test_a_later_attempt_at_the_same_request_is_an_object_of_its_own(runni
     assert headers[0].object_id == headers[1].object_id
     assert [header.epoch for header in headers] == [0, 1]
     assert headers[0].total_bytes == 7 * first.model.cache.block_bytes
-    first.start().advance(100)
+    first.start().advance(Step(100))
     await first.end()
     assert (await running.client.stat(first.events[0])).state is ObjectState.SEALED
     await running.client.release(first.events[0])

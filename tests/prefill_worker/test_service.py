@@ -49,10 +49,12 @@ async def failure_of(call):
 
 async def test_first_token_then_handle():
     async with serving() as (rig, stub):
-        first, second = [event async for event in stub.Prefill(request(token_ids=prompt_of(40)))]
-        assert OutputDelta.from_pb(first.first_token).token_ids == greedy(prompt_of(40), 1)
-        handle = KvHandle.from_pb(second.kv_sealed.handle)
+        events = {e.WhichOneof("event"): e async for e in stub.Prefill(request(token_ids=prompt_of(40)))}
+        assert [name for name in events if name != "kv_opened"] == ["first_token", "kv_sealed"]
+        assert OutputDelta.from_pb(events["first_token"].first_token).token_ids == greedy(prompt_of(40), 1)
+        handle = KvHandle.from_pb(events["kv_sealed"].kv_sealed.handle)
         assert handle.num_tokens == 40
+        assert events["kv_sealed"].kv_sealed.send_ns > 0
         assert (await rig.running.client.stat(handle)).num_bytes == handle.num_bytes, "nobody released it"
         await rig.running.client.release(handle)
 

@@ -136,4 +136,4 @@ class NativeDecoder:
 
 
 def _addressed(cache: PagedCache) -> library.Cache:
-    return library.Cache(cache.address, cache.num_blocks + 1, cache.block_size)
+    return library.Cache(cache.address, cache.progress_address, cache.num_blocks + 1, cache.block_size)

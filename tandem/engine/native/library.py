@@ -86,7 +86,12 @@ class Model(ctypes.Structure):
 
 
 class Cache(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("num_blocks", ctypes.c_int64), ("block_size", ctypes.c_int32))
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("layers_written", ctypes.c_void_p),
+        ("num_blocks", ctypes.c_int64),
+        ("block_size", ctypes.c_int32),
+    )
 
 
 class Batch(ctypes.Structure):

@@ -98,6 +98,7 @@ class Forward {
             const Layer& l = m.layers[layer];
             for (int row = 0; row < b.rows; row += ROW_BLOCK) project(l, layer, row, block_rows(row), member);
             team.barrier();
+            if (member == 0) __atomic_store_n(cache.layers_written, layer + 1, __ATOMIC_RELEASE);
             for (size_t i = member; i < work.size(); i += team.size()) attend_some(l, layer, work[i], member);
             team.barrier();
             for (int row = 0; row < b.rows; row += ROW_BLOCK) finish(l, row, block_rows(row), member);

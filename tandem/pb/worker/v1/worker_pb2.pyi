@@ -137,6 +137,7 @@ class PrefillResponse(_message.Message):
 
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     KV_SEALED_FIELD_NUMBER: _builtins.int
+    KV_OPENED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def first_token(self) -> Global___OutputDelta:
         """The first new token; with a finish reason there is nothing to decode and no KV follows."""
@@ -145,17 +146,22 @@ class PrefillResponse(_message.Message):
     def kv_sealed(self) -> Global___KvSealed:
         """The KV is in the store."""
 
+    @_builtins.property
+    def kv_opened(self) -> Global___KvOpened:
+        """The KV is on its way to the store, and may be followed there."""
+
     def __init__(
         self,
         *,
         first_token: Global___OutputDelta | None = ...,
         kv_sealed: Global___KvSealed | None = ...,
+        kv_opened: Global___KvOpened | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "first_token", b"first_token", "kv_sealed", b"kv_sealed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "first_token", b"first_token", "kv_opened", b"kv_opened", "kv_sealed", b"kv_sealed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "first_token", b"first_token", "kv_sealed", b"kv_sealed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "first_token", b"first_token", "kv_opened", b"kv_opened", "kv_sealed", b"kv_sealed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["first_token", "kv_sealed"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["first_token", "kv_sealed", "kv_opened"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -164,6 +170,34 @@ Global___PrefillResponse: _TypeAlias = PrefillResponse  # noqa: Y015
 @_typing.final
 class KvSealed(_message.Message):
     """The KV of a prompt is in the store."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: _builtins.int
+    SEND_NS_FIELD_NUMBER: _builtins.int
+    send_ns: _builtins.int
+    """Time spent on sending it, most of it while the prompt was computed."""
+    @_builtins.property
+    def handle(self) -> _kv_pb2.KvHandle:
+        """Its name."""
+
+    def __init__(
+        self,
+        *,
+        handle: _kv_pb2.KvHandle | None = ...,
+        send_ns: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "send_ns", b"send_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvSealed: _TypeAlias = KvSealed  # noqa: Y015
+
+@_typing.final
+class KvOpened(_message.Message):
+    """The KV of a prompt that is still being computed goes to the store."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -183,7 +217,7 @@ class KvSealed(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___KvSealed: _TypeAlias = KvSealed  # noqa: Y015
+Global___KvOpened: _TypeAlias = KvOpened  # noqa: Y015
 
 @_typing.final
 class OutputDelta(_message.Message):
@@ -268,6 +302,7 @@ class DecodeRequest(_message.Message):
     OPEN_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    PREFETCH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenSession:
         """First message of a stream."""
@@ -280,18 +315,23 @@ class DecodeRequest(_message.Message):
     def cancel(self) -> Global___CancelDecode:
         """Stop working on a request."""
 
+    @_builtins.property
+    def prefetch(self) -> Global___PrefetchKv:
+        """Fetch KV of a prompt that is still being computed."""
+
     def __init__(
         self,
         *,
         open: Global___OpenSession | None = ...,
         start: Global___StartDecode | None = ...,
         cancel: Global___CancelDecode | None = ...,
+        prefetch: Global___PrefetchKv | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "open", b"open", "start", b"start"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "open", b"open", "prefetch", b"prefetch", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "open", b"open", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "open", b"open", "prefetch", b"prefetch", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["open", "start", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["open", "start", "cancel", "prefetch"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -348,6 +388,38 @@ class StartDecode(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StartDecode: _TypeAlias = StartDecode  # noqa: Y015
+
+@_typing.final
+class PrefetchKv(_message.Message):
+    """Take the blocks that a request will need, and fill them as its KV arrives in the store. Nothing is answered: what
+    fails here is done again by StartDecode.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORK_FIELD_NUMBER: _builtins.int
+    HANDLE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def work(self) -> Global___Work:
+        """The work, without the token that prefill has yet to sample."""
+
+    @_builtins.property
+    def handle(self) -> _kv_pb2.KvHandle:
+        """KV of all token_ids."""
+
+    def __init__(
+        self,
+        *,
+        work: Global___Work | None = ...,
+        handle: _kv_pb2.KvHandle | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "work", b"work"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "work", b"work"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefetchKv: _TypeAlias = PrefetchKv  # noqa: Y015
 
 @_typing.final
 class CancelDecode(_message.Message):
@@ -453,19 +525,23 @@ class DecodeStarted(_message.Message):
 
     KV_WAIT_NS_FIELD_NUMBER: _builtins.int
     KV_READ_NS_FIELD_NUMBER: _builtins.int
+    PREFETCH_NS_FIELD_NUMBER: _builtins.int
     kv_wait_ns: _builtins.int
     """Time between the request's arrival and the first byte asked for."""
     kv_read_ns: _builtins.int
     """Time spent reading and checking."""
+    prefetch_ns: _builtins.int
+    """Of what was fetched while the prompt was computed: time spent on placing it."""
     def __init__(
         self,
         *,
         kv_wait_ns: _builtins.int = ...,
         kv_read_ns: _builtins.int = ...,
+        prefetch_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_read_ns", b"kv_read_ns", "kv_wait_ns", b"kv_wait_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_read_ns", b"kv_read_ns", "kv_wait_ns", b"kv_wait_ns", "prefetch_ns", b"prefetch_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
