@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -22,6 +23,7 @@ from router.dispatch import Dispatcher
 from router.gauges import RouterGauges
 from router.grpc_front import GenerationServicer, ModelServicer
 from router.intake import Intake
+from router.lateness import LateShare
 from router.links import StoreLink, WorkerLinks
 from router.policy import POLICIES
 from router.registry import Registry, WorkerInfo, WorkerRole
@@ -64,7 +66,8 @@ class Router:
         self.registry = Registry(
             config.router.heartbeat_s, config.router.worker_timeout_s, fingerprint=self._fingerprint
         )
-        self._metrics = RouterMetrics()
+        self._metrics = RouterMetrics(config.router.itl_limit_s)
+        self._late_share = LateShare()
         self.intake = Intake(config, self._geometry, self._tokenizer, self._metrics)
         self._ready = asyncio.Event()
         self.registry.subscribe(on_join=self._note_join)
@@ -127,6 +130,7 @@ class Router:
             decode_blocks=sum(worker.num_blocks for worker in decodes),
             reserved_blocks=sum(worker.num_blocks - worker.free_blocks for worker in decodes),
             waiting_blocks=sum(need * count for need, count in waiting.items()),
+            late_share=self._late_share.value,
         )
 
     async def ready(self) -> None:
@@ -182,6 +186,7 @@ class Router:
             for lost in self.registry.expire():
                 log.warning("lost worker %s: no heartbeat", lost.worker_id)
             self.dispatcher.tick()
+            self._late_share.sample(time.monotonic(), self._metrics.num_gaps, self._metrics.num_late)
             if self.is_ready != was_ready:
                 was_ready = self.is_ready
                 await self._say_serving(was_ready)

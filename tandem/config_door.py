@@ -21,6 +21,7 @@ class RouterConfig:
     max_queue: int = 1024
     default_timeout_s: float = 600.0
     aging_s: float = 5.0  # waiting this long counts as one step of priority
+    itl_limit_s: float = 0.0  # a longer gap between tokens asks for decode workers; 0: none is too long
     heartbeat_s: float = 0.5
     worker_timeout_s: float = 2.0  # silence after which a worker is taken for lost
     drain_s: float = 30.0
@@ -29,6 +30,7 @@ class RouterConfig:
         check_positive(
             self, "max_queue", "default_timeout_s", "aging_s", "heartbeat_s", "worker_timeout_s", "drain_s"
         )
+        check(self.itl_limit_s >= 0, "router itl_limit_s must be 0 (no limit) or more")
         check(self.policy in POLICIES, f"unknown policy {self.policy}; known: {', '.join(POLICIES)}")
         for port in (self.port, self.http_port or 0):
             check(0 <= port < 65536, f"router port must be in [0, 65535], not {port}")

@@ -26,7 +26,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class RouterMetrics:
     """What happens to requests. Owned by the router's event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, itl_limit_s: float = 0.0) -> None:
         leave_out_created_series()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._decisions = self._counter(
@@ -54,6 +54,11 @@ class RouterMetrics:
             "Gap between consecutive deliveries of a completion; tokens that speculation brings "
             "together share one gap.",
         )
+        self._missed = self._counter(
+            "inter_token_latency_missed", "Gaps longer than router.itl_limit_s; none where it is 0."
+        )
+        self._itl_limit_s = itl_limit_s or float("inf")
+        self.num_gaps = self.num_late = 0  # between deliveries, and of them over the limit
         self._total = self._histogram(
             "e2e_request_latency_seconds", "Last token delivered - request received, of those that finished."
         )
@@ -85,9 +90,19 @@ class RouterMetrics:
 
     def note_tokens(self, num_tokens: int, since_s: float, *, first: bool) -> None:
         """Output tokens were passed on: `since_s` after the request came for the first, or after the last."""
-        (self._first_token if first else self._gaps).observe(since_s)
+        if first:
+            self._first_token.observe(since_s)
+        else:
+            self._note_gap(since_s)
         self._output_tokens.inc(num_tokens)
         self._deliveries.inc()
+
+    def _note_gap(self, gap_s: float) -> None:
+        self._gaps.observe(gap_s)
+        self.num_gaps += 1
+        if gap_s > self._itl_limit_s:
+            self.num_late += 1
+            self._missed.inc()
 
     def note_finished(self, outcome: str, usage: Usage, timings: Timings) -> None:
         """A completion ended well."""

@@ -28,10 +28,13 @@ class PrefillPolicy:
 
 
 class DecodePolicy:
-    """So many replicas that each has `occupancy` of its KV blocks given out."""
+    """So many replicas that each has `occupancy` of its KV blocks given out, and more while a larger share
+    of tokens than `late_share` comes later than `router.itl_limit_s` after the one before."""
 
-    def __init__(self, occupancy: float = Targets().occupancy) -> None:
-        self._targets = Targets(occupancy=occupancy)
+    def __init__(
+        self, occupancy: float = Targets().occupancy, late_share: float = Targets().late_share
+    ) -> None:
+        self._targets = Targets(occupancy=occupancy, late_share=late_share)
 
     def __call__(self, context: AutoscalingContext) -> Decision:
         demand = demand_of(context)

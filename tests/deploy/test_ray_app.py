@@ -113,6 +113,9 @@ def test_each_side_is_scaled_by_its_own_need():
     busy = context(1, **reported(queued_tokens=3000, reserved_blocks=160, waiting_blocks=80))
     assert PrefillPolicy(queued_tokens=1000)(busy) == (3, {})
     assert DecodePolicy(occupancy=0.8)(busy) == (pytest.approx(3), {})
+    late = context(2, **reported(reserved_blocks=10, late_share=0.3))
+    assert DecodePolicy(late_share=0.25)(late) == (pytest.approx(2.4), {})
+    assert DecodePolicy()(late) == (pytest.approx(3), {})
 
 
 def test_before_the_first_report_nothing_changes():

@@ -127,3 +127,15 @@ async def test_the_documentation_names_every_metric_there_is(cluster):
     reply = await get(cluster.http_address, "/metrics")
     served = set(re.findall(r"^# TYPE (\w+)", reply.body.decode(), re.MULTILINE))
     assert served == documented
+
+
+async def test_tokens_that_come_late_are_counted_and_ask_for_decode_workers():
+    """Every gap is longer than a microsecond, and none is longer than a minute."""
+    for limit_s, is_late in ((1e-6, True), (60.0, False)):
+        async with running(config(router={"http_port": 0, "itl_limit_s": limit_s})) as cluster:
+            await generate(cluster, ask("a story", max_tokens=9, ignore_eos=True))
+            await until(lambda: cluster.router._late_share._samples[-1][1])
+            found = await scrape(cluster)
+            gaps = found["tandem_inter_token_latency_seconds_count",]
+            assert found["tandem_inter_token_latency_missed_total",] == (gaps if is_late else 0)
+            assert cluster.router.demand().late_share == (1 if is_late else 0)

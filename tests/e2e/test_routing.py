@@ -8,7 +8,17 @@ import pytest
 
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.v1 import generation_pb2_grpc
-from tests.e2e.harness import PATIENCE_S, ask, complete, config, gated_reads, open_stream, running, until
+from tests.e2e.harness import (
+    PATIENCE_S,
+    ask,
+    complete,
+    config,
+    gated_reads,
+    open_stream,
+    quiesce,
+    running,
+    until,
+)
 from tests.web import send
 
 SESSIONS = [f"session-{number}" for number in range(8)]
@@ -25,6 +35,7 @@ async def worker_of(cluster, session: str) -> str:
 
 async def http_worker_of(cluster, session_header: str, body: str) -> str:
     """The same by HTTP, which does not say; but the router's books do, while the KV is held up."""
+    await quiesce(cluster)
     with gated_reads(cluster.decodes[0], before=True), gated_reads(cluster.decodes[1], before=True):
         head = "POST /v1/completions HTTP/1.1\ncontent-type: application/json" + session_header
         reply = asyncio.create_task(send(cluster.http_address, head, body.encode()))
