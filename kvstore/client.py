@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import grpc
 
 from kvstore.key import Buffer, KvHandle
-from kvstore.link import connected, store_errors
+from kvstore.link import connected, drop, store_errors
 from kvstore.mapping import MappedObject, Mappings
 from kvstore.objects import ObjectStat, ObjectState
 from kvstore.reader import ReadCheck
@@ -119,10 +119,13 @@ class KvClient:
         if mapped is None:
             request = pb.GetKvRequest(handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s))
             call = self._follow(request) if follow else self._get(request)
+            reading = asyncio.create_task(self._read(call))
             try:
-                while (message := await self._read(call)) is not None:
+                while (message := await reading) is not None:
+                    reading = asyncio.create_task(self._read(call))  # comes while this one is used
                     yield message
             finally:
+                drop(reading)
                 call.cancel()
         else:
             try:

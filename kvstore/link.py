@@ -59,6 +59,12 @@ def store_errors() -> Iterator[None]:
         raise DeadlineExceeded("transfer") from None
 
 
+def drop(task: asyncio.Task[Any]) -> None:
+    """Nobody wants to know how it ends."""
+    if not task.cancel() and not task.cancelled():
+        task.exception()
+
+
 class Ending:
     """How a call with a stream of writes ended. When a write fails just as the peer's status arrives,
     grpc.aio puts an error of its own in its place, in either order; this keeps the peer's."""

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 from kvstore.key import Buffer
+from kvstore.link import drop
 from kvstore.records import ChunkHeader, Placed
 from kvstore.wire import head_of
 
@@ -28,7 +29,7 @@ class Placer:
         self._is_complete = asyncio.Event()
         self._telling: asyncio.Task[None] | None = None
 
-    async def place(self, chunk: ChunkHeader, payload: Buffer) -> None:
+    async def write(self, chunk: ChunkHeader, payload: Buffer) -> None:
         """Raises what the store said of an earlier chunk."""
         self._check()
         head = head_of(chunk, chunk.length)
@@ -50,8 +51,8 @@ class Placer:
 
     def close(self) -> None:
         """Nothing is said or written any more."""
-        if self._telling is not None and not self._telling.cancel() and not self._telling.cancelled():
-            self._telling.exception()  # whoever closes knows better why
+        if self._telling is not None:
+            drop(self._telling)
 
     def _check(self) -> None:
         if self._telling is not None and self._telling.done():

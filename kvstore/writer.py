@@ -22,6 +22,7 @@ from kvstore.link import FILE, MAY_PLACE, RESERVED, Ending, connected, store_err
 from kvstore.mapping import Mappings
 from kvstore.placer import Placer
 from kvstore.records import ChunkHeader, ChunkRange, ObjectHeader, Record, Seal
+from kvstore.sender import Sender
 from kvstore.wire import encode
 from tandem.pb.kv.v1 import kv_pb2 as pb
 
@@ -40,13 +41,13 @@ class KvWriter:
     ) -> None:
         self._channel = channel
         self._files = files
-        self._placer: Placer | None = None
         self._header = header
         self._idle_s = idle_s
         self._digest = ObjectDigest(header)
         self._digests: list[bytes] = []
         self._call: Any = None
         self._ending: Ending
+        self._out: Sender | Placer | None = None
 
     async def __aenter__(self) -> Self:
         """Returns when the store has reserved the bytes; raises its refusal otherwise."""
@@ -60,14 +61,15 @@ class KvWriter:
             if RESERVED not in metadata:
                 await self._within(self._answer())
             self.handle = self._header.handle(int(metadata[RESERVED]))
-            self._placer = self._placer_in(metadata.get(FILE))
+            self._out = self._placer_in(metadata.get(FILE)) or Sender(self._send_message)
         except BaseException:
             self.abort()
             raise
         return self
 
     async def write(self, where: ChunkRange, payload: Buffer) -> None:
-        """Send one chunk, [num_blocks, num_layers, 2, block_size, kv_heads, head_dim] in raw bytes."""
+        """Send one chunk, [num_blocks, num_layers, 2, block_size, kv_heads, head_dim] in raw bytes. What the
+        store says of it may be raised by a later call."""
         digest = self._digest.chunk(len(self._digests), where, payload)
         chunk = ChunkHeader(
             block_start=where.block_start,
@@ -78,25 +80,23 @@ class KvWriter:
             length=memoryview(payload).nbytes,
             digest=digest,
         )
-        if self._placer is None:
-            await self._send(chunk, payload)
-        else:
-            await self._placer.place(chunk, payload)
+        assert self._out is not None, "write inside `async with`"
+        await self._out.write(chunk, payload)
         self._digests.append(digest)
 
     async def seal(self) -> KvHandle:
         """Complete the object. From here on it is the store's."""
         seal = Seal(num_chunks=len(self._digests), total_digest=self._digest.total(self._digests))
-        if self._placer is not None:
-            await self._placer.settle()
+        assert self._out is not None, "seal inside `async with`"
+        await self._out.settle()
         await self._send(seal)
         response = await self._within(self._answer())
         return KvHandle.from_pb(response.handle)
 
     def abort(self) -> None:
         """Give the put up, unless it is over."""
-        if self._placer is not None:
-            self._placer.close()
+        if self._out is not None:
+            self._out.close()
         self._call.cancel()
 
     async def __aexit__(
@@ -112,8 +112,11 @@ class KvWriter:
         self._files.are_here = view is not None
         return Placer(view, self._send) if view is not None else None
 
-    async def _send(self, record: Record, payload: Buffer = b"") -> None:
-        await self._within(self._write(encode(record, payload)))
+    async def _send(self, record: Record) -> None:
+        await self._send_message(encode(record))
+
+    async def _send_message(self, message: bytes) -> None:
+        await self._within(self._write(message))
 
     async def _write(self, message: bytes) -> None:
         try:
