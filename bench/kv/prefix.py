@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
+from bench.kv.service import serving
 from bench.measure import Spread
 from tandem.client import TandemClient
-from tandem.errors import ConfigError
 from tandem.sampling import SamplingParams
 
 CACHED_TOKENS, OWN_TOKENS = 1024, 8
@@ -35,27 +28,9 @@ class PrefixHit:
 
 def measure(url: str, rounds: int) -> PrefixHit:
     """The bundled model: each round sends a new beginning, then another prompt that begins with it."""
-    with _serving(url) as address:
+    values = {"kvstore": {"url": url}, "cache": {"prefix_bytes": PREFIX_BYTES}}
+    with serving(values) as address:
         return asyncio.run(_measure(address, rounds))
-
-
-@contextmanager
-def _serving(url: str) -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        settings = Path(folder) / "settings.json"  # which is YAML too
-        values = {"kvstore": {"url": url}, "cache": {"prefix_bytes": PREFIX_BYTES}}
-        settings.write_text(json.dumps(values))
-        command = [sys.executable, "-m", "deploy.cli", "serve", "--port", "0", "--http-port", "0", "--json"]
-        process = subprocess.Popen([*command, "--config", str(settings)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        try:
-            line = process.stdout.readline()
-            if not line:
-                raise ConfigError("the service did not start; its reason is above")
-            yield json.loads(line)["address"]
-        finally:
-            process.terminate()
-            process.wait()
 
 
 async def _measure(address: str, rounds: int) -> PrefixHit:

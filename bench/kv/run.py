@@ -4,8 +4,9 @@
 
 In each cell (backend, chunk size, channels) the store's put and get, a stream of plain bytes over gRPC in
 either direction and a copy in memory take turns; ratios are taken within rounds. The store is a process of
-its own. Then: what an operation costs while the store holds more and more objects, and what a cached
-prefix does to the time to first token of the bundled model.
+its own. Then: what an operation costs while the store holds more and more objects; what a request waits
+between prefill's last step and decode's first, with and without overlap; and what a cached prefix does to
+the time to first token of the bundled model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.kv import growth, prefix
+from bench.kv import growth, handoff, prefix
 from bench.kv.arms import Shape, memcpy, peer
 from bench.measure import Meter, Spread, console, flat, interleave, machine, table, write_csv, write_json
 from kvstore.backend import redacted
@@ -58,10 +59,12 @@ def run(backends: Sequence[str], rounds: int, out: Path, full: bool, as_json: bo
         urls = list(backends) or default_backends(Path(folder))
         cells = _transfers(urls, rounds)
     grown = growth.measure([*COUNTS, *((MANY,) if full else ())])
+    handed = handoff.measure(rounds)
     hit = prefix.measure("memory://", rounds)
     shown = console(as_json)
     shown.print(_cells_table(cells))
     shown.print(_growth_table(grown))
+    shown.print(_handoff_table(handed))
     speedup, cold, warm = hit.speedup, hit.cold_ms.median, hit.hit_ms.median
     shown.print(
         f"\n{prefix.CACHED_TOKENS} cached prompt tokens: first token after {warm:.0f} ms, not {cold:.0f}, "
@@ -72,6 +75,7 @@ def run(backends: Sequence[str], rounds: int, out: Path, full: bool, as_json: bo
         "machine": machine(1),
         "cells": rows,
         "growth": [dataclasses.asdict(row) for row in grown],
+        "handoff": [flat(row) for row in handed],
         "prefix_hit": flat(hit),
     }
     write_json(out / "kv.json", document)
@@ -140,3 +144,16 @@ def _cells_table(cells: Sequence[Cell]) -> Any:
 def _growth_table(rows: Sequence[growth.Growth]) -> Any:
     cells = [[f"{row.num_objects:,}", f"{row.life_us:.0f}"] for row in rows]
     return table("\nan object's life", ("other objects", "µs"), cells, left=0)
+
+
+def _handoff_table(rows: Sequence[handoff.HandOff]) -> Any:
+    columns = ("prompt", "chunks", "overlap", "prefill ms", "gap ms", "gap/prefill", "transfer ms", "hidden")
+    cells = [
+        (
+            *(str(row.prompt_tokens), str(row.chunks), "yes" if row.overlap else "no"),
+            *(f"{row.prefill_ms.median:.0f}", f"{row.gap_ms.median:.1f}", f"{row.gap_of_prefill.median:.1%}"),
+            *(f"{row.transfer_ms.median:.1f}", f"{row.hidden.median:.0%}"),
+        )
+        for row in rows
+    ]
+    return table("\nfrom prefill's last step to decode's first, medians", columns, cells, left=0)

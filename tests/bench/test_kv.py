@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.kv import growth, run
+from bench.kv import growth, handoff, run
 from bench.kv.arms import Shape, memcpy, peer
 from tandem.errors import ConfigError
 
@@ -37,3 +37,11 @@ def test_growth_counts_objects(monkeypatch):
     rows = growth.measure([10, 30])
     assert [row.num_objects for row in rows] == [10, 30]
     assert all(row.life_us > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_the_gap_is_measured_with_and_without_overlap():
+    rows = handoff._case(300, 150, 1)
+    assert [(row.prompt_tokens, row.chunks, row.overlap) for row in rows] == [(300, 2, True), (300, 2, False)]
+    assert all(row.gap_ms.low > 0 and row.transfer_ms.low > 0 for row in rows)
+    assert all(0 <= row.hidden.low <= 1 for row in rows)
