@@ -14,6 +14,7 @@ from contextlib import aclosing, contextmanager
 from decode_worker.sequence import DecodeSequence, Started
 from kvstore.client import KvClient
 from kvstore.key import KvHandle, object_id_of
+from kvstore.records import ObjectHeader
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.kv_transfer import import_kv
 from tandem.engine.paged_cache import PagedCache
@@ -40,7 +41,7 @@ class KvRestorer:
         self._cache = cache
         self._pool = pool
         self._draft_cache = draft_cache
-        self._codec = codec  # the writer's too: it is part of the fingerprint
+        self._codec = codec  # the writer's too: it is part of the fingerprint. auto: each header says
 
     @property
     def may_follow(self) -> bool:
@@ -88,15 +89,23 @@ class KvRestorer:
     ) -> int:
         """Nanoseconds spent on placing what came."""
         spent_ns = 0
-        async with aclosing(self._client.get(handle, _holder(work), follow=follow)) as chunks:
+        headers: list[ObjectHeader] = []
+        reading = self._client.get(handle, _holder(work), follow=follow, on_header=headers.append)
+        async with aclosing(reading) as chunks:
             async for chunk, payload in chunks:
+                codec = self._codec_of(headers[0])
                 began_ns = time.monotonic_ns()
                 chosen = blocks[chunk.block_start : chunk.block_start + chunk.num_blocks]
                 await to_thread_to_end(
-                    import_kv, cache, chosen, payload, chunk.layer_start, chunk.num_layers, self._codec
+                    import_kv, cache, chosen, payload, chunk.layer_start, chunk.num_layers, codec
                 )
                 spent_ns += time.monotonic_ns() - began_ns
         return spent_ns
+
+    def _codec_of(self, header: ObjectHeader) -> str:
+        if self._codec not in ("auto", header.codec):
+            raise FailedPrecondition("FINGERPRINT_MISMATCH", "prefill and decode builds differ")
+        return header.codec
 
     async def _place_draft(self, sequence: DecodeSequence, handle: KvHandle, cache: PagedCache) -> None:
         """Without it the draft reads the prompt by itself."""

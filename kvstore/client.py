@@ -59,8 +59,10 @@ class KvClient:
         tenant: str | None = None,
         lease_s: float | None = None,
         follow: bool = False,
+        on_header: Callable[[ObjectHeader], None] | None = None,
     ) -> AsyncGenerator[tuple[ChunkHeader, memoryview]]:
-        """Verified chunks in the order they were written, under a lease that this renews as it reads.
+        """Verified chunks in the order they were written, under a lease that this renews as it reads. Their
+        object's header goes to `on_header` before them.
 
         With `follow` the object may still be being written: chunks come as the store gets them. Use
         nothing of the object before the iteration has ended without an error. A payload is there until the
@@ -68,7 +70,7 @@ class KvClient:
         released. Whoever stops early closes the iterator.
         """
         lease_s = lease_s or self._config.lease_s
-        check = ReadCheck(handle, tenant)
+        check = ReadCheck(handle, tenant, on_header)
         renew_at_s = time.monotonic() + lease_s / 3
         async with aclosing(self._messages(handle, holder, lease_s, follow)) as messages:
             async for message in messages:

@@ -122,6 +122,9 @@ class StoreCounters:
 
     reserved: int = 0
     sealed: int = 0
+    sealed_fp16: int = 0  # of those, in a codec other than raw
+    sealed_int8: int = 0
+    sealed_int4: int = 0
     leased: int = 0
     freed: int = 0
     repeated: int = 0  # puts of an object that was complete already
@@ -134,3 +137,8 @@ class StoreCounters:
     expired: int = 0  # objects and leases whose time ran out
     quarantined: int = 0  # objects whose memory no other got: a peer that was lost may still have it open
     late: int = 0  # operations that came late, twice or for something unknown, and were ignored
+
+    def note_sealed(self, codec: str) -> None:
+        self.sealed += 1
+        if codec != "raw":
+            setattr(self, f"sealed_{codec}", getattr(self, f"sealed_{codec}") + 1)

@@ -5,6 +5,8 @@ Whatever does not fit, in whichever way, is KV_CORRUPT: the reader must not deco
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kvstore.assembly import Assembly
 from kvstore.key import Buffer, KvHandle, require
 from kvstore.records import ChunkHeader, ObjectHeader, Record, Seal
@@ -15,10 +17,16 @@ from tandem.errors import DataLoss, InvalidRequest
 class ReadCheck:
     """One reading of one object. It is complete when the seal has been checked."""
 
-    def __init__(self, handle: KvHandle, tenant: str | None = None) -> None:
+    def __init__(
+        self,
+        handle: KvHandle,
+        tenant: str | None = None,
+        on_header: Callable[[ObjectHeader], None] | None = None,
+    ) -> None:
         self.is_complete = False
         self._handle = handle
         self._tenant = tenant
+        self._on_header = on_header
         self._assembly: Assembly | None = None
 
     def accept(self, message: Buffer) -> tuple[ChunkHeader, memoryview] | None:
@@ -38,6 +46,8 @@ class ReadCheck:
         if isinstance(record, ObjectHeader):
             require(self._assembly is None and self._is_expected(record))
             self._assembly = Assembly(record)
+            if self._on_header is not None:
+                self._on_header(record)
             return None
         assembly = self._assembly
         if assembly is None:

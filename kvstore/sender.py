@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -18,12 +19,13 @@ class Sender:
     def __init__(self, send: Callable[[bytes], Coroutine[Any, Any, None]]) -> None:
         self._send = send
         self._sending: asyncio.Task[None] | None = None
+        self.busy_s = 0.0  # while something was on its way
 
     async def write(self, chunk: ChunkHeader, payload: Buffer) -> None:
         """Raises what the store said of an earlier chunk. The payload may be changed afterwards."""
         message = encode(chunk, payload)
         await self.settle()
-        self._sending = asyncio.create_task(self._send(message))
+        self._sending = asyncio.create_task(self._send_timed(message))
         await asyncio.sleep(0)
 
     async def settle(self) -> None:
@@ -31,6 +33,11 @@ class Sender:
         sending, self._sending = self._sending, None
         if sending is not None:
             await sending
+
+    async def _send_timed(self, message: bytes) -> None:
+        began_s = time.perf_counter()
+        await self._send(message)
+        self.busy_s += time.perf_counter() - began_s
 
     def close(self) -> None:
         """Nothing is sent any more."""

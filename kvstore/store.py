@@ -111,7 +111,7 @@ class KvStore:
         ticket.assembly.check(seal)
         if not ticket.is_repeat:
             self._books.seal(obj, seal)
-            self.counters.sealed += 1
+            self.counters.note_sealed(obj.header.codec)
             ticket.is_repeat = True
         elif seal != obj.seal:
             raise self._stale("the object exists with other content")

@@ -10,6 +10,7 @@ Leaving without a seal aborts, and the store frees the bytes.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -35,6 +36,7 @@ class KvWriter:
     `files` it is written where it will lie, if store and writer share a host."""
 
     handle: KvHandle
+    busy_s = 0.0  # spent on bringing it to the store, known when it is sealed
 
     def __init__(
         self, channel: grpc.aio.Channel, header: ObjectHeader, idle_s: float, files: Mappings | None = None
@@ -88,9 +90,11 @@ class KvWriter:
         """Complete the object. From here on it is the store's."""
         seal = Seal(num_chunks=len(self._digests), total_digest=self._digest.total(self._digests))
         assert self._out is not None, "seal inside `async with`"
+        began_s = time.perf_counter()
         await self._out.settle()
         await self._send(seal)
         response = await self._within(self._answer())
+        self.busy_s = self._out.busy_s + time.perf_counter() - began_s
         return KvHandle.from_pb(response.handle)
 
     def abort(self) -> None:

@@ -21,6 +21,7 @@ from kvstore.client import KvClient
 from kvstore.key import KvHandle
 from kvstore.pieces import PieceFormat, Pieces
 from prefill_worker.job import KvOpened, PrefillJob
+from prefill_worker.link_codec import LinkCodec
 from prefill_worker.prefixes import PrefixCache
 from prefill_worker.sender import DraftSender, Format, ObjectSender
 from tandem.config import ClusterConfig
@@ -50,13 +51,13 @@ class HandoffContext:
     def of(
         cls, config: ClusterConfig, engine: Engine, client: KvClient, fingerprint: bytes
     ) -> HandoffContext:
+        cache, draft_cache = engine.model.cache, engine.draft.cache if engine.draft else None
         form = Format(
             dtype=config.model.dtype,
             fingerprint=fingerprint,
             chunk_bytes=config.kvstore.chunk_bytes,
-            codec=config.kvstore.codec,
+            codec=LinkCodec.of(config.kvstore.codec, cache),
         )
-        cache, draft_cache = engine.model.cache, engine.draft.cache if engine.draft else None
         pieces = Pieces(client, PieceFormat.of(config, cache.geometry, fingerprint))
         prefixes = PrefixCache(client, cache, pieces)
         keeps_prefixes, overlap = config.cache.prefix_bytes > 0, config.kvstore.overlap_tokens

@@ -15,6 +15,7 @@ from kvstore.parts import parts_of
 from kvstore.records import ChunkRange, ObjectHeader
 from kvstore.writer import KvWriter
 from prefill_worker.job import PrefillJob
+from prefill_worker.link_codec import LinkCodec
 from tandem.engine.kv_transfer import block_bytes, export_kv
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import TandemError
@@ -33,7 +34,7 @@ class Format:
     dtype: str
     fingerprint: bytes
     chunk_bytes: int
-    codec: str = "raw"  # of what goes to a decode worker; prefixes stay raw
+    codec: LinkCodec  # of what goes to a decode worker; prefixes stay raw
 
 
 async def export_part(
@@ -62,6 +63,7 @@ class ObjectSender:
         self._blocks = blocks
         self._num_sent = 0  # blocks
         self._layers_sent = 0  # of the blocks behind those
+        self._codec = form.codec.choose()
         self._writer: KvWriter = client.put(self._header())
 
     async def __aenter__(self) -> Self:
@@ -96,7 +98,9 @@ class ObjectSender:
         self._job.send_ns += time.monotonic_ns() - began_ns
 
     async def seal(self) -> KvHandle:
-        return await self._writer.seal()
+        handle = await self._writer.seal()
+        self._form.codec.note(handle.num_bytes, self._writer.busy_s)
+        return handle
 
     def _header(self) -> ObjectHeader:
         """The stored object's description: whole blocks, all layers."""
@@ -106,17 +110,17 @@ class ObjectSender:
             epoch=self._job.work.epoch,
             tenant=self._job.work.tenant,
             fingerprint=self._form.fingerprint,
-            codec=self._form.codec,
+            codec=self._codec,
             dtype=self._form.dtype,
             num_layers=self._cache.geometry.num_layers,
             num_tokens=self._job.num_tokens,
             block_size=self._cache.block_size,
             num_blocks=blocks,
-            total_bytes=blocks * block_bytes(self._cache, self._form.codec),
+            total_bytes=blocks * block_bytes(self._cache, self._codec),
         )
 
     async def _send_part(self, part: ChunkRange) -> None:
-        payload = await export_part(self._cache, self._blocks, self._job.num_tokens, part, self._form.codec)
+        payload = await export_part(self._cache, self._blocks, self._job.num_tokens, part, self._codec)
         await self._writer.write(part, payload)
 
 

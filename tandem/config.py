@@ -176,7 +176,7 @@ class KvStoreConfig:
     """Life times in the store. All are durations on the store's own clock."""
 
     url: str = field(default="memory://", repr=False)  # memory, shm, disk or redis; may hold a password
-    codec: str = "raw"  # raw | fp16 | int8 | int4: how KV travels; only raw changes no token
+    codec: str = "raw"  # raw | fp16 | int8 | int4 | auto: how KV travels; only raw changes no token
     chunk_bytes: int = MIB
     overlap_tokens: int = 256  # chunks so long leave layer by layer while they are computed; 0: none do
     put_deadline_s: float = 10.0
@@ -195,7 +195,8 @@ class KvStoreConfig:
         for name in ("tenant_share", "writer_share"):
             share = getattr(self, name)
             check(0 < share <= 1, f"kvstore {name} must be more than 0 and at most 1, not {share}")
-        check(self.codec in KV_CODECS, f"unknown codec {self.codec}; known: {', '.join(KV_CODECS)}")
+        codecs = (*KV_CODECS, "auto")
+        check(self.codec in codecs, f"unknown codec {self.codec}; known: {', '.join(codecs)}")
         check(self.publish in ("prompt", "all"), f"publish must be prompt or all, not {self.publish}")
         check(
             self.publish == "prompt" or self.codec == "raw",

@@ -183,3 +183,15 @@ async def test_a_good_read_ends_its_lease_and_giving_up_frees_the_object(running
     await bench.restorer.give_up_stored(bench.sequence)
     await running.freed()
     await bench.ends()
+
+
+async def test_an_object_in_another_codec_than_agreed_is_not_placed(running):
+    work = make_order(prompt=prompt_of(20))
+    bench = Bench(running, work, await store_kv(running, work))
+    agreed = KvRestorer(running.client, bench.model.cache, bench.pool, codec="int8")
+    with pytest.raises(FailedPrecondition, match="FINGERPRINT_MISMATCH"):
+        await agreed.restore(bench.sequence)
+    open_to_all = KvRestorer(running.client, bench.model.cache, bench.pool, codec="auto")
+    await open_to_all.restore(bench.sequence)
+    await open_to_all.give_up_stored(bench.sequence)
+    await bench.ends()

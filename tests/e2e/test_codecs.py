@@ -2,11 +2,12 @@
 
 import pytest
 
+from prefill_worker.link_codec import LinkCodec
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
 from tandem.fingerprint import model_fingerprint
 from tandem.geometry import KV_CODECS
-from tests.e2e.harness import ask, complete, config, running
+from tests.e2e.harness import ask, complete, config, running, store_of
 
 pytestmark = pytest.mark.e2e
 
@@ -25,11 +26,24 @@ async def test_requests_complete_and_raw_changes_nothing(codec):
             assert result.token_ids == expected.token_ids
 
 
+async def test_auto_takes_fewer_bytes_over_a_slow_link_and_says_so(monkeypatch):
+    prompt = ask(PROMPT, max_tokens=24, ignore_eos=True)
+    async with running() as plain:
+        expected = await complete(plain, prompt)
+    async with running(config(kvstore={"codec": "auto"})) as cluster:
+        counters = store_of(cluster).counters
+        assert (await complete(cluster, prompt)).token_ids == expected.token_ids
+        assert (counters.sealed, counters.sealed_int4) == (1, 0)
+        monkeypatch.setattr(LinkCodec, "bytes_per_s", 1e3)
+        assert len((await complete(cluster, prompt)).token_ids) == 24
+        assert (counters.sealed, counters.sealed_int4) == (2, 1)
+
+
 def test_workers_of_different_codecs_do_not_meet():
-    names = {model_fingerprint(config(kvstore={"codec": codec})) for codec in KV_CODECS}
-    assert len(names) == len(KV_CODECS)
+    codecs = (*KV_CODECS, "auto")
+    assert len({model_fingerprint(config(kvstore={"codec": codec})) for codec in codecs}) == len(codecs)
 
 
 def test_an_unknown_codec_is_refused():
-    with pytest.raises(ConfigError, match="unknown codec zip; known: raw, fp16, int8, int4"):
+    with pytest.raises(ConfigError, match="unknown codec zip; known: raw, fp16, int8, int4, auto"):
         ClusterConfig.from_dict({"kvstore": {"codec": "zip"}})

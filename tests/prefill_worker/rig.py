@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from kvstore.key import KvHandle
 from prefill_worker.handoff import HandoffContext
 from prefill_worker.job import KvOpened, PrefillJob
+from prefill_worker.link_codec import LinkCodec
 from prefill_worker.sender import Format
 from prefill_worker.worker import PrefillWorker
 from tandem.config import MIB, PrefillConfig
@@ -32,7 +33,12 @@ OVERLAP_TOKENS = 16  # so that most prompts of the tests leave while they are co
 
 
 def make_context(client, model, pool, chunk_bytes: int = MIB, draft=None) -> HandoffContext:
-    form = Format(dtype="float32", fingerprint=FINGERPRINT, chunk_bytes=chunk_bytes)
+    form = Format(
+        dtype="float32",
+        fingerprint=FINGERPRINT,
+        chunk_bytes=chunk_bytes,
+        codec=LinkCodec.of("raw", model.cache),
+    )
     draft_cache = draft.cache if draft else None
     return HandoffContext(client, model.cache, pool, form, OVERLAP_TOKENS, draft_cache)
 

@@ -126,6 +126,10 @@ class _Watched:
     def handle(self):
         return self._writer.handle
 
+    @property
+    def busy_s(self):
+        return self._writer.busy_s
+
     async def write(self, where, payload):
         self._num += 1
         await self._on_write(self._num)
