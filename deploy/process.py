@@ -31,10 +31,10 @@ EXIT_CONFIG = 2
 
 async def run_router(config: ClusterConfig, leave: asyncio.Event) -> None:
     from deploy.http import HttpFront
-    from deploy.store import EmbeddedStore
+    from deploy.store import EmbeddedStore, leave_process
     from router.server import Router
 
-    store, router, http = EmbeddedStore(config), Router(config), HttpFront(config)
+    store, router, http = EmbeddedStore(config, leave_process), Router(config), HttpFront(config)
     await store.start()
     await router.start(add_services=[store.add_to], audits=store.audits, collectors=[store.metrics()])
     await http.start(router)

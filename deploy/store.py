@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+import os
+from collections.abc import Callable, Sequence
 
 import grpc
 
@@ -12,24 +14,44 @@ from kvstore.backend import backend_from_url
 from kvstore.server import KvServicer, add_to_server
 from kvstore.store import KvStore
 from kvstore.sweeper import Sweeper
+from kvstore.watchdog import TICK_S, Watchdog
 from tandem.config import ClusterConfig
 from tandem.ledger import PoolAudit
 
+log = logging.getLogger(__name__)
+
+EXIT_STUCK = os.EX_SOFTWARE
+
+
+def leave_process() -> None:
+    """End at once and say so: memory that no sweep frees is lost to everybody, and whoever supervises this
+    process can start another."""
+    log.critical("the KV store's sweep stands still: this process ends")
+    os._exit(EXIT_STUCK)
+
 
 class EmbeddedStore:
-    """A store with its sweeper. Start it inside a running event loop."""
+    """A store with its sweeper. Start it inside a running event loop. A thread of its own calls `on_hang` if
+    the sweep stands still."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(
+        self, config: ClusterConfig, on_hang: Callable[[], None] | None = None, tick_s: float = TICK_S
+    ) -> None:
         backend = backend_from_url(config.kvstore.url)
         self._store = KvStore(
             backend, config.cache.store_bytes, config.kvstore, prefix_bytes=config.cache.prefix_bytes
         )
         self._sweeper = Sweeper(self._store)
+        self._watchdog = on_hang and Watchdog(lambda: self._sweeper.num_sweeps, on_hang, tick_s)
 
     async def start(self) -> None:
         await self._sweeper.__aenter__()
+        if self._watchdog:
+            self._watchdog.__enter__()
 
     async def stop(self) -> None:
+        if self._watchdog:
+            self._watchdog.__exit__(None, None, None)
         await self._sweeper.__aexit__(None, None, None)
         await asyncio.to_thread(self._store.close)
 
@@ -38,7 +60,7 @@ class EmbeddedStore:
 
     def metrics(self) -> StoreMetrics:
         """The store's counters for a scraper."""
-        return StoreMetrics(self._store)
+        return StoreMetrics(self._store, self._sweeper)
 
     def audits(self) -> Sequence[PoolAudit]:
         return [self._store.audit()]

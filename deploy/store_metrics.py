@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict
 
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from kvstore.store import KvStore
+from kvstore.sweeper import Sweeper
 
 
 class StoreMetrics(Collector):
-    """The store's own counters."""
+    """The store's own counters, and how long ago it was swept."""
 
-    def __init__(self, store: KvStore) -> None:
+    def __init__(self, store: KvStore, sweeper: Sweeper) -> None:
         self._store = store
+        self._sweeper = sweeper
 
     def describe(self) -> Iterable[Metric]:
         """Nothing beforehand: the names do not depend on a first scrape."""
@@ -31,5 +33,7 @@ class StoreMetrics(Collector):
         yield operations
         expired = "Stored objects and leases whose time ran out before they were given up."
         yield CounterMetricFamily("tandem_lease_expired", expired, value=counters.expired)
+        age = "Seconds since what was due was last ended; more than a few are an alarm."
+        yield GaugeMetricFamily("tandem_kv_sweep_age_s", age, value=self._sweeper.age_s)
         failures = "Chunks that failed their digest when they were put into the store."
         yield CounterMetricFamily("tandem_kv_verify_failures", failures, value=counters.refused_corrupt)

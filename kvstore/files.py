@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import secrets
 import shutil
@@ -21,6 +22,8 @@ from pathlib import Path
 from kvstore.backend import Location
 from kvstore.key import ObjectKey
 from tandem.errors import ConfigError, FailedPrecondition, Overloaded, Unavailable
+
+log = logging.getLogger(__name__)
 
 PREFIX = "tandem-kv-"
 LOCK = ".lock"
@@ -48,6 +51,7 @@ class FileBackend:
         """Raises `ConfigError` if the folder cannot be made. Leftovers of dead processes go first."""
         self.is_blocking = is_blocking
         self._files: dict[ObjectKey, File] = {}
+        self._is_bad = False
         try:
             root.mkdir(mode=0o700, parents=True, exist_ok=True)
             remove_leftovers(root)
@@ -56,12 +60,19 @@ class FileBackend:
             raise ConfigError(f"cannot keep KV in {root}: {error.strerror}") from error
 
     def put(self, key: ObjectKey, index: int, message: bytes) -> None:
-        with medium_errors():
-            file = self._files.get(key) or self._create(key)
-            assert index == len(file.ends), (index, len(file.ends))
-            with _opened(file.path, os.O_WRONLY) as descriptor:
-                _write(descriptor, message, file.size)
-            file.ends.append(file.size + len(message))
+        """A medium that failed to write is bad from then on: nothing more is put there, and what it has is
+        believed as far as its digests hold."""
+        if self._is_bad:
+            raise Unavailable("STORE_DOWN", "KV store is unavailable")
+        try:
+            with medium_errors():
+                self._append(key, index, message)
+        except Unavailable as error:
+            self._is_bad = True
+            log.error(
+                "%s cannot be written (%s): no more KV is put there", self._folder.parent, error.__cause__
+            )
+            raise
 
     def get(self, key: ObjectKey, index: int) -> bytes:
         file = self._files[key]
@@ -89,6 +100,13 @@ class FileBackend:
         self._files.clear()
         shutil.rmtree(self._folder, ignore_errors=True)
         os.close(self._lock)
+
+    def _append(self, key: ObjectKey, index: int, message: bytes) -> None:
+        file = self._files.get(key) or self._create(key)
+        assert index == len(file.ends), (index, len(file.ends))
+        with _opened(file.path, os.O_WRONLY) as descriptor:
+            _write(descriptor, message, file.size)
+        file.ends.append(file.size + len(message))
 
     def _create(self, key: ObjectKey) -> File:
         path = self._folder / secrets.token_hex(16)

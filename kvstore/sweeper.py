@@ -23,7 +23,7 @@ class Sweeper:
         self._clock = clock
         self._last_s = clock()
         self._watchdog: asyncio.Task[None] | None = None
-        self.num_failures = 0
+        self.num_sweeps = self.num_failures = 0
 
     @property
     def age_s(self) -> float:
@@ -55,3 +55,4 @@ class Sweeper:
             await asyncio.sleep(self._every_s)
             await self._store.turns.take(self._store.sweep)
             self._last_s = self._clock()
+            self.num_sweeps += 1

@@ -48,13 +48,13 @@ class RouterReplica:
         workers: Sequence[DeploymentHandle[Any]],
     ) -> None:
         from deploy.http import HttpFront
-        from deploy.store import EmbeddedStore
+        from deploy.store import EmbeddedStore, leave_process
         from router.server import Router
 
         log.set_up("router", log_level)
         settings = ClusterConfig.from_json(config)
         self._host = settings.router.host
-        self._store = EmbeddedStore(settings)
+        self._store = EmbeddedStore(settings, leave_process)
         self._router = Router(settings, _internal_host(network), internal_port)
         self._http = HttpFront(settings)
         await self._store.start()

@@ -60,6 +60,7 @@ async def test_what_was_done_is_counted(cluster):
     refused = await failure(generate(cluster, ask("x" * 600, max_tokens=4)))
     await quiesce(cluster)
     done = await scrape(cluster)
+    assert 0 <= done["tandem_kv_sweep_age_s",] < 5
     done.subtract(before)
 
     assert refused.reason == "PROMPT_TOO_LONG"

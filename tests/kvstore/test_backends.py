@@ -17,9 +17,11 @@ from kvstore.backend import Mappable, Placeable, backend_from_url, redacted
 from kvstore.backends import redis as redis_backend
 from kvstore.files import PREFIX, remove_leftovers
 from kvstore.key import ObjectKey
+from kvstore.objects import ObjectState
 from kvstore.store import KvStore
+from kvstore.wire import encode
 from tandem.config import KvStoreConfig
-from tandem.errors import ConfigError, FailedPrecondition, Overloaded, Unavailable
+from tandem.errors import ConfigError, FailedPrecondition, InvalidRequest, Overloaded, Unavailable
 from tests import certificates, redis_server
 from tests.clock import ManualClock
 from tests.kvstore.backends import SCHEMES, medium
@@ -199,10 +201,48 @@ def test_a_disk_that_fails_is_refused_and_charged_to_nobody(tmp_path, monkeypatc
         chunk, payload = SAMPLE.chunks[0]
         with pytest.raises(error, match=reason):
             store.append(ticket, chunk, payload, b"message")
+    with pytest.raises(InvalidRequest):
+        store.seal(ticket, SAMPLE.seal)
     assert store.abort(ticket)
     assert store.audit().is_empty
-    put(store, SAMPLE)
+    if number == errno.ENOSPC:
+        put(store, SAMPLE)
+    else:
+        with pytest.raises(Unavailable, match="STORE_DOWN"):
+            put(store, SAMPLE)
     store.close()
+
+
+def test_what_a_bad_disk_has_is_believed_as_far_as_its_digests_hold(tmp_path, monkeypatch):
+    """And what it never had is not sealed."""
+    store = KvStore(backend_from_url(f"disk://{tmp_path}"), 4 * SIZE, KvStoreConfig(), ManualClock())
+    handle = put(store, SAMPLE)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", _no_io)
+        with pytest.raises(Unavailable):
+            put(store, make_sample(make_header(b"\x02" * 16)))
+    assert list(store.read(store.lease(handle, "reader"))) == SAMPLE.frames
+    with pytest.raises(Unavailable, match="STORE_DOWN"):
+        put(store, make_sample(make_header(b"\x03" * 16)))
+    assert [obj.key for obj in store.list_objects(9) if obj.state is not ObjectState.RESERVED] == [handle.key]
+    store.close()
+
+
+def test_memory_over_a_bad_disk_goes_on(tmp_path, monkeypatch):
+    message_bytes = len(encode(*SAMPLE.chunks[0])) * 2
+    url = f"memory://?bytes={2 * message_bytes}+disk://{tmp_path}"
+    store = KvStore(backend_from_url(url), 8 * SIZE, KvStoreConfig(), ManualClock())
+    monkeypatch.setattr(os, "pwrite", _no_io)
+    first = put(store, SAMPLE)
+    with pytest.raises(Unavailable):
+        for number in range(2, 6):
+            put(store, make_sample(make_header(bytes([number]) * 16)))
+    assert list(store.read(store.lease(first, "reader"))) == SAMPLE.frames
+    store.close()
+
+
+def _no_io(*_):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def test_a_full_disk_for_real(tmp_path):
