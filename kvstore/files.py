@@ -69,9 +69,7 @@ class FileBackend:
                 self._append(key, index, message)
         except Unavailable as error:
             self._is_bad = True
-            log.error(
-                "%s cannot be written (%s): no more KV is put there", self._folder.parent, error.__cause__
-            )
+            log.error("no more KV is put into %s: %s", self._folder.parent, error.__cause__)
             raise
 
     def get(self, key: ObjectKey, index: int) -> bytes:

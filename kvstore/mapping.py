@@ -8,12 +8,12 @@ they are done (kvstore/books.py).
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import stat
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Self
 
@@ -115,6 +115,9 @@ def _map(path: str, num_bytes: int, writable: bool) -> memoryview | None:
         return None  # no memory for another mapping: the bytes can be sent
     finally:
         os.close(descriptor)
-    with suppress(OSError):
+    try:
         mapped.madvise(MADV_POPULATE_READ, 0, num_bytes)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # an older kernel knows no such advice
+            return None  # a page that cannot be read would kill this process when it is touched
     return memoryview(mapped)

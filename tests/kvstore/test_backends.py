@@ -234,9 +234,9 @@ def test_memory_over_a_bad_disk_goes_on(tmp_path, monkeypatch):
     store = KvStore(backend_from_url(url), 8 * SIZE, KvStoreConfig(), ManualClock())
     monkeypatch.setattr(os, "pwrite", _no_io)
     first = put(store, SAMPLE)
+    more = [make_sample(make_header(bytes([number]) * 16)) for number in range(2, 6)]
     with pytest.raises(Unavailable):
-        for number in range(2, 6):
-            put(store, make_sample(make_header(bytes([number]) * 16)))
+        [put(store, sample) for sample in more]
     assert list(store.read(store.lease(first, "reader"))) == SAMPLE.frames
     store.close()
 

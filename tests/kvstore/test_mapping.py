@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -131,3 +133,19 @@ async def test_a_handle_is_checked_as_for_bytes():
         assert await client.release(handle)
         with pytest.raises((FailedPrecondition, NotFound)):
             [chunk async for chunk in client.get(handle, "reader")]
+
+
+@pytest.mark.parametrize(
+    ("number", "is_mapped"), [(errno.EINVAL, True), (errno.EIO, False), (errno.EFAULT, False)]
+)
+def test_a_file_that_cannot_be_read_is_not_mapped(tmp_path, monkeypatch, number, is_mapped):
+    """On an older kernel nobody can tell, and it is."""
+
+    class Failing(mmap.mmap):
+        def madvise(self, *_):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(mapping.mmap, "mmap", Failing)
+    file = tmp_path / "file"
+    file.write_bytes(b"x" * 10)
+    assert (Mappings().view(str(file), 10) is not None) == is_mapped
