@@ -23,6 +23,14 @@ class Advance:
     is_tau_stop: bool = False
 
 
+def advance_by(sequence: DecodeSequence, token: SampledToken | BadLogits) -> Advance:
+    """One sampled token; afterwards the sampling state knows it."""
+    if isinstance(token, BadLogits):
+        return Advance(is_bad=True)
+    sequence.sampling.append(token.token_id)
+    return Advance([token])
+
+
 class Decoder(Protocol):
     """Owned by the step thread."""
 
@@ -53,7 +61,7 @@ class PlainDecoder:
     def step(self, sequences: Sequence[DecodeSequence]) -> list[Advance]:
         logits = self._model.forward(self._model.batch([sequence.rows() for sequence in sequences]))
         sampled = self._sampler.sample(logits, [sequence.sampling for sequence in sequences])
-        return [self._advance(*pair) for pair in zip(sequences, sampled, strict=True)]
+        return [advance_by(*pair) for pair in zip(sequences, sampled, strict=True)]
 
     def settle(self, sequences: Sequence[DecodeSequence]) -> None:
         """Nothing to do: what was computed stands."""
@@ -63,10 +71,3 @@ class PlainDecoder:
 
     def report(self) -> SpeculationReport | None:
         return None
-
-    @staticmethod
-    def _advance(sequence: DecodeSequence, token: SampledToken | BadLogits) -> Advance:
-        if isinstance(token, BadLogits):
-            return Advance(is_bad=True)
-        sequence.sampling.append(token.token_id)
-        return Advance([token])

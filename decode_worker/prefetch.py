@@ -68,11 +68,15 @@ class Prefetches:
         if self._restorer.may_follow and work.key not in self._waiting:
             self._waiting[work.key] = Prefetch(work, handle, self._reservations, self._restorer)
 
-    async def fetch(self, sequence: DecodeSequence) -> Started:
-        """Give the sequence its blocks with its KV in them, fetching what did not come before.
+    async def fetch(self, sequence: DecodeSequence) -> Started | None:
+        """Give the sequence its blocks with its KV in them, fetching what did not come before. None if there
+        is no KV of it.
 
         Raises NO_MEMORY_FIT_NOW and what `KvRestorer.restore` raises; the sequence keeps its blocks.
         """
+        if sequence.handle is None:
+            sequence.blocks = await self._reservations.take(sequence.work)
+            return None
         prefetch = await self._join(sequence.work)
         if prefetch is None or not prefetch.blocks:
             sequence.blocks = await self._reservations.take(sequence.work)

@@ -66,6 +66,7 @@ class KvRestorer:
         FINGERPRINT_MISMATCH or STALE_HANDLE if the handle is not of this request's KV.
         """
         work, handle = sequence.work, sequence.handle
+        assert handle is not None
         _check(handle, work, len(work.token_ids) - 1)
         with self._held(work):
             started_ns = time.monotonic_ns()
@@ -120,7 +121,7 @@ class KvRestorer:
     async def give_up_stored(self, sequence: DecodeSequence) -> None:
         """The stored copy is no longer needed. What a lost store misses, the lease frees."""
         try:
-            for handle in sequence.handle.objects:
+            for handle in sequence.handle.objects if sequence.handle else ():
                 await self._client.release(handle)
         except TandemError as error:
             log.warning("could not release stored KV: %s", error.reason)

@@ -41,7 +41,7 @@ class DecodeSequence:
     """
 
     work: Work
-    handle: KvHandle
+    handle: KvHandle | None  # of the KV of all tokens but the last; None: none is computed yet
     emit: Emit
     output: OutputStream
     sampling: SamplingState
@@ -56,9 +56,14 @@ class DecodeSequence:
     is_finished: bool = False
 
     def __post_init__(self) -> None:
-        self.num_computed = len(self.work.token_ids) - 1
+        self.num_computed = len(self.work.token_ids) - 1 if self.handle else 0
         self.next_token = self.work.token_ids[-1]
         self.token_ids = list(self.work.token_ids)
+
+    @property
+    def num_left(self) -> int:
+        """Tokens whose KV is not in the cache yet; a running sequence has one."""
+        return len(self.token_ids) - self.num_computed
 
     @property
     def is_plainly_greedy(self) -> bool:

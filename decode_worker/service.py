@@ -84,7 +84,8 @@ class Session:
             if order.work.fingerprint != self._fingerprint:
                 raise FailedPrecondition("FINGERPRINT_MISMATCH", "prefill and decode builds differ")
             work = Work.from_pb(order.work)
-            self._sequences[key] = self._worker.start(work, KvHandle.from_pb(order.handle), self._emit)
+            handle = KvHandle.from_pb(order.handle) if order.HasField("handle") else None
+            self._sequences[key] = self._worker.start(work, handle, self._emit)
         except TandemError as error:
             self.outbox.put_nowait(pb.DecodeResponse(events=[_failed(key, error)]))
         except Exception:  # one order must not end the others of this router

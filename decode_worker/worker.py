@@ -5,7 +5,8 @@ The life of a request here:
     router gives credits back when it cancels, and that may be a step before the blocks are free.
  2. A task fetches the KV from the store into those blocks, off the step loop.
  3. The sequence joins the running batch; `Started` is emitted.
- 4. Each step: one packed forward (decoder.py), find stops, emit, and let finished sequences leave.
+ 4. Each step: a chunk of a prompt that came without KV (local_prefill.py), if there is one; then one packed
+    forward (decoder.py), find stops, emit, and let finished sequences leave.
  5. Blocks go back to the pool in the step that ends the sequence, or when its KV has been published.
 A sequence that is cancelled or late leaves at the next step; one whose KV is still arriving keeps its
 blocks until the last byte is written.
@@ -17,9 +18,11 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from dataclasses import replace
+from collections.abc import Callable
 
+from decode_worker.accounting import account, by_router, failure_in
 from decode_worker.decoder import Advance, Decoder, PlainDecoder
+from decode_worker.local_prefill import LocalPrefill
 from decode_worker.prefetch import Prefetches
 from decode_worker.publisher import Publisher
 from decode_worker.reservation import Reservations
@@ -31,8 +34,8 @@ from kvstore.pieces import Pieces
 from tandem.config import DecodeConfig
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.model_runner import ModelRunner
-from tandem.engine.work_state import logprobs_of, sampling_state
-from tandem.errors import DeadlineExceeded, Internal, TandemError, Unavailable, failure_of
+from tandem.engine.work_state import sampling_state
+from tandem.errors import DeadlineExceeded, Internal, TandemError, Unavailable
 from tandem.ledger import PoolAudit
 from tandem.output import OutputDelta
 from tandem.tokenizer import Tokenizer
@@ -66,6 +69,7 @@ class DecodeWorker:
         self._prefetches = Prefetches(pool, self._reservations, restorer)
         self._decoder = decoder or PlainDecoder(model)
         self._scheduler = DecodeScheduler(config.max_batch)
+        self._prompts = LocalPrefill(model, config.prefill_tokens)
         self._inbox: deque[DecodeSequence] = deque()  # KV in place, not yet in the scheduler
         self._restoring: dict[DecodeSequence, asyncio.Task[None]] = {}  # event loop only
         self._wake = threading.Condition()
@@ -82,13 +86,15 @@ class DecodeWorker:
 
     @property
     def num_waiting(self) -> int:
-        return self._scheduler.num_waiting + len(self._restoring) + len(self._inbox) + len(self._prefetches)
+        coming = len(self._restoring) + len(self._inbox) + len(self._prefetches)
+        return self._scheduler.num_waiting + len(self._prompts) + coming
 
     def audit(self) -> PoolAudit:
         return self._pool.audit()
 
-    def start(self, work: Work, handle: KvHandle, emit: Emit) -> DecodeSequence:
-        """Take a request. Call on the event loop. What goes wrong later is emitted.
+    def start(self, work: Work, handle: KvHandle | None, emit: Emit) -> DecodeSequence:
+        """Take a request, without a handle its prompt too. Call on the event loop. What goes wrong later is
+        emitted.
 
         Raises at once what no waiting can mend: NEVER_FITS, BAD_PARAM, DRAINING.
         """
@@ -158,7 +164,8 @@ class DecodeWorker:
             log.exception("restore of %s failed (%s)", sequence.work.request_id, bug.error_id)
             self._refuse(sequence, bug)
         else:
-            sequence.emit([(sequence, started)])
+            if started is not None:
+                sequence.emit([(sequence, started)])
             with self._wake:
                 self._inbox.append(sequence)
                 self._wake.notify()
@@ -191,17 +198,18 @@ class DecodeWorker:
                 self._step()
             except Exception:  # the top of the loop: one bad step must not end the worker
                 log.exception("decode step failed")
-        for sequence in self._scheduler.leave(lambda sequence: True):
+        for sequence in self._take_out(lambda sequence: True):
             self._end(sequence, Unavailable.draining())
 
     def _wait_for_work(self) -> bool:
         with self._wake:
             while True:
                 while self._inbox:
-                    self._scheduler.join(self._inbox.popleft())
+                    sequence = self._inbox.popleft()
+                    (self._scheduler if sequence.handle else self._prompts).join(sequence)
                 if self._stopping:
                     return False
-                if self._scheduler.num_running or self._scheduler.num_waiting:
+                if self._scheduler.num_running or self._scheduler.num_waiting or self._prompts:
                     return True
                 self._wake.wait()
 
@@ -209,6 +217,7 @@ class DecodeWorker:
         """Advance every running sequence by at least one token."""
         self._drop_departed()
         batch = self._scheduler.schedule()
+        self._step_prompts(is_alone=not batch)
         if not batch:
             return
         try:
@@ -225,49 +234,48 @@ class DecodeWorker:
             self._leave(sequence)
         self._emit(events)
 
+    def _step_prompts(self, *, is_alone: bool) -> None:
+        """Compute some more of the prompts that came without KV."""
+        chosen = self._prompts.next(is_alone=is_alone)
+        if not chosen:
+            return
+        try:
+            complete = self._prompts.step(chosen, is_alone=is_alone)
+        except Exception as error:
+            self._fail(chosen, error)
+            return
+        self._emit([(sequence, self._try_accept(sequence, advance)) for sequence, advance in complete])
+        for sequence, _ in complete:
+            if sequence.is_finished:
+                self._leave(sequence)
+            else:
+                self._scheduler.join(sequence)
+
     def _try_accept(self, sequence: DecodeSequence, advance: Advance) -> Event:
         try:
-            return self._accept(sequence, advance)
+            event = account(sequence, advance)
         except Exception as error:  # its text cannot be made: no reason to fail the others
             sequence.is_finished = True
-            return self._failure([sequence], error)
-
-    def _accept(self, sequence: DecodeSequence, advance: Advance) -> Event:
-        """Account for what a step brought, token by token: the first stop ends the sequence there."""
-        if advance.is_bad:
-            sequence.is_finished = True
-            return Internal.numerics()
-        news: OutputDelta | None = None
-        for token in advance.tokens:
-            sequence.advance(token.token_id)
-            delta = sequence.output.append(token.token_id, logprobs_of(token))
-            news = delta if news is None else news.followed_by(delta)
-            if delta.finish is not None:
-                sequence.is_finished = True
-                self._publisher.keep(sequence)
-                break
-        assert news is not None
-        usage = sequence.speculated if sequence.is_finished and sequence.speculated.num_steps else None
-        return replace(news, drafted=advance.num_drafted, accepted=advance.num_accepted, speculation=usage)
+            return failure_in([sequence], error)
+        if isinstance(event, OutputDelta) and event.finish is not None:
+            self._publisher.keep(sequence)
+        return event
 
     def _drop_departed(self) -> None:
-        for sequence in self._scheduler.leave(lambda sequence: sequence.is_cancelled):
+        for sequence in self._take_out(lambda sequence: sequence.is_cancelled):
             self._leave(sequence)
-        for sequence in self._scheduler.leave(lambda sequence: sequence.work.time_left_s() <= 0):
+        for sequence in self._take_out(lambda sequence: sequence.work.time_left_s() <= 0):
             self._end(sequence, DeadlineExceeded("decode", sequence.output.num_tokens))
+
+    def _take_out(self, is_gone: Callable[[DecodeSequence], bool]) -> list[DecodeSequence]:
+        return [*self._scheduler.leave(is_gone), *self._prompts.leave(is_gone)]
 
     def _fail(self, batch: list[DecodeSequence], error: Exception) -> None:
         """A forward failed: its sequences end, the worker goes on."""
-        failure = self._failure(batch, error)
-        for sequence in self._scheduler.leave(lambda sequence: sequence in batch):
+        failure = failure_in(batch, error)
+        for sequence in self._take_out(lambda sequence: sequence in batch):
             self._leave(sequence)
         self._emit([(sequence, failure) for sequence in batch])
-
-    @staticmethod
-    def _failure(batch: list[DecodeSequence], error: Exception) -> TandemError:
-        failure = failure_of(error)
-        log.error("decode of %d sequences failed (%s)", len(batch), failure.error_id, exc_info=error)
-        return failure
 
     def _end(self, sequence: DecodeSequence, error: TandemError) -> None:
         self._leave(sequence)
@@ -286,8 +294,5 @@ class DecodeWorker:
 
     def _emit(self, events: list[tuple[DecodeSequence, Event]]) -> None:
         """One message per router and step."""
-        by_router: dict[Emit, list[tuple[DecodeSequence, Event]]] = {}
-        for sequence, event in events:
-            by_router.setdefault(sequence.emit, []).append((sequence, event))
-        for emit, news in by_router.items():
+        for emit, news in by_router(events).items():
             self._loop.call_soon_threadsafe(emit, news)

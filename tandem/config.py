@@ -108,10 +108,11 @@ class DecodeConfig:
     """How running requests are batched."""
 
     max_batch: int = 64  # sequences in one step
+    prefill_tokens: int = 128  # of prompts that come without KV, computed between two steps
     threads: int = 1
 
     def __post_init__(self) -> None:
-        check_positive(self, "max_batch", "threads")
+        check_positive(self, "max_batch", "prefill_tokens", "threads")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -111,6 +111,9 @@ class Client:
     async def all(self, request_id="r") -> list[OutputDelta]:
         """Everything until the end, which must be a success."""
         await self.started(request_id)
+        return await self.rest(request_id)
+
+    async def rest(self, request_id="r") -> list[OutputDelta]:
         deltas: list[OutputDelta] = []
         while not deltas or deltas[-1].finish is None:
             event = await self.next(request_id)

@@ -184,7 +184,7 @@ async def test_another_build_or_a_senseless_order_fails_alone():
         orders[1].work.ClearField("token_ids")
         orders[2].work.sampling.ClearField("max_tokens")
         orders[3].work.token_ids.append(257)
-        orders[4].ClearField("handle")
+        orders[4].handle.ClearField("object_id")
         orders[5].work.sampling.top_p = 7
         orders[6].work.sampling.max_tokens = 1 << 20
         for order in orders:

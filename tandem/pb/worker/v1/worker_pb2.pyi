@@ -373,7 +373,7 @@ class StartDecode(_message.Message):
 
     @_builtins.property
     def handle(self) -> _kv_pb2.KvHandle:
-        """KV of all token_ids but the last."""
+        """KV of all token_ids but the last; without it the worker computes the prompt itself."""
 
     def __init__(
         self,

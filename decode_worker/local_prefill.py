@@ -1,0 +1,80 @@
+"""Prompts that come without KV are computed here, a chunk between two steps of the sequences that run.
+
+The router sends one where that costs less than the way over a prefill worker and the store. Chunks of a
+prompt have the same bits wherever they are cut and computed, so the tokens are the same. Owned by the step
+thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from decode_worker.decoder import Advance, advance_by
+from decode_worker.sequence import DecodeSequence
+from tandem.engine.batch import SequenceRows
+from tandem.engine.model_runner import ModelRunner
+from tandem.engine.sampler import Sampler
+
+ALONE = 4  # times the chunk where no sequence waits for its next token
+
+
+class LocalPrefill:
+    """The line of such prompts, first come, first served. `chunk_tokens` bounds the rows of a forward."""
+
+    def __init__(self, model: ModelRunner, chunk_tokens: int) -> None:
+        self._model = model
+        self._chunk_tokens = chunk_tokens
+        self._sampler = Sampler()
+        self._line: deque[DecodeSequence] = deque()
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def join(self, sequence: DecodeSequence) -> None:
+        self._line.append(sequence)
+
+    def leave(self, is_gone: Callable[[DecodeSequence], bool]) -> list[DecodeSequence]:
+        """Take out the sequences that nobody waits for."""
+        gone = [sequence for sequence in self._line if is_gone(sequence)]
+        self._line = deque(sequence for sequence in self._line if sequence not in gone)
+        return gone
+
+    def next(self, *, is_alone: bool) -> list[DecodeSequence]:
+        """Whose rows are in the next forward."""
+        chosen, room = [], self._room(is_alone)
+        for sequence in self._line:
+            if room <= 0:
+                break
+            chosen.append(sequence)
+            room -= sequence.num_left
+        return chosen
+
+    def step(self, chosen: list[DecodeSequence], *, is_alone: bool) -> list[tuple[DecodeSequence, Advance]]:
+        """One forward over the next rows of these; those that are complete, each with its first token."""
+        room, rows = self._room(is_alone), []
+        for sequence in chosen:
+            rows.append(self._rows(sequence, min(sequence.num_left, room)))
+            room -= len(rows[-1].token_ids)
+        logits = self._model.forward(self._model.batch(rows))
+        for sequence, part in zip(chosen, rows, strict=True):
+            sequence.num_computed += len(part.token_ids)
+        complete = [sequence for sequence in chosen if not sequence.num_left]
+        self.leave(lambda sequence: sequence in complete)
+        sampled = self._sampler.sample(logits, [sequence.sampling for sequence in complete])
+        for sequence in complete:
+            sequence.num_computed -= 1  # `advance` counts the last token, whose successor it brings
+        return list(zip(complete, map(advance_by, complete, sampled), strict=True))
+
+    def _room(self, is_alone: bool) -> int:
+        return self._chunk_tokens * (ALONE if is_alone else 1)
+
+    @staticmethod
+    def _rows(sequence: DecodeSequence, num_tokens: int) -> SequenceRows:
+        start, end = sequence.num_computed, sequence.num_computed + num_tokens
+        return SequenceRows(
+            token_ids=sequence.token_ids[start:end],
+            start=start,
+            block_table=sequence.blocks,
+            num_logits=1 if end == len(sequence.token_ids) else 0,
+        )

@@ -1,0 +1,124 @@
+"""Prompts that are computed on the decode worker itself, between the steps of the others."""
+
+from __future__ import annotations
+
+import asyncio
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from tandem.errors import DeadlineExceeded
+from tandem.request import FinishReason
+from tests.decode_worker.rig import decoding, make_order, tokens_of
+from tests.serving import NAN, Gate, greedy, prompt_of, until
+
+
+def order(name="r", length=20, **sampling):
+    """A request none of whose tokens is computed."""
+    return make_order(name, prompt_of(length), delivered=0, **sampling)
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 31, 100])
+@pytest.mark.parametrize("chunk", [1, 7, 128])
+async def test_output_is_the_models_own(length, chunk):
+    async with decoding(prefill_tokens=chunk) as rig:
+        rig.worker.start(order(length=length, max_tokens=12), None, rig.client.emit)
+        deltas = await rig.client.rest()
+        assert tokens_of(deltas) == greedy(prompt_of(length), 12)
+        assert deltas[-1].finish is FinishReason.LENGTH
+        assert rig.store.counters.reserved == 0
+
+
+@pytest.mark.parametrize("delivered", [1, 5, 11])
+async def test_a_resumed_request_goes_on_where_it_was(delivered):
+    async with decoding() as rig:
+        rig.worker.start(make_order(delivered=delivered, max_tokens=12), None, rig.client.emit)
+        assert tokens_of(await rig.client.rest()) == greedy(prompt_of(20), 12)[delivered:]
+
+
+async def test_a_prompt_that_ends_with_its_first_token():
+    async with decoding() as rig:
+        rig.worker.start(order(max_tokens=1), None, rig.client.emit)
+        [delta] = await rig.client.rest()
+        assert (delta.token_ids, delta.finish) == (greedy(prompt_of(20), 1), FinishReason.LENGTH)
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6), chunk=st.integers(1, 40), data=st.data())
+def test_any_mix_of_prompts_and_sequences(lengths, chunk, data):
+    is_local = [data.draw(st.booleans()) for _ in lengths]
+
+    async def run():
+        async with decoding(128, prefill_tokens=chunk, max_batch=3) as rig:
+            for index, (length, local) in enumerate(zip(lengths, is_local, strict=True)):
+                if local:
+                    rig.worker.start(order(f"r{index}", length, max_tokens=6), None, rig.client.emit)
+                else:
+                    await rig.start(make_order(f"r{index}", prompt_of(length), max_tokens=6))
+            for index, (length, local) in enumerate(zip(lengths, is_local, strict=True)):
+                deltas = await (rig.client.rest if local else rig.client.all)(f"r{index}")
+                assert tokens_of(deltas) == greedy(prompt_of(length), 6)[0 if local else 1 :]
+
+    asyncio.run(run())
+
+
+async def test_running_sequences_get_a_step_between_two_chunks():
+    sizes, gate = [], Gate()
+
+    def forward(call, batch):
+        sizes.append(batch.num_rows)
+        return gate(call, batch)
+
+    async with decoding(forward=forward, prefill_tokens=8) as rig:
+        await rig.start(make_order("running", max_tokens=30))
+        await rig.client.started("running")
+        await until(lambda: gate.entered == 1)
+        rig.worker.start(order("prompt", 30, max_tokens=3), None, rig.client.emit)
+        await until(lambda: rig.worker.num_waiting)
+        gate.open()
+        assert tokens_of(await rig.client.rest("prompt")) == greedy(prompt_of(30), 3)
+        await rig.client.rest("running")
+    first = sizes.index(8)
+    assert sizes[first : first + 9] == [8, 1, 8, 1, 8, 1, 6, 1, 2]
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_who_leaves_between_two_chunks_frees_its_blocks(is_late):
+    gate = Gate()
+    async with decoding(forward=gate, prefill_tokens=2) as rig:
+        work = order(length=40, max_tokens=5, **({"timeout_s": 0.3} if is_late else {}))
+        sequence = rig.worker.start(work, None, rig.client.emit)
+        await until(lambda: gate.entered == 1)
+        gate.let()
+        await until(lambda: gate.entered == 2)
+        if is_late:
+            await asyncio.sleep(0.35)
+        else:
+            rig.worker.cancel(sequence)
+        gate.open()
+        if is_late:
+            assert isinstance(await rig.client.error(), DeadlineExceeded)
+        await until(lambda: not rig.pool.audit().owned)
+
+
+async def test_a_forward_that_raises_fails_only_its_prompts():
+    def forward(call, batch):
+        if batch.num_rows > 20:
+            raise RuntimeError("secret")
+        return call(batch)
+
+    async with decoding(forward=forward) as rig:
+        rig.worker.start(order("bad", 30), None, rig.client.emit)
+        assert (await rig.client.error("bad")).reason == "BUG"
+        rig.worker.start(order("good", 10, max_tokens=4), None, rig.client.emit)
+        assert tokens_of(await rig.client.rest("good")) == greedy(prompt_of(10), 4)
+
+
+async def test_a_prompt_without_usable_logits_is_said():
+    def forward(call, batch):
+        return call(batch) * NAN
+
+    async with decoding(forward=forward) as rig:
+        rig.worker.start(order(), None, rig.client.emit)
+        assert (await rig.client.error()).reason == "NUMERICS"
