@@ -61,14 +61,7 @@ class DecodeServer:
         host = WorkerHost(router_address)
         servicer = DecodeServicer(worker, fingerprint)
         await host.start(
-            pb.WorkerInfo(
-                worker_id=worker_id,
-                role=pb.WORKER_ROLE_DECODE,
-                fingerprint=fingerprint,
-                block_size=config.cache.block_size,
-                num_blocks=engine.num_blocks,
-                block_bytes=engine.block_bytes,
-            ),
+            engine.worker_info(worker_id, pb.WORKER_ROLE_DECODE, fingerprint),
             lambda server: worker_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server),
             lambda: WorkerLoad(
                 engine.pool.num_free,

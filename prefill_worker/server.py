@@ -57,14 +57,7 @@ class PrefillServer:
         host = WorkerHost(router_address)
         servicer = PrefillServicer(worker, fingerprint)
         await host.start(
-            pb.WorkerInfo(
-                worker_id=worker_id,
-                role=pb.WORKER_ROLE_PREFILL,
-                fingerprint=fingerprint,
-                block_size=config.cache.block_size,
-                num_blocks=engine.num_blocks,
-                block_bytes=engine.block_bytes,
-            ),
+            engine.worker_info(worker_id, pb.WORKER_ROLE_PREFILL, fingerprint),
             lambda server: worker_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server),
             lambda: WorkerLoad(
                 engine.pool.num_free,

@@ -13,6 +13,7 @@ from tandem.engine.block_pool import BlockPool
 from tandem.engine.model_runner import ModelRunner
 from tandem.errors import ConfigError
 from tandem.geometry import ModelGeometry
+from tandem.pb.worker.v1 import worker_pb2 as pb
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,17 @@ class Engine:
     num_blocks: int
     block_bytes: int  # of the target's KV
     draft: ModelRunner | None = None  # over a cache with the target's block ids, or over the target's own
+
+    def worker_info(self, worker_id: str, role: pb.WorkerRole.ValueType, fingerprint: bytes) -> pb.WorkerInfo:
+        """What a worker with this engine tells the router, but for its address."""
+        return pb.WorkerInfo(
+            worker_id=worker_id,
+            role=role,
+            fingerprint=fingerprint,
+            block_size=self.pool.block_size,
+            num_blocks=self.num_blocks,
+            block_bytes=self.block_bytes,
+        )
 
 
 def load_engine(
