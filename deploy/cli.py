@@ -23,6 +23,7 @@ bench = typer.Typer(no_args_is_help=True, help="Experiments: a table, CSV, JSON 
 app.add_typer(bench, name="bench")
 app.add_typer(queue, name="queue")
 app.command("audit")(kv_app.audit)
+app.command("verify")(kv_app.verify)
 bench.command("kv")(kv_app.bench_kv)
 bench.command("serve")(load_app.serve)
 app.command("compare")(load_app.compare)

@@ -10,10 +10,25 @@ from typing import Annotated
 import typer
 
 from deploy import options as o
+from tandem.geometry import KV_CODECS
 
 Internal = Annotated[
     str, typer.Argument(help="host:port of the router's internal listener, as `tandem serve --json` says.")
 ]
+Verified = Annotated[
+    str | None,
+    typer.Argument(
+        help="host:port of a service's internal listener; without it one is started for each codec. Name the "
+        "service's own --model and --config."
+    ),
+]
+Codecs = Annotated[
+    list[str] | None,
+    typer.Option("--codec", help=f"Without a service: {', '.join(KV_CODECS)}; all by default."),
+]
+NumPrompts = Annotated[int, typer.Option("--prompts", help="Prompts of mixed length.", min=2)]
+PromptTokens = Annotated[int, typer.Option("--tokens", help="Tokens of the longest prompt.", min=1)]
+Forced = Annotated[int, typer.Option("--forced", help="Tokens forced behind each prompt.", min=2)]
 MaxObjects = Annotated[int, typer.Option("--limit", help="Most objects of the store to list.", min=1)]
 
 
@@ -45,3 +60,25 @@ def audit(server: Internal, limit: MaxObjects = 1000, json_output: o.Json = Fals
     from deploy.commands import audit as command
 
     sys.exit(0 if command.run(server, limit, json_output) else 1)
+
+
+def verify(
+    server: Verified = None,
+    model: o.Model = None,
+    dtype: o.Dtype = "float32",
+    quantization: o.Quantization = "none",
+    config: o.ConfigFile = None,
+    codecs: Codecs = None,
+    num_prompts: NumPrompts = 8,
+    num_tokens: PromptTokens = 256,
+    num_forced: Forced = 32,
+    json_output: o.Json = False,
+) -> None:
+    """Compare KV that crossed the store with a recompute here, logit by logit, and try whether damage is
+    noticed. Fails if KV does not arrive as it was computed."""
+    from deploy.commands import verify as command
+    from deploy.settings import load_config
+
+    settings = load_config(config, model=model, dtype=dtype, quantization=quantization)
+    size = command.Size(num_prompts, num_tokens, num_forced)
+    sys.exit(0 if command.run(settings, server, codecs or KV_CODECS, size, json_output) else 1)

@@ -14,9 +14,10 @@ from rich.table import Table
 
 from kvstore.listing import ObjectInfo
 from tandem.audit import fetch_audit, fetch_audit_and_workers
+from tandem.client import as_tandem_error
 from tandem.ledger import PoolAudit
 from tandem.pb.kv.v1 import kv_pb2, kv_pb2_grpc
-from tandem.rpc import channel, to_tandem_error
+from tandem.rpc import channel
 
 TIMEOUT_S = 5.0
 
@@ -39,7 +40,7 @@ def run(server: str, limit: int, as_json: bool) -> bool:
     try:
         audit = asyncio.run(collect(server, limit))
     except grpc.aio.AioRpcError as error:
-        raise to_tandem_error(error) from error
+        raise as_tandem_error(error, server) from error
     if as_json:
         print(json.dumps(_document(audit)))
     else:
