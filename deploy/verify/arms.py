@@ -96,7 +96,7 @@ class Verification:
         passage = Passage(config, router)
         async with self._pairs(passage, router) as pairs:
             for pair in pairs:
-                here, answers = await self._travel(passage, pair, codec)
+                here, answers = await self._travel(passage, pair)
                 way = f"{pair.prefill[0]} → "
                 self.findings.travelled += [
                     Arm(way + "here", here, codec),
@@ -117,7 +117,7 @@ class Verification:
             drift.add(local.follow(self._here, sample), logits)
         return Arm("here, other chunks", drift)
 
-    async def _travel(self, passage: Passage, pair: Pair, codec: str) -> tuple[Drift, Drift]:
+    async def _travel(self, passage: Passage, pair: Pair) -> tuple[Drift, Drift]:
         here, answers, local = Drift(), Drift(), self._local
         for sample in self._samples:
             work = passage.work(sample, len(sample.forced))
@@ -125,7 +125,7 @@ class Verification:
             assert found is not None, "it was one when the service was asked"
             first, handle = found
             async with passage.held(handle):
-                await passage.place(handle, local, self._there, codec)
+                await passage.place(handle, local, self._there)
                 going_on = replace(work, token_ids=work.token_ids + first.token_ids)
                 deltas = await passage.decode(pair.decode[1], going_on, handle)
             local.prefill(self._here, sample.prompt)
@@ -144,7 +144,7 @@ class Verification:
             local.prefill(self._here, sample.prompt if is_shuffled else sample.prompt[::-1])
             handle = await passage.send(local, self._here, passage.work(sample, 1), is_shuffled)
             async with passage.held(handle):
-                await passage.place(handle, local, self._there, "raw")
+                await passage.place(handle, local, self._there)
                 if not self.findings.num_flips:
                     noticed, tried = await passage.flip_bits(handle)
                     self.findings.num_noticed, self.findings.num_flips = noticed, tried

@@ -19,7 +19,9 @@ from deploy.verify.local import Local, Sample
 from kvstore.client import GET_KV, KvClient
 from kvstore.key import Buffer, KvHandle
 from kvstore.reader import ReadCheck
+from kvstore.records import ObjectHeader
 from prefill_worker.job import PrefillJob
+from prefill_worker.link_codec import LinkCodec
 from prefill_worker.sender import Format, ObjectSender
 from tandem.client import as_tandem_error
 from tandem.config import ClusterConfig
@@ -115,19 +117,22 @@ class Passage:
             dtype=config.model.dtype,
             fingerprint=self._fingerprint,
             chunk_bytes=config.kvstore.chunk_bytes,
+            codec=LinkCodec.of("raw", local.cache),
         )
         job = PrefillJob(work, lambda event: None)
         async with ObjectSender(self._client, form, job, local.cache, blocks) as sender:
             await sender.send(len(blocks))
             return await sender.seal()
 
-    async def place(self, handle: KvHandle, local: Local, number: int, codec: str) -> None:
+    async def place(self, handle: KvHandle, local: Local, number: int) -> None:
         """Fetch, check and place KV in an area of our own cache, as a decode worker does."""
         area = local.area(number)
-        async with aclosing(self._client.get(handle, HOLDER)) as chunks:
+        headers: list[ObjectHeader] = []
+        async with aclosing(self._client.get(handle, HOLDER, on_header=headers.append)) as chunks:
             async for chunk, payload in chunks:
                 blocks = area[chunk.block_start : chunk.block_start + chunk.num_blocks]
-                import_kv(local.cache, blocks, payload, chunk.layer_start, chunk.num_layers, codec)
+                layers = chunk.layer_start, chunk.num_layers
+                import_kv(local.cache, blocks, payload, *layers, headers[0].codec)
 
     async def flip_bits(self, handle: KvHandle) -> tuple[int, int]:
         """Read an object over and over with one bit wrong each time: how often that was noticed, of how many
