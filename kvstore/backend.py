@@ -59,11 +59,16 @@ class Mappable(Protocol):
 
 
 @runtime_checkable
-class Placeable(Protocol):
-    """A backend in whose files a writer on the same host may put an object's messages by itself."""
+class Reserving(Protocol):
+    """A backend that knows before the first message whether an object will fit."""
 
     def place(self, key: ObjectKey, num_bytes: int) -> None:
         """Make room for a new object, or raise NO_MEMORY_FIT_NOW."""
+
+
+@runtime_checkable
+class Placeable(Reserving, Protocol):
+    """A backend in whose files a writer on the same host may put an object's messages by itself."""
 
     def path(self, key: ObjectKey) -> Path:
         """The object's file."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
-from kvstore.backend import Backend, Placeable
+from kvstore.backend import Backend, Placeable, Reserving
 from kvstore.expiry import ExpiryHeap
 from kvstore.key import Buffer, ObjectKey
 from kvstore.objects import KvObject, Lease, ObjectState
@@ -59,7 +59,7 @@ class Books:
         self.objects[obj.key] = obj
         self.shares.reserved(obj)
         self._wait(obj, self._config.put_deadline_s)
-        if isinstance(self._backend, Placeable):
+        if isinstance(self._backend, Reserving):
             try:
                 self._backend.place(obj.key, header.most_message_bytes)
             except BaseException:
