@@ -9,6 +9,7 @@ from tandem.config import ClusterConfig
 from tandem.errors import ConfigError, Overloaded
 from tests.checkpoints import tiny_llama
 from tests.e2e.harness import (
+    MIB,
     Result,
     ask,
     complete,
@@ -16,6 +17,7 @@ from tests.e2e.harness import (
     crash,
     gated_reads,
     open_stream,
+    quiesce,
     read_tokens,
     running,
     store_of,
@@ -188,3 +190,19 @@ def test_the_store_is_asked_for_room_for_both():
 def test_settings_that_cannot_work_are_refused(speculation, message):
     with pytest.raises(ConfigError, match=message):
         ClusterConfig.from_dict({"speculation": speculation})
+
+
+async def test_a_draft_reads_a_restored_beginning_by_itself():
+    """Cached pieces are the target's: behind a hit no draft's KV is sent; the decode worker's draft reads."""
+    cached = {"cache": {"prefix_bytes": 4 * MIB}, "kvstore": {"prefix_tokens": 32}}
+    async with running(settings(**cached)) as cluster:
+        cold = await same_as_plain(cluster)
+        assert draft_of(cluster).catch_up_s == 0
+        await quiesce(cluster)
+        sealed = store_of(cluster).counters.sealed
+        warm = await same_as_plain(cluster)
+        assert draft_of(cluster).catch_up_s > 0
+        assert store_of(cluster).counters.sealed == sealed + 1, "the target's KV and nothing else"
+    assert (cold.finished.usage.cached, warm.finished.usage.cached) == (0, (len(PROMPT) - 1) // 32 * 32)
+    assert warm.finished.usage.prompt == cold.finished.usage.prompt == len(PROMPT)
+    assert warm.finished.usage.accepted > 15, "once it has caught up the draft is as good as ever"
