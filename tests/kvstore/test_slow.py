@@ -1,0 +1,103 @@
+"""A store behind a slow link, and one that stands still for a while: late is late, and never wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import time
+from contextlib import asynccontextmanager, suppress
+
+import pytest
+
+from kvstore.client import KvClient
+from tandem import rpc
+from tandem.config import KvStoreConfig
+from tandem.errors import DeadlineExceeded
+from tests.kvstore.samples import make_header, make_sample
+from tests.kvstore.test_service import PAYLOAD, big, put, read_all, serving, until
+
+BYTES_PER_S = 200_000
+
+
+@asynccontextmanager
+async def slow_link(port: int):
+    """A port whose connections pass so many bytes in a second from the store."""
+
+    async def forward(reader, writer, bytes_per_s):
+        with suppress(ConnectionError):
+            while data := await reader.read(4096):
+                await asyncio.sleep(len(data) / bytes_per_s)
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def connected(reader, writer):
+        store_reader, store_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(forward(reader, store_writer, 1e9), forward(store_reader, writer, BYTES_PER_S))
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+
+
+@pytest.mark.slow
+async def test_a_reader_on_a_slow_link_keeps_its_lease():
+    """The transfer takes several lease times."""
+    config = KvStoreConfig(lease_s=0.3, sweep_s=0.02)
+    sample = make_sample(make_header(num_blocks=40, cell_bytes=8192), blocks=1)
+    async with serving(config=config) as service:
+        async with service.client() as client, client.put(sample.header) as writer:
+            for chunk, payload in sample.chunks:
+                await writer.write(chunk, payload)
+            handle = await writer.seal()
+        async with slow_link(service.port) as port, rpc.channel(f"127.0.0.1:{port}") as channel:
+            began_s = time.monotonic()
+            read = [
+                (chunk, bytes(data)) async for chunk, data in KvClient(channel, config).get(handle, "far")
+            ]
+            assert time.monotonic() - began_s > 4 * config.lease_s
+            assert read == sample.chunks
+        await until(lambda: service.store.audit().is_empty)
+
+
+@asynccontextmanager
+async def another_process():
+    """A store of its own that can be stopped, and a client who waits half a second for each message."""
+    command = [sys.executable, "-m", "bench.kv.child", "memory://", str(1 << 28)]
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
+    try:
+        port = int(await process.stdout.readline())
+        async with rpc.channel(f"127.0.0.1:{port}") as channel:
+            yield process, KvClient(channel, KvStoreConfig(put_deadline_s=0.5))
+    finally:
+        process.send_signal(signal.SIGCONT)
+        await process.communicate(b"")
+
+
+@pytest.mark.slow
+async def test_a_store_that_stands_still_is_late_and_then_serves_what_it_has():
+    async with another_process() as (process, client):
+        handle = await put(client, big(8))
+        process.send_signal(signal.SIGSTOP)
+        began_s = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match="DEADLINE_TRANSFER"):
+            [chunk async for chunk in client.get(handle, "reader")]
+        assert time.monotonic() - began_s < 8
+        process.send_signal(signal.SIGCONT)
+        assert [payload == PAYLOAD async for _, payload in client.get(handle, "reader")] == [True] * 8
+        assert await client.release(handle)
+
+
+async def test_a_short_stop_in_mid_transfer_costs_only_time():
+    async with another_process() as (process, client):
+        handle = await put(client, big(32))
+        chunks = client.get(handle, "reader")
+        await anext(chunks)
+        process.send_signal(signal.SIGSTOP)
+        asyncio.get_running_loop().call_later(0.3, process.send_signal, signal.SIGCONT)
+        assert [payload == PAYLOAD async for _, payload in chunks] == [True] * 31
+        assert await client.release(handle)
