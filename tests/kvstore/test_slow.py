@@ -55,9 +55,7 @@ async def test_a_reader_on_a_slow_link_keeps_its_lease():
             handle = await writer.seal()
         async with slow_link(service.port) as port, rpc.channel(f"127.0.0.1:{port}") as channel:
             began_s = time.monotonic()
-            read = [
-                (chunk, bytes(data)) async for chunk, data in KvClient(channel, config).get(handle, "far")
-            ]
+            read = await read_all(KvClient(channel, config).get(handle, "far"))
             assert time.monotonic() - began_s > 4 * config.lease_s
             assert read == sample.chunks
         await until(lambda: service.store.audit().is_empty)
