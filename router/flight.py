@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from router.admission import Plan
 from router.endings import STAGES, as_client_sees, status_of
-from router.links import DecodeLink, no_decode, no_prefill
+from router.links import DecodeLink, no_prefill
 from router.registry import WorkerInfo
 from tandem.errors import (
     Cancelled,
@@ -235,19 +235,19 @@ class Flight:
         lifecycle.to(RequestStatus.TRANSFER)
         work = self._work(plan.decode)
         is_second = True
+
+        def take(event: worker_pb2.DecodeStarted | OutputDelta) -> None:
+            nonlocal is_second
+            if isinstance(event, worker_pb2.DecodeStarted):
+                self._note_started(plan, event)
+                return
+            if is_second:
+                lifecycle.mark(Mark.SECOND_TOKEN)
+                is_second = False
+            self._deliver(event)
+
         link, self._prefetching = self._dispatcher.links.decode(plan.decode), None
-        async with aclosing(link.decode(work, handle)) as events:
-            async for event in events:
-                if isinstance(event, worker_pb2.DecodeStarted):
-                    self._note_started(plan, event)
-                    continue
-                if is_second:
-                    lifecycle.mark(Mark.SECOND_TOKEN)
-                    is_second = False
-                self._deliver(event)
-                if event.finish is not None:
-                    return event
-        raise no_decode()
+        return await link.decode(work, handle, take)
 
     def _note_started(self, plan: Plan, started: worker_pb2.DecodeStarted) -> None:
         lifecycle = self.request.lifecycle

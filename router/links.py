@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 FORGET_TIMEOUT_S = 2.0
 GRACE_S = 1.0
 PrefillEvent = OutputDelta | pb.KvOpened | pb.KvSealed
-DecodeEvent = pb.DecodeStarted | OutputDelta | TandemError
+OnDecode = Callable[[pb.DecodeStarted | OutputDelta], None]
 
 
 def no_prefill() -> TandemError:
@@ -86,6 +86,44 @@ class PrefillLink:
         await self._channel.close()
 
 
+class _Listener:
+    """Who wants the news of one attempt. It is told from the reading task itself: at thousands of tokens a
+    second, a queue and a task between the worker's stream and the client's would cost more than they do."""
+
+    def __init__(self, on_event: OnDecode) -> None:
+        self._on_event = on_event
+        self.last: asyncio.Future[OutputDelta] = asyncio.get_running_loop().create_future()
+        self.is_over = False  # on the worker
+
+    def hear(self, event: pb.SequenceEvent) -> None:
+        """Pass it on; an error of the listener's own ends only this attempt."""
+        if self.last.done():
+            return
+        try:
+            match event.WhichOneof("event"):
+                case "output":
+                    self._hear_output(OutputDelta.from_pb(event.output))
+                case "started":
+                    self._on_event(event.started)
+                case "failed":
+                    self.end(error_from_reason(event.failed.reason, event.failed.message))
+        except Exception as error:
+            self.last.set_exception(error)
+
+    def end(self, error: TandemError) -> None:
+        """Nothing more will be heard."""
+        self.is_over = True
+        if not self.last.done():
+            self.last.set_exception(error)
+            self.last.exception()  # seen, even if the one who waits is cancelled this very moment
+
+    def _hear_output(self, delta: OutputDelta) -> None:
+        self._on_event(delta)
+        if delta.finish is not None:
+            self.is_over = True
+            self.last.set_result(delta)
+
+
 class DecodeLink:
     """The one stream to a decode worker: orders out, news in, sorted by request."""
 
@@ -94,34 +132,26 @@ class DecodeLink:
         self._on_broken = on_broken
         self._orders: asyncio.Queue[pb.DecodeRequest] = asyncio.Queue()
         self._orders.put_nowait(pb.DecodeRequest(open=pb.OpenSession(router_id=router_id)))
-        self._news: dict[tuple[str, int], asyncio.Queue[DecodeEvent]] = {}
+        self._listeners: dict[tuple[str, int], _Listener] = {}
         self.num_stale_events = 0  # news of attempts nobody waits for any more
         self._task = asyncio.get_running_loop().create_task(self._run())
 
-    async def decode(
-        self, work: Work, handle: kv_pb2.KvHandle
-    ) -> AsyncGenerator[pb.DecodeStarted | OutputDelta]:
-        """First that the KV is in place, then the tokens after the last of `work.token_ids`.
+    async def decode(self, work: Work, handle: kv_pb2.KvHandle, on_event: OnDecode) -> OutputDelta:
+        """Tell `on_event` that the KV is in place, then of the tokens after the last of `work.token_ids`, as
+        they are read; returns the last of them.
 
-        Raises what the worker raised; `Unavailable(NO_DECODE)` if it is lost. Leaving early cancels.
+        Raises what the worker or `on_event` raised; `Unavailable(NO_DECODE)` if the worker is lost. Being
+        cancelled cancels the work.
         """
-        news = self._news[work.key] = asyncio.Queue()
         if self._task.done():
-            news.put_nowait(no_decode())
+            raise no_decode()
+        listener = self._listeners[work.key] = _Listener(on_event)
         self._orders.put_nowait(pb.DecodeRequest(start=pb.StartDecode(work=work.to_pb(), handle=handle)))
-        is_over = False
         try:
-            while not is_over:
-                event = await news.get()
-                is_over = isinstance(event, TandemError) or (
-                    isinstance(event, OutputDelta) and event.finish is not None
-                )
-                if isinstance(event, TandemError):
-                    raise event
-                yield event
+            return await listener.last
         finally:
-            del self._news[work.key]
-            if not is_over:
+            del self._listeners[work.key]
+            if not listener.is_over:
                 self.cancel(work)
 
     def prefetch(self, work: Work, handle: kv_pb2.KvHandle) -> None:
@@ -152,8 +182,8 @@ class DecodeLink:
         finally:
             call.cancel()
             sending.cancel()
-            for news in self._news.values():
-                news.put_nowait(no_decode())
+            for listener in self._listeners.values():
+                listener.end(no_decode())
         self._on_broken()
 
     async def _send(self, call: Any) -> None:
@@ -162,17 +192,11 @@ class DecodeLink:
                 await call.write(await self._orders.get())
 
     def _deliver(self, event: pb.SequenceEvent) -> None:
-        news = self._news.get((event.request_id, event.epoch))
-        if news is None:
+        listener = self._listeners.get((event.request_id, event.epoch))
+        if listener is None:
             self.num_stale_events += 1
-            return
-        match event.WhichOneof("event"):
-            case "started":
-                news.put_nowait(event.started)
-            case "output":
-                news.put_nowait(OutputDelta.from_pb(event.output))
-            case "failed":
-                news.put_nowait(error_from_reason(event.failed.reason, event.failed.message))
+        else:
+            listener.hear(event)
 
 
 class StoreLink:
