@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from router.disaggregation import SPLIT, Decision
 from router.fleet import Fleet, Pool
 from router.needs import Needs
 from router.policy import ANY, Candidate, LeastLoaded, Route, RoutingPolicy
@@ -37,6 +38,13 @@ class Plan:
     prefill: WorkerInfo
     decode: WorkerInfo
     store: str  # which start of the store
+    decision: Decision = SPLIT  # where the prompt is computed
+    waiting_tokens: int = 0  # at the prefill worker when it was admitted, its own included
+
+    def worker_at(self, stage: str) -> str:
+        """Who has the request in that stage."""
+        is_split = stage == "prefill" and not self.decision.is_local
+        return (self.prefill if is_split else self.decode).worker_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +162,19 @@ class Admission:
         for pool in pair:
             self._fleet.changed(pool)
         return Plan(request_id, epoch, needs, prefill.info, decode.info, self._store_incarnation)
+
+    def waiting_tokens(self, plan: Plan) -> int:
+        """Prompt tokens that its prefill worker has yet to compute, the plan's own included."""
+        pool = self._pool_of(plan.prefill)
+        return pool.queued_tokens if pool else plan.needs.prefill_tokens
+
+    def place(self, plan: Plan, decision: Decision) -> Plan:
+        """The plan as decided; a prompt that stays with its decode worker gives the other credits back."""
+        waiting_tokens = self.waiting_tokens(plan)
+        if decision.is_local:
+            self.release_prefill(plan)
+            self.release_store(plan)
+        return replace(plan, decision=decision, waiting_tokens=waiting_tokens)
 
     def release_prefill(self, plan: Plan) -> None:
         """The prefill worker's blocks are free again."""

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from router.admission import Admission, Plan
+from router.disaggregation import Disaggregation
 from router.flight import Flight
 from router.links import StoreLink, WorkerLinks
 from router.needs import Needs, needs_of
@@ -22,7 +23,7 @@ from tandem.errors import AlreadyExists, NotFound, TandemError, Unavailable
 from tandem.geometry import ModelGeometry
 from tandem.ledger import PoolAudit
 from tandem.metrics import RouterMetrics
-from tandem.request import Request, child_id, public_id
+from tandem.request import Request, Timings, child_id, public_id
 from tandem.sampling import MAX_N
 
 WORKER_WAIT_S = 30.0  # how long requests wait for a missing kind of worker to come (back)
@@ -73,6 +74,8 @@ class Dispatcher:
                 entry.request.needs, self._avoidable(entry.request.exclude)
             ),
         )
+        cacheable = config.kvstore.prefix_tokens if config.cache.prefix_bytes else float("inf")
+        self._disaggregation = Disaggregation(config.router.local_prefill_tokens, cacheable)
         self._flights: dict[str, Flight] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._missing_since_s: float | None = None
@@ -176,8 +179,15 @@ class Dispatcher:
 
     def release(self, plan: Plan) -> None:
         """Give back whatever the plan still holds."""
+        self._disaggregation.end(plan.decode.worker_id)
         self._admission.release_all(plan)
         self.pump()
+
+    def learn(self, plan: Plan, timings: Timings) -> None:
+        """An attempt has gone well, and this is what its stages took."""
+        tokens = plan.needs.prefill_tokens if plan.decision.is_local else plan.waiting_tokens
+        if plan.decision.is_local or timings.kv_read_ms:  # and not ended by its first token
+            self._disaggregation.note(plan.decision, tokens, timings)
 
     def release_prefill(self, plan: Plan) -> None:
         self._admission.release_prefill(plan)
@@ -237,9 +247,17 @@ class Dispatcher:
         plan = self._admission.try_admit(ticket.request_id, ticket.epoch, ticket.needs, exclude, route)
         if plan is not None:
             self._routes.note(ticket.traits, plan)
-            ticket.plan.set_result(plan)
+            ticket.plan.set_result(self._place(plan))
             self.replans.note_admitted()
         return plan is not None
+
+    def _place(self, plan: Plan) -> Plan:
+        """Split, or stay with the decode worker."""
+        waiting, worker = self._admission.waiting_tokens(plan), plan.decode.worker_id
+        decision = self._disaggregation.decide(plan.needs.prefill_tokens, waiting, worker)
+        self._disaggregation.begin(worker)
+        self.metrics.note_placed(decision.name)
+        return self._admission.place(plan, decision)
 
     def _avoidable(self, exclude: Collection[str]) -> frozenset[str]:
         """The workers to avoid, as far as there are others of their kind now."""

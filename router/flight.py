@@ -158,8 +158,7 @@ class Flight:
             self._fail(bug, RequestStatus.FINISHED_ERROR)
 
     def _fail(self, error: TandemError, status: RequestStatus) -> None:
-        stage = STAGES.get(self.request.lifecycle.status, "")
-        seen = as_client_sees(error, stage, self._delivered)
+        seen = as_client_sees(error, STAGES[self.request.lifecycle.status], self._delivered)
         self.request.lifecycle.mark(Mark.FINISHED)
         self.request.lifecycle.to(status)
         if not self._num_admitted:
@@ -177,7 +176,10 @@ class Flight:
             self._num_admitted += 1
             self._events.put_nowait(Admitted(plan))
             try:
-                return await self._attempt(plan)
+                last = await self._attempt(plan)
+                if self._num_admitted == 1:
+                    self._dispatcher.learn(plan, self.request.lifecycle.timings())
+                return last
             except WORTH_ANOTHER_PLAN as error:
                 self._replan_or_raise(plan, error)
             finally:
@@ -186,6 +188,9 @@ class Flight:
     async def _attempt(self, plan: Plan) -> OutputDelta:
         self.request.lifecycle.mark(Mark.ADMITTED)
         self.request.lifecycle.to(RequestStatus.PREFILL)
+        self.request.lifecycle.placement = plan.decision.name
+        if plan.decision.is_local:
+            return await self._decode(plan, None)
         try:
             first, handle = await self._prefill(plan)
             return first if handle is None else await self._decode(plan, handle)
@@ -229,21 +234,22 @@ class Flight:
             link.prefetch(self._work(plan.decode), handle)
             self._prefetching = link
 
-    async def _decode(self, plan: Plan, handle: kv_pb2.KvHandle) -> OutputDelta:
-        """Tokens until the last one, each delivered as it comes."""
+    async def _decode(self, plan: Plan, handle: kv_pb2.KvHandle | None) -> OutputDelta:
+        """Tokens until the last one, each delivered as it comes; without a handle the first one too."""
         lifecycle = self.request.lifecycle
-        lifecycle.to(RequestStatus.TRANSFER)
+        if handle is not None:
+            lifecycle.to(RequestStatus.TRANSFER)
         work = self._work(plan.decode)
-        is_second = True
+        to_mark = [Mark.SECOND_TOKEN] if handle else [Mark.SECOND_TOKEN, Mark.FIRST_TOKEN]
 
         def take(event: worker_pb2.DecodeStarted | OutputDelta) -> None:
-            nonlocal is_second
             if isinstance(event, worker_pb2.DecodeStarted):
                 self._note_started(plan, event)
                 return
-            if is_second:
-                lifecycle.mark(Mark.SECOND_TOKEN)
-                is_second = False
+            if to_mark:
+                lifecycle.mark(to_mark.pop())
+                if lifecycle.status is RequestStatus.PREFILL:
+                    lifecycle.to(RequestStatus.DECODE)
             self._deliver(event)
 
         link, self._prefetching = self._dispatcher.links.decode(plan.decode), None
@@ -290,5 +296,5 @@ class Flight:
             raise error
         log.info("planning %s again: %s in %s", self.request.request_id, error.reason, stage)
         self._replanned.add(stage)
-        self._exclude.add(plan.prefill.worker_id if stage == "prefill" else plan.decode.worker_id)
+        self._exclude.add(plan.worker_at(stage))
         self.request.lifecycle.to(RequestStatus.QUEUED)

@@ -136,12 +136,12 @@ class DecodeLink:
         self.num_stale_events = 0  # news of attempts nobody waits for any more
         self._task = asyncio.get_running_loop().create_task(self._run())
 
-    async def decode(self, work: Work, handle: kv_pb2.KvHandle, on_event: OnDecode) -> OutputDelta:
+    async def decode(self, work: Work, handle: kv_pb2.KvHandle | None, on_event: OnDecode) -> OutputDelta:
         """Tell `on_event` that the KV is in place, then of the tokens after the last of `work.token_ids`, as
         they are read; returns the last of them.
 
-        Raises what the worker or `on_event` raised; `Unavailable(NO_DECODE)` if the worker is lost. Being
-        cancelled cancels the work.
+        Without a handle the worker computes them itself. Raises what the worker or `on_event` raised;
+        `Unavailable(NO_DECODE)` if the worker is lost. Being cancelled cancels the work.
         """
         if self._task.done():
             raise no_decode()

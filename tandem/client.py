@@ -37,7 +37,7 @@ class TandemClient:
     ) -> None:
         self.address = address
         self._metadata = bearer(token)
-        self._channel = channel(address, credentials)
+        self._channel = channel(address, credentials, retries=True)
         self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._models: Any = model_pb2_grpc.ModelServiceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)

@@ -18,6 +18,7 @@ class RouterConfig:
     port: int = 0  # of gRPC; 0 takes a free one
     http_port: int | None = None  # of the OpenAI API; 0 takes a free one, none has no such listener
     policy: str = "least-loaded"  # or power-of-two, kv-aware, session: which worker is next (router.policy)
+    local_prefill_tokens: int = 0  # prompts so long may be prefilled where they are decoded, if that pays
     max_queue: int = 1024
     default_timeout_s: float = 600.0
     aging_s: float = 5.0  # waiting this long counts as one step of priority
@@ -30,6 +31,7 @@ class RouterConfig:
         check_positive(
             self, "max_queue", "default_timeout_s", "aging_s", "heartbeat_s", "worker_timeout_s", "drain_s"
         )
+        check(self.local_prefill_tokens >= 0, "router local_prefill_tokens must be 0 (always split) or more")
         check(self.itl_limit_s >= 0, "router itl_limit_s must be 0 (no limit) or more")
         check(self.policy in POLICIES, f"unknown policy {self.policy}; known: {', '.join(POLICIES)}")
         for port in (self.port, self.http_port or 0):

@@ -44,6 +44,12 @@ class RouterMetrics:
         self._deliveries = self._counter(
             "token_deliveries", "Deliveries of one or more output tokens; several share one with speculation."
         )
+        self._placements = self._counter(
+            "placements",
+            "Attempts by where their prompt is computed (split: on a prefill worker; local: on the decode "
+            "worker) and why.",
+            labels=("placement", "reason"),
+        )
         self._replans = self._counter("replans", "Attempts beyond a request's first.")
         self._admitted = self._decisions.labels("admitted", "")
         self._first_token = self._histogram(
@@ -74,6 +80,10 @@ class RouterMetrics:
         self._admitted.inc()
         if again:
             self._replans.inc()
+
+    def note_placed(self, placement: str) -> None:
+        """It was decided where an attempt's prompt is computed, and why."""
+        self._placements.labels(*placement.split("/")).inc()
 
     def note_refused(self, error: TandemError) -> None:
         """A request ended before it got any memory."""

@@ -72,7 +72,8 @@ class RequestStatus(IntEnum):
 _FINISHED = frozenset(status for status in RequestStatus if status.is_finished)
 TRANSITIONS: dict[RequestStatus, frozenset[RequestStatus]] = {
     RequestStatus.QUEUED: frozenset({RequestStatus.PREFILL}) | _FINISHED,
-    RequestStatus.PREFILL: frozenset({RequestStatus.TRANSFER, RequestStatus.QUEUED}) | _FINISHED,
+    RequestStatus.PREFILL: frozenset({RequestStatus.TRANSFER, RequestStatus.DECODE, RequestStatus.QUEUED})
+    | _FINISHED,
     RequestStatus.TRANSFER: frozenset({RequestStatus.DECODE, RequestStatus.QUEUED}) | _FINISHED,
     RequestStatus.DECODE: frozenset({RequestStatus.QUEUED}) | _FINISHED,
     **{status: frozenset() for status in _FINISHED},
@@ -99,6 +100,7 @@ class Timings:
     first_decode_ms: float = 0.0  # KV in place → second token
     decode_ms: float = 0.0  # second token → last token
     total_ms: float = 0.0
+    placement: str = ""  # where the prompt was computed and why: router/disaggregation.py
     transfer_ms: float = 0.0  # spent on sending and fetching KV, whether or not anybody waited for it
 
     @property
@@ -138,6 +140,7 @@ class Lifecycle:
         self._last_mark_s = self.received_s
         self._parts_s = dict.fromkeys(Mark, 0.0)
         self._transfer_ns = 0
+        self.placement = ""
 
     def to(self, status: RequestStatus) -> None:
         """Move to `status`; a move the table does not list is a bug and raises ValueError."""
@@ -159,7 +162,12 @@ class Lifecycle:
     def timings(self) -> Timings:
         """The parts so far; `total_ms` is their sum by construction."""
         parts = {mark.value: 1e3 * seconds for mark, seconds in self._parts_s.items()}
-        return Timings(**parts, total_ms=sum(parts.values()), transfer_ms=self._transfer_ns / 1e6)
+        return Timings(
+            **parts,
+            total_ms=sum(parts.values()),
+            transfer_ms=self._transfer_ns / 1e6,
+            placement=self.placement,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
@@ -33,10 +34,13 @@ MIN_PING_INTERVAL_MS = 20_000  # a server hangs up on peers that ping more often
 API_MESSAGE_BYTES = 1 << 20
 INTERNAL_MESSAGE_BYTES = 5 << 20  # one KV chunk of at most 4 MiB and its header
 
+# gRPC's own retries, for clients in any language: of calls that were refused before anything came back.
+SERVICE_CONFIG = (Path(__file__).parent / "service_config.json").read_text()
+
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _MALFORMED = object()
 
-Options = list[tuple[str, int]]
+Options = list[tuple[str, int | str]]
 
 
 def _options(message_bytes: int) -> Options:
@@ -65,22 +69,31 @@ def server(*, public: bool, tokens: BearerTokens | None = None) -> grpc.aio.Serv
     return grpc.aio.server(interceptors=[ErrorInterceptor(), *guards], options=options)
 
 
-def channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
-    """A channel of its own (not shared with others to the same address); plaintext without credentials."""
+def channel(
+    address: str, credentials: grpc.ChannelCredentials | None = None, *, retries: bool = False
+) -> grpc.aio.Channel:
+    """A channel of its own (not shared with others to the same address); plaintext without credentials.
+
+    With `retries` it sends again, by itself, what `SERVICE_CONFIG` says may be sent again.
+    """
     if credentials is not None:
-        return grpc.aio.secure_channel(address, credentials, options=_channel_options())
-    return grpc.aio.insecure_channel(address, options=_channel_options())
+        return grpc.aio.secure_channel(address, credentials, options=_channel_options(retries))
+    return grpc.aio.insecure_channel(address, options=_channel_options(retries))
 
 
-def blocking_channel(address: str, credentials: grpc.ChannelCredentials | None = None) -> grpc.Channel:
+def blocking_channel(
+    address: str, credentials: grpc.ChannelCredentials | None = None, *, retries: bool = False
+) -> grpc.Channel:
     """The same for code without an event loop."""
     if credentials is not None:
-        return grpc.secure_channel(address, credentials, options=_channel_options())
-    return grpc.insecure_channel(address, options=_channel_options())
+        return grpc.secure_channel(address, credentials, options=_channel_options(retries))
+    return grpc.insecure_channel(address, options=_channel_options(retries))
 
 
-def _channel_options() -> Options:
+def _channel_options(retries: bool) -> Options:
+    again: Options = [("grpc.service_config", SERVICE_CONFIG)] if retries else [("grpc.enable_retries", 0)]
     return [
+        *again,
         *_options(INTERNAL_MESSAGE_BYTES),
         ("grpc.use_local_subchannel_pool", 1),
         # The default backs off for up to 120 s, in which a peer that is back would still look dead.

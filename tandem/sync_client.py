@@ -32,7 +32,7 @@ class SyncTandemClient:
     ) -> None:
         self.address = address
         self._metadata = bearer(token)
-        self._channel = blocking_channel(address, credentials)
+        self._channel = blocking_channel(address, credentials, retries=True)
         self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._models: Any = model_pb2_grpc.ModelServiceStub(self._channel)
 

@@ -834,6 +834,7 @@ class Timings(_message.Message):
     TOTAL_MS_FIELD_NUMBER: _builtins.int
     TRANSFER_MS_FIELD_NUMBER: _builtins.int
     TRANSFER_HIDDEN_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     queue_ms: _builtins.float
     """Received until admitted."""
     prefill_ms: _builtins.float
@@ -854,6 +855,8 @@ class Timings(_message.Message):
     """Time spent on sending and fetching KV, most of it inside prefill_ms for long prompts."""
     transfer_hidden: _builtins.float
     """The share of transfer_ms that nobody waited for, in [0, 1]."""
+    placement: _builtins.str
+    """Where the prompt was computed and why, for one: split/off, split/long, split/cheaper, local/cheaper."""
     def __init__(
         self,
         *,
@@ -867,10 +870,11 @@ class Timings(_message.Message):
         total_ms: _builtins.float = ...,
         transfer_ms: _builtins.float = ...,
         transfer_hidden: _builtins.float = ...,
+        placement: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_ms", b"decode_ms", "first_decode_ms", b"first_decode_ms", "kv_read_ms", b"kv_read_ms", "kv_wait_ms", b"kv_wait_ms", "kv_write_ms", b"kv_write_ms", "prefill_ms", b"prefill_ms", "queue_ms", b"queue_ms", "total_ms", b"total_ms", "transfer_hidden", b"transfer_hidden", "transfer_ms", b"transfer_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_ms", b"decode_ms", "first_decode_ms", b"first_decode_ms", "kv_read_ms", b"kv_read_ms", "kv_wait_ms", b"kv_wait_ms", "kv_write_ms", b"kv_write_ms", "placement", b"placement", "prefill_ms", b"prefill_ms", "queue_ms", b"queue_ms", "total_ms", b"total_ms", "transfer_hidden", b"transfer_hidden", "transfer_ms", b"transfer_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
