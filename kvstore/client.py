@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -37,6 +37,7 @@ class KvClient:
         self._channel = channel
         self._config = config or KvStoreConfig()
         self._stub: Any = kv_pb2_grpc.KvServiceStub(channel)
+        self._posted: set[asyncio.Task[None]] = set()
         self._may_map = True  # until the store's answer shows that it is not so
         self._files_read, self._files_written = Mappings(), Mappings(writable=True)
         self._get: Any = channel.unary_stream(GET_KV, pb.GetKvRequest.SerializeToString)
@@ -134,8 +135,18 @@ class KvClient:
                 for view in mapped:
                     yield view
             finally:
-                with suppress(TandemError):  # what a lost store misses, the lease ends
-                    await self.release(handle, holder)
+                self._post(self.release(handle, holder))
+
+    def _post(self, work: Coroutine[Any, Any, object]) -> None:
+        """Do it while the caller goes on. What a lost store misses, the lease ends."""
+
+        async def run() -> None:
+            with suppress(TandemError, grpc.aio.UsageError):
+                await work
+
+        task = asyncio.create_task(run())
+        self._posted.add(task)
+        task.add_done_callback(self._posted.discard)
 
     async def _mapped(self, handle: KvHandle, holder: str, lease_s: float) -> Iterator[Buffer] | None:
         """Leased and mapped, or None. A store of which nothing can be mapped here is not asked again."""

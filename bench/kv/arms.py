@@ -98,7 +98,7 @@ class Peer:
     def get(self, shape: Shape) -> float:
         """Every byte checked and copied to where the reader wants it."""
         clients = self._clients[: shape.num_channels]
-        target = bytearray(shape.chunk_bytes)
+        target = memoryview(bytearray(shape.chunk_bytes))
 
         async def get(client: KvClient, handle: KvHandle) -> None:
             async with aclosing(client.get(handle, "bench")) as chunks:
@@ -170,8 +170,9 @@ def peer(url: str) -> Iterator[Peer]:
         opened.close()
 
 
-def memcpy(source: bytes, target: bytearray, shape: Shape) -> float:
-    """Chunk by chunk from all over `source` into one warm chunk: what any reader has to do at least."""
+def memcpy(source: bytes, target: memoryview, shape: Shape) -> float:
+    """Chunk by chunk from all over `source` into one warm chunk: what any reader has to do at least. Into a
+    view, because a bytearray would take a copy of what is assigned to it first."""
     view, size = memoryview(source), shape.chunk_bytes
     began_s = time.perf_counter()
     for start in range(0, shape.num_bytes, size):

@@ -100,7 +100,7 @@ def _transfers(urls: Sequence[str], rounds: int) -> list[Cell]:
 
 
 def _cell(backend: str, store: Any, shape: Shape, rounds: int) -> Cell:
-    source, target = os.urandom(shape.num_bytes), bytearray(shape.chunk_bytes)
+    source, target = os.urandom(shape.num_bytes), memoryview(bytearray(shape.chunk_bytes))
     arms: dict[str, Callable[[], tuple[float, float]]] = {
         "put": partial(_put_then_get, store, shape),
         "raw_put": lambda: (store.raw_put(shape), store.raw_get(shape)),

@@ -35,3 +35,4 @@ def serving(values: Mapping[str, Any]) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait()
+            process.stdout.close()

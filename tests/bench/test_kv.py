@@ -27,7 +27,7 @@ def test_a_store_that_cannot_be_opened_is_said():
 
 
 def test_memcpy_copies():
-    source, target = bytes(range(256)) * (SHAPE.num_bytes // 256), bytearray(SHAPE.chunk_bytes)
+    source, target = bytes(range(256)) * (SHAPE.num_bytes // 256), memoryview(bytearray(SHAPE.chunk_bytes))
     assert memcpy(source, target, SHAPE) > 0
     assert target == source[-SHAPE.chunk_bytes :]
 

@@ -1,66 +1,54 @@
-"""One chunk is on its way while the next is made ready; what the store says of it is not lost."""
+"""A reader asks for the next chunk while it uses one; a writer learns what the store says of its bytes."""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 
 import pytest
 
-from kvstore.sender import Sender
-from kvstore.wire import decode
 from tandem.errors import DataLoss, TandemError
-from tests.kvstore.samples import make_sample
-from tests.kvstore.test_service import PAYLOAD, big, make_ranges, serving
-
-CHUNKS = make_sample(blocks=1, layers=1).chunks
+from tests.kvstore.test_service import PAYLOAD, big, make_ranges, put, serving, until
 
 
-async def test_the_next_chunk_is_made_ready_while_one_is_sent():
-    started, may_end = [], asyncio.Event()
+async def test_the_next_chunk_comes_while_one_is_used(monkeypatch):
+    async with serving() as service, service.client() as client:
+        handle = await put(client, big(4))
+        read, num_read = client._read, 0
 
-    async def send(message):
-        started.append(message)
-        await may_end.wait()
+        async def counting(call):
+            nonlocal num_read
+            message = await read(call)
+            num_read += 1
+            return message
 
-    sender = Sender(send)
-    await asyncio.wait_for(sender.write(*CHUNKS[0]), 1)
-    second = asyncio.create_task(sender.write(*CHUNKS[1]))
-    await asyncio.sleep(0.01)
-    assert len(started) == 1
-    assert not second.done()
-    may_end.set()
-    await second
-    await sender.settle()
-    assert [decode(message) for message in started] == CHUNKS[:2]
-
-
-async def test_a_payload_may_be_changed_after_the_write():
-    sent = []
-
-    async def send(message):
-        await asyncio.sleep(0)
-        sent.append(message)
-
-    sender, (chunk, payload) = Sender(send), CHUNKS[0]
-    buffer = bytearray(payload)
-    await sender.write(chunk, buffer)
-    buffer[:] = bytes(len(buffer))
-    await sender.settle()
-    assert decode(sent[0]) == (chunk, payload)
+        monkeypatch.setattr(client, "_read", counting)
+        async with aclosing(client.get(handle, "reader")) as chunks:
+            _, first = await anext(chunks)
+            await until(lambda: num_read == 3)  # the header, the first chunk, the second
+            await asyncio.sleep(0.05)
+            assert num_read == 3
+            assert first == PAYLOAD
 
 
-async def test_what_the_store_says_is_raised_by_the_next_call():
-    async def send(message):
-        raise DataLoss
+async def test_what_goes_wrong_meanwhile_is_raised_when_its_turn_comes(monkeypatch):
+    async with serving() as service, service.client() as client:
+        handle = await put(client, big(4))
+        get = service.store._backend.get
 
-    for call in ("write", "settle"):
-        sender = Sender(send)
-        await sender.write(*CHUNKS[0])
-        with pytest.raises(DataLoss):
-            await (sender.write(*CHUNKS[1]) if call == "write" else sender.settle())
+        def spoiled(key, index):
+            if index == 1:
+                raise DataLoss
+            return get(key, index)
+
+        monkeypatch.setattr(service.store._backend, "get", spoiled)
+        async with aclosing(client.get(handle, "reader")) as chunks:
+            await anext(chunks)
+            with pytest.raises(TandemError, match="KV_CORRUPT"):
+                await anext(chunks)
 
 
-async def test_a_refused_chunk_reaches_its_writer_at_the_seal(monkeypatch):
+async def test_a_refused_chunk_reaches_its_writer(monkeypatch):
     header = big(1)
     async with serving() as service, service.client() as client:
         async with client.put(header) as writer:
@@ -69,3 +57,17 @@ async def test_a_refused_chunk_reaches_its_writer_at_the_seal(monkeypatch):
             with pytest.raises(TandemError, match="KV_CORRUPT"):
                 await writer.seal()
         assert service.store.audit().is_empty
+
+
+@pytest.mark.parametrize("url", ["memory://", "shm://"])
+async def test_a_writer_knows_how_long_its_bytes_took(url):
+    from kvstore.backend import backend_from_url
+
+    async with serving(backend=backend_from_url(url)) as service, service.client() as client:
+        async with client.put(big(8)) as writer:
+            for where in make_ranges(big(8), blocks=1):
+                await writer.write(where, PAYLOAD)
+                await asyncio.sleep(0.02)  # computing: no part of it
+            await writer.seal()
+        assert 0 < writer.busy_s < 0.16
+    service.store.close()
