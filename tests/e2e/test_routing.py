@@ -51,7 +51,9 @@ async def http_worker_of(cluster, session_header: str, body: str) -> str:
 
 
 async def test_a_session_meets_the_same_worker_by_either_front():
-    async with running(config(router={"policy": "session", "http_port": 0}), num_decode=2) as cluster:
+    patient = {"heartbeat_s": 5.0, "worker_timeout_s": 30.0}  # a busy machine makes no worker suspect
+    settings = config(router={"policy": "session", "http_port": 0, **patient})
+    async with running(settings, num_decode=2) as cluster:
         homes = {session: await worker_of(cluster, session) for session in SESSIONS}
         assert set(homes.values()) == {"decode-0", "decode-1"}
         for session, home in homes.items():
