@@ -1,4 +1,4 @@
-"""One transfer of each kind, timed: the store's put and get, plain bytes over gRPC, a copy in memory."""
+"""One transfer of each kind, timed: the store's put and get, plain bytes over gRPC, copies in memory."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import xxhash
 
 from bench.kv.child import RAW
 from bench.kv.memory import keep_pages
@@ -173,10 +175,23 @@ def peer(url: str) -> Iterator[Peer]:
 def memcpy(source: bytes, target: memoryview, shape: Shape) -> float:
     """Chunk by chunk from all over `source` into one warm chunk: what any reader has to do at least. Into a
     view, because a bytearray would take a copy of what is assigned to it first."""
+    return _in_memory(source, target, shape, lambda chunk: None)
+
+
+def checked_copy(source: bytes, target: memoryview, shape: Shape) -> float:
+    """The same with each chunk's hash before it is copied: what a reader that checks has to do at least."""
+    return _in_memory(source, target, shape, xxhash.xxh3_128_digest)
+
+
+def _in_memory(
+    source: bytes, target: memoryview, shape: Shape, check: Callable[[memoryview], object]
+) -> float:
     view, size = memoryview(source), shape.chunk_bytes
     began_s = time.perf_counter()
     for start in range(0, shape.num_bytes, size):
-        target[:] = view[start : start + size]
+        chunk = view[start : start + size]
+        check(chunk)
+        target[:] = chunk
     return _gb(shape, time.perf_counter() - began_s)
 
 

@@ -3,8 +3,8 @@
     python -m bench.kv [--backend URL]... [--rounds 5] [--out FOLDER] [--json]
 
 In each cell (backend, chunk size, channels) the store's put and get, a stream of plain bytes over gRPC in
-either direction and a copy in memory take turns; ratios are taken within rounds. The store is a process of
-its own. Then: what an operation costs while the store holds more and more objects; what a request waits
+either direction and copies in memory, with and without hashing, take turns; ratios are taken within
+rounds. The store is a process of its own. Then: what an operation costs while the store holds more and more objects; what a request waits
 between prefill's last step and decode's first, with and without overlap; and what a cached prefix does to
 the time to first token of the bundled model.
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.kv import growth, handoff, prefix
-from bench.kv.arms import Shape, memcpy, peer
+from bench.kv.arms import Shape, checked_copy, memcpy, peer
 from bench.measure import Meter, Spread, console, flat, interleave, machine, table, write_csv, write_json
 from kvstore.backend import redacted
 
@@ -34,7 +34,7 @@ MANY = 1_000_000  # takes gigabytes
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Gigabytes per second, and the store's over the two yardsticks'."""
+    """Gigabytes per second, and the store's over the yardsticks'."""
 
     backend: str
     chunk_kib: int
@@ -44,9 +44,12 @@ class Cell:
     raw_put: Spread
     raw_get: Spread
     memcpy: Spread
+    checked: Spread  # a copy in memory that hashes what it copies
     put_of_raw: Spread
     get_of_raw: Spread
+    put_of_memcpy: Spread
     get_of_memcpy: Spread
+    get_of_checked: Spread
 
 
 def default_backends(folder: Path) -> list[str]:
@@ -104,12 +107,12 @@ def _cell(backend: str, store: Any, shape: Shape, rounds: int) -> Cell:
     arms: dict[str, Callable[[], tuple[float, float]]] = {
         "put": partial(_put_then_get, store, shape),
         "raw_put": lambda: (store.raw_put(shape), store.raw_get(shape)),
-        "memcpy": lambda: (memcpy(source, target, shape), 0.0),
+        "memcpy": lambda: (memcpy(source, target, shape), checked_copy(source, target, shape)),
     }
     found = interleave(arms, rounds)
     put, get = zip(*found["put"], strict=True)
     raw_put, raw_get = zip(*found["raw_put"], strict=True)
-    copied = [rate for rate, _ in found["memcpy"]]
+    copied, checked = zip(*found["memcpy"], strict=True)
     return Cell(
         backend=backend.partition("://")[0] + "://",
         chunk_kib=shape.chunk_bytes >> 10,
@@ -119,9 +122,12 @@ def _cell(backend: str, store: Any, shape: Shape, rounds: int) -> Cell:
         raw_put=Spread.of(raw_put),
         raw_get=Spread.of(raw_get),
         memcpy=Spread.of(copied),
+        checked=Spread.of(checked),
         put_of_raw=Spread.of_ratios(put, raw_put),
         get_of_raw=Spread.of_ratios(get, raw_get),
+        put_of_memcpy=Spread.of_ratios(put, copied),
         get_of_memcpy=Spread.of_ratios(get, copied),
+        get_of_checked=Spread.of_ratios(get, checked),
     )
 
 
@@ -131,7 +137,7 @@ def _put_then_get(store: Any, shape: Shape) -> tuple[float, float]:
 
 def _cells_table(cells: Sequence[Cell]) -> Any:
     columns = [*("backend", "chunk KiB", "channels", "put GB/s", "get GB/s", "raw put", "raw get", "memcpy")]
-    columns += ["put/raw", "get/raw", "get/memcpy"]
+    columns += ["with hash", "put/raw", "get/raw", "put/memcpy", "get/memcpy", "get/with hash"]
     names = [field.name for field in dataclasses.fields(Cell)][3:]
     rows = [
         [cell.backend, str(cell.chunk_kib), str(cell.channels)]

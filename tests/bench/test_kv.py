@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.kv import growth, handoff, run
-from bench.kv.arms import Shape, memcpy, peer
+from bench.kv.arms import Shape, checked_copy, memcpy, peer
 from tandem.errors import ConfigError
 
 SHAPE = Shape(num_bytes=4 << 20, chunk_bytes=256 << 10, num_channels=2)
@@ -26,10 +26,12 @@ def test_a_store_that_cannot_be_opened_is_said():
         pass
 
 
-def test_memcpy_copies():
+def test_the_yardsticks_copy():
     source, target = bytes(range(256)) * (SHAPE.num_bytes // 256), memoryview(bytearray(SHAPE.chunk_bytes))
-    assert memcpy(source, target, SHAPE) > 0
-    assert target == source[-SHAPE.chunk_bytes :]
+    for copy in (memcpy, checked_copy):
+        target[:] = bytes(SHAPE.chunk_bytes)
+        assert copy(source, target, SHAPE) > 0
+        assert target == source[-SHAPE.chunk_bytes :]
 
 
 def test_growth_counts_objects(monkeypatch):
