@@ -22,9 +22,10 @@ from router.fleet import Fleet, Pool
 from router.needs import Needs
 from router.policy import ANY, Candidate, LeastLoaded, Route, RoutingPolicy
 from router.registry import Registry, WorkerInfo, WorkerRole, WorkerState
-from tandem.errors import AlreadyExists, InvalidRequest, Unavailable
+from tandem.errors import AlreadyExists, InvalidRequest, TandemError, Unavailable
 from tandem.ledger import Ledger, PoolAudit
 
+STORE = "store"  # as the name of who failed a request, beside the workers' ids
 NOBODY: frozenset[str] = frozenset()
 
 
@@ -41,10 +42,11 @@ class Plan:
     decision: Decision = SPLIT  # where the prompt is computed
     waiting_tokens: int = 0  # at the prefill worker when it was admitted, its own included
 
-    def worker_at(self, stage: str) -> str:
-        """Who has the request in that stage."""
+    def blamed(self, stage: str, error: TandemError) -> set[str]:
+        """Who may be the cause of an error in that stage."""
         is_split = stage == "prefill" and not self.decision.is_local
-        return (self.prefill if is_split else self.decode).worker_id
+        worker = (self.prefill if is_split else self.decode).worker_id
+        return {worker, STORE} if error.reason == "STORE_DOWN" else {worker}
 
 
 @dataclass(frozen=True, slots=True)

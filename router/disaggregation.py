@@ -28,6 +28,7 @@ class Why(Enum):
     CACHED = "cached"  # its beginning may be in the store, which decode workers do not ask
     UNMEASURED = "unmeasured"  # nothing to compare yet
     CHEAPER = "cheaper"  # this way
+    STORE_DOWN = "store-down"  # there is no other way
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Decision:
         return f"{'local' if self.is_local else 'split'}/{self.why.value}"
 
 
+STAY = Decision(True, Why.STORE_DOWN)
 SPLIT = Decision(False, Why.OFF)  # what is done without this module
 
 

@@ -8,8 +8,8 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from router.admission import Admission, Plan
-from router.disaggregation import Disaggregation
+from router.admission import STORE, Admission, Plan
+from router.disaggregation import STAY, Disaggregation
 from router.flight import Flight
 from router.links import StoreLink, WorkerLinks
 from router.needs import Needs, needs_of
@@ -247,14 +247,16 @@ class Dispatcher:
         plan = self._admission.try_admit(ticket.request_id, ticket.epoch, ticket.needs, exclude, route)
         if plan is not None:
             self._routes.note(ticket.traits, plan)
-            ticket.plan.set_result(self._place(plan))
+            ticket.plan.set_result(self._place(plan, has_store=STORE not in ticket.exclude))
             self.replans.note_admitted()
         return plan is not None
 
-    def _place(self, plan: Plan) -> Plan:
+    def _place(self, plan: Plan, *, has_store: bool) -> Plan:
         """Split, or stay with the decode worker."""
         waiting, worker = self._admission.waiting_tokens(plan), plan.decode.worker_id
         decision = self._disaggregation.decide(plan.needs.prefill_tokens, waiting, worker)
+        if self._config.router.store_fallback and not has_store:
+            decision = STAY
         self._disaggregation.begin(worker)
         self.metrics.note_placed(decision.name)
         return self._admission.place(plan, decision)

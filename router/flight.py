@@ -296,5 +296,5 @@ class Flight:
             raise error
         log.info("planning %s again: %s in %s", self.request.request_id, error.reason, stage)
         self._replanned.add(stage)
-        self._exclude.add(plan.worker_at(stage))
+        self._exclude |= plan.blamed(stage, error)
         self.request.lifecycle.to(RequestStatus.QUEUED)

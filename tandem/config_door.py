@@ -19,6 +19,7 @@ class RouterConfig:
     http_port: int | None = None  # of the OpenAI API; 0 takes a free one, none has no such listener
     policy: str = "least-loaded"  # or power-of-two, kv-aware, session: which worker is next (router.policy)
     local_prefill_tokens: int = 0  # prompts so long may be prefilled where they are decoded, if that pays
+    store_fallback: bool = True  # prompts whose KV cannot be stored are computed where they are decoded
     max_queue: int = 1024
     default_timeout_s: float = 600.0
     aging_s: float = 5.0  # waiting this long counts as one step of priority

@@ -50,9 +50,25 @@ async def test_tokens_are_the_same_with_tiers(tmp_path, cluster):
 
 
 @pytest.mark.redis
-async def test_requests_end_while_redis_is_away_and_work_when_it_is_back(tmp_path):
+async def test_requests_go_on_without_redis(tmp_path):
+    """C1: what cannot be handed off is computed where it is decoded, a request under way too."""
     with redis_server.running(tmp_path) as server:
         async with running(config(kvstore={"url": server.url})) as cluster:
+            before = await complete(cluster, ask(PROMPTS[0], max_tokens=NUM_TOKENS))
+            server.kill()
+            away = await complete(cluster, ask(PROMPTS[0], max_tokens=NUM_TOKENS))
+            server.start()
+            after = await complete(cluster, ask(PROMPTS[0], max_tokens=NUM_TOKENS))
+    assert before.token_ids == away.token_ids == after.token_ids
+    places = [result.finished.timings.placement for result in (before, away, after)]
+    assert places == ["split/off", "local/store-down", "split/off"]
+
+
+@pytest.mark.redis
+async def test_without_the_fallback_requests_end_while_redis_is_away_and_work_when_it_is_back(tmp_path):
+    settings = {"router": {"store_fallback": False, "default_timeout_s": 20.0}}
+    with redis_server.running(tmp_path) as server:
+        async with running(config(kvstore={"url": server.url}, **settings)) as cluster:
             before = await complete(cluster, ask(PROMPTS[0], max_tokens=NUM_TOKENS))
             server.kill()
             away = await failure(read_all(open_stream(cluster, ask(PROMPTS[0], max_tokens=NUM_TOKENS))))
