@@ -4,9 +4,9 @@
 
 In each cell (backend, chunk size, channels) the store's put and get, a stream of plain bytes over gRPC in
 either direction and copies in memory, with and without hashing, take turns; ratios are taken within
-rounds. The store is a process of its own. Then: what an operation costs while the store holds more and more objects; what a request waits
-between prefill's last step and decode's first, with and without overlap; and what a cached prefix does to
-the time to first token of the bundled model.
+rounds. The store is a process of its own. Then: what an operation costs while the store holds more and
+more objects; what a request waits between prefill's last step and decode's first, with and without
+overlap; and what a cached prefix does to the time to first token of the bundled model.
 """
 
 from __future__ import annotations
