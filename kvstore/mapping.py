@@ -79,19 +79,20 @@ class Mappings:
         """The first `num_bytes` of the file; None unless it is here, ours, and that long."""
         found = self._views.pop(path, None)
         if found is None or len(found) < num_bytes:
+            self._forget_gone()
             found = _map(path, num_bytes, self._writable)
         if found is None:
             return None
         if keep:
             self._views[path] = found
-            self._forget()
+        if len(self._views) > MAX_KEPT:
+            self._views.popitem(last=False)
         return found[:num_bytes]
 
-    def _forget(self) -> None:
-        """Files that are gone come up here one by one: their memory is free when the last mapping goes."""
-        oldest = next(iter(self._views))
-        if len(self._views) > MAX_KEPT or not os.path.exists(oldest):
-            del self._views[oldest]
+    def _forget_gone(self) -> None:
+        """Where a file is new, others may have gone: their memory is free when the last mapping goes."""
+        for path in [path for path in self._views if not os.path.exists(path)]:
+            del self._views[path]
 
     def clear(self) -> None:
         self._views.clear()

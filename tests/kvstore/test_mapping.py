@@ -149,3 +149,36 @@ def test_a_file_that_cannot_be_read_is_not_mapped(tmp_path, monkeypatch, number,
     file = tmp_path / "file"
     file.write_bytes(b"x" * 10)
     assert (Mappings().view(str(file), 10) is not None) == is_mapped
+
+
+def test_files_stay_mapped_until_they_are_gone_or_too_many(tmp_path):
+    mappings = Mappings()
+    paths = [tmp_path / str(number) for number in range(mapping.MAX_KEPT + 3)]
+    for path in paths:
+        path.write_bytes(path.name.encode() * 4)
+
+    def kept() -> list[str]:
+        return [os.path.basename(path) for path in mappings._views]
+
+    for path in paths[:3]:
+        mappings.view(str(path), 4)
+    mappings.view(str(paths[0]), 4)
+    assert kept() == ["1", "2", "0"]
+    paths[2].unlink()
+    mappings.view(str(paths[1]), 4)
+    assert kept() == ["2", "0", "1"]  # nothing new
+    mappings.view(str(paths[3]), 4, keep=False)
+    assert kept() == ["0", "1"]
+    for path in paths[3:]:
+        assert mappings.view(str(path), 4)[:1] == path.name.encode()[:1]
+    assert len(kept()) == mapping.MAX_KEPT
+    assert "0" not in kept()
+
+
+def test_a_file_that_has_grown_is_mapped_anew(tmp_path):
+    mappings, file = Mappings(), tmp_path / "file"
+    file.write_bytes(b"a" * 10)
+    assert mappings.view(str(file), 10) == b"a" * 10
+    with file.open("ab") as stream:
+        stream.write(b"b" * 10)
+    assert mappings.view(str(file), 20) == b"a" * 10 + b"b" * 10
