@@ -55,8 +55,10 @@ def bench_kv(
 
 
 def audit(server: Internal, limit: MaxObjects = 1000, json_output: o.Json = False) -> None:
-    """Who owns what in every process of a running service, and what the KV store holds. Fails if books do
-    not add up."""
+    """Who owns what in every process of a running service, and what the KV store holds.
+
+    Fails if books do not add up.
+    """
     from deploy.commands import audit as command
 
     sys.exit(0 if command.run(server, limit, json_output) else 1)
@@ -74,8 +76,10 @@ def verify(
     num_forced: Forced = 32,
     json_output: o.Json = False,
 ) -> None:
-    """Compare KV that crossed the store with a recompute here, logit by logit, and try whether damage is
-    noticed. Fails if KV does not arrive as it was computed."""
+    """Compare KV that crossed the store with a recompute here, logit by logit; try whether damage is noticed.
+
+    Fails if KV does not arrive as it was computed.
+    """
     from deploy.commands import verify as command
     from deploy.settings import load_config
 
