@@ -76,6 +76,7 @@ class Prefetches:
         """
         if sequence.handle is None:
             sequence.blocks = await self._reservations.take(sequence.work)
+            sequence.num_computed = self._pool.num_shared(*sequence.work.key) * self._pool.block_size
             return None
         prefetch = await self._join(sequence.work)
         if prefetch is None or not prefetch.blocks:

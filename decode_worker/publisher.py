@@ -13,6 +13,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 
+from decode_worker.reuse import Reuse
 from decode_worker.sequence import DecodeSequence
 from kvstore.key import Buffer
 from kvstore.pieces import Pieces
@@ -33,15 +34,15 @@ PUBLISH_S = 2.0  # of each, its wait included
 
 
 class Publisher:
-    """One decode worker's finished sequences on their way. Without `pieces` nothing is published.
+    """One decode worker's finished sequences on their way, as far as `reuse` says that they are of use.
 
     `note_freed` hears, on the event loop, that blocks may have become free.
     """
 
     def __init__(
-        self, pieces: Pieces | None, cache: PagedCache, pool: BlockPool, note_freed: Callable[[], None]
+        self, reuse: Reuse, cache: PagedCache, pool: BlockPool, note_freed: Callable[[], None]
     ) -> None:
-        self._pieces = pieces
+        self._reuse = reuse
         self._cache = cache
         self._pool = pool
         self._note_freed = note_freed
@@ -50,13 +51,15 @@ class Publisher:
         self._loop = asyncio.get_running_loop()
 
     def keep(self, sequence: DecodeSequence) -> None:
-        """Hold a finished sequence's blocks and publish from them. Called by the step thread, before the
-        request's own hold ends."""
-        if self._pieces is None or sequence.num_computed < self._pieces.form.tokens:
-            return
+        """Name a finished sequence's blocks, hold them, and publish from them. Called by the step thread,
+        before the request's own hold ends."""
         work, token_ids = sequence.work, sequence.token_ids[: sequence.num_computed]
-        self._pool.hold(work.request_id, HOLD, generation=work.epoch)
-        self._loop.call_soon_threadsafe(self._start, self._pieces, work, token_ids, tuple(sequence.blocks))
+        names, pieces = self._reuse.names, self._reuse.pieces
+        if names is not None:
+            self._pool.name(work.request_id, names.of(work, token_ids), generation=work.epoch)
+        if pieces is not None and len(token_ids) >= pieces.form.tokens:
+            self._pool.hold(work.request_id, HOLD, generation=work.epoch)
+            self._loop.call_soon_threadsafe(self._start, pieces, work, token_ids, tuple(sequence.blocks))
 
     def give_up(self) -> None:
         """Somebody needs the blocks: all of them are free as soon as nothing reads them."""

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from decode_worker.reuse import BlockNames
 from tandem.engine.block_pool import BlockPool
 from tandem.errors import InvalidRequest, Overloaded
 from tandem.geometry import num_blocks
@@ -17,11 +18,15 @@ PATIENCE_S = 1.0
 class Reservations:
     """The way into a decode worker's pool. Lives on the event loop.
 
-    `make_room` is called for a request that finds none: whoever holds blocks without need lets go.
+    `make_room` is called for a request that finds none: whoever holds blocks without need lets go. With
+    `names` a request gets blocks that earlier ones with the same beginning have left, to share.
     """
 
-    def __init__(self, pool: BlockPool, make_room: Callable[[], None]) -> None:
+    def __init__(
+        self, pool: BlockPool, make_room: Callable[[], None], names: BlockNames | None = None
+    ) -> None:
         self._pool = pool
+        self._names = names
         self._make_room = make_room
         self._freed = asyncio.Event()  # replaced each time it is set
 
@@ -33,10 +38,13 @@ class Reservations:
 
     async def take(self, work: Work) -> list[int]:
         """The request's blocks, or NO_MEMORY_FIT_NOW after a moment's patience."""
-        patience_s = time.monotonic() + PATIENCE_S
+        patience_s, owner = time.monotonic() + PATIENCE_S, (work.request_id, work.epoch)
+        names = self._names.of(work, work.token_ids[:-1]) if self._names else ()
         while True:
-            blocks = self._pool.allocate(work.request_id, work.max_total_tokens, generation=work.epoch)
+            blocks = self._pool.allocate(owner[0], work.max_total_tokens, generation=owner[1], names=names)
             if blocks is not None:
+                if self._names is not None:
+                    self._names.note(self._pool.num_shared(*owner))
                 return blocks
             self._make_room()
             try:

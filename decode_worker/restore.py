@@ -19,6 +19,7 @@ from tandem.engine.block_pool import BlockPool
 from tandem.engine.kv_transfer import import_kv
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import FailedPrecondition, TandemError
+from tandem.prefix_usage import PrefixReport
 from tandem.threads import to_thread_to_end
 from tandem.work import Work
 
@@ -36,11 +37,13 @@ class KvRestorer:
         pool: BlockPool,
         draft_cache: PagedCache | None = None,
         codec: str = "raw",
+        report: PrefixReport | None = None,
     ) -> None:
         self._client = client
         self._cache = cache
         self._pool = pool
         self._draft_cache = draft_cache
+        self._report = report
         self._codec = codec  # the writer's too: it is part of the fingerprint. auto: each header says
 
     @property
@@ -88,19 +91,27 @@ class KvRestorer:
     async def _place(
         self, work: Work, handle: KvHandle, blocks: Sequence[int], cache: PagedCache, *, follow: bool = False
     ) -> int:
-        """Nanoseconds spent on placing what came."""
-        spent_ns = 0
+        """Nanoseconds spent on placing what came. Shared blocks have their KV, and are left alone."""
+        spent_ns = num_bytes = 0
+        first = self._pool.num_shared(*work.key) if cache is self._cache else 0
         headers: list[ObjectHeader] = []
-        reading = self._client.get(handle, _holder(work), follow=follow, on_header=headers.append)
+        reading = self._client.get(
+            handle, _holder(work), follow=follow, on_header=headers.append, first_block=first
+        )
         async with aclosing(reading) as chunks:
             async for chunk, payload in chunks:
                 codec = self._codec_of(headers[0])
                 began_ns = time.monotonic_ns()
-                chosen = blocks[chunk.block_start : chunk.block_start + chunk.num_blocks]
+                num_bytes += len(payload)
+                skip = max(0, first - chunk.block_start)
+                chosen = blocks[chunk.block_start + skip : chunk.block_start + chunk.num_blocks]
+                payload = payload[skip * (len(payload) // chunk.num_blocks) :]
                 await to_thread_to_end(
                     import_kv, cache, chosen, payload, chunk.layer_start, chunk.num_layers, codec
                 )
                 spent_ns += time.monotonic_ns() - began_ns
+        if first and self._report is not None:
+            self._report.num_bytes += handle.num_bytes - num_bytes
         return spent_ns
 
     def _codec_of(self, header: ObjectHeader) -> str:

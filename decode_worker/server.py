@@ -9,6 +9,7 @@ import grpc
 
 from decode_worker.drafting import make_decoder
 from decode_worker.restore import KvRestorer
+from decode_worker.reuse import BlockNames, Reuse
 from decode_worker.service import DecodeServicer
 from decode_worker.worker import DecodeWorker
 from kvstore.client import KvClient
@@ -20,6 +21,7 @@ from tandem.engine.paged_cache import PagedCache
 from tandem.fingerprint import model_fingerprint
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
+from tandem.prefix_usage import PrefixReport
 from tandem.registration import WorkerLoad
 from tandem.rpc import channel
 from tandem.tokenizer import Tokenizer
@@ -47,16 +49,17 @@ class DecodeServer:
         router_address = await router
         store_channel = channel(router_address)
         client = KvClient(store_channel, config.kvstore)
-        form = PieceFormat.of(config, engine.model.geometry, fingerprint)
-        pieces = Pieces(client, form) if config.kvstore.publish == "all" else None
+        reuse, report = _reuse(config, engine, client, fingerprint)
         worker = DecodeWorker(
             config.decode,
             engine.model,
             engine.pool,
             Tokenizer.from_dir(config.model.path),
-            KvRestorer(client, engine.model.cache, engine.pool, _own_cache(engine), config.kvstore.codec),
+            KvRestorer(
+                client, engine.model.cache, engine.pool, _own_cache(engine), config.kvstore.codec, report
+            ),
             decoder,
-            pieces,
+            reuse,
         )
         host = WorkerHost(router_address)
         servicer = DecodeServicer(worker, fingerprint)
@@ -68,7 +71,7 @@ class DecodeServer:
                 worker.num_running,
                 worker.num_waiting,
                 speculation=decoder.report(),
-                prefixes=pieces.report if pieces else None,
+                prefixes=report,
             ),
             worker.audit,
         )
@@ -88,6 +91,18 @@ class DecodeServer:
         await self._host.stop()
         await self.worker.stop()
         await self._store.close()
+
+
+def _reuse(
+    config: ClusterConfig, engine: Engine, client: KvClient, fingerprint: bytes
+) -> tuple[Reuse, PrefixReport | None]:
+    """What is used again here, and what that brings; no report where nothing is."""
+    report = PrefixReport()
+    form = PieceFormat.of(config, engine.model.geometry, fingerprint)
+    pieces = Pieces(client, form, report) if config.kvstore.publish == "all" else None
+    keeps = config.cache.keep_blocks
+    names = BlockNames(config.cache.block_size, report) if keeps else None
+    return Reuse(pieces, names), report if pieces or names else None
 
 
 def _own_cache(engine: Engine) -> PagedCache | None:

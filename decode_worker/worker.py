@@ -27,10 +27,10 @@ from decode_worker.prefetch import Prefetches
 from decode_worker.publisher import Publisher
 from decode_worker.reservation import Reservations
 from decode_worker.restore import KvRestorer
+from decode_worker.reuse import NOTHING, Reuse
 from decode_worker.scheduler import DecodeScheduler
 from decode_worker.sequence import DecodeSequence, Emit, Event
 from kvstore.key import KvHandle
-from kvstore.pieces import Pieces
 from tandem.config import DecodeConfig
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.model_runner import ModelRunner
@@ -58,14 +58,14 @@ class DecodeWorker:
         tokenizer: Tokenizer,
         restorer: KvRestorer,
         decoder: Decoder | None = None,
-        pieces: Pieces | None = None,
+        reuse: Reuse = NOTHING,
     ) -> None:
         self._model = model
         self._pool = pool
         self._tokenizer = tokenizer
         self._restorer = restorer
-        self._publisher = Publisher(pieces, model.cache, pool, self._note_freed)
-        self._reservations = Reservations(pool, self._publisher.give_up)
+        self._publisher = Publisher(reuse, model.cache, pool, self._note_freed)
+        self._reservations = Reservations(pool, self._publisher.give_up, reuse.names)
         self._prefetches = Prefetches(pool, self._reservations, restorer)
         self._decoder = decoder or PlainDecoder(model)
         self._scheduler = DecodeScheduler(config.max_batch)

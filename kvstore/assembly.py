@@ -13,10 +13,13 @@ from tandem.errors import DataLoss
 
 
 class Assembly:
-    """What has arrived of one object. A chunk or a seal that is refused changes nothing."""
+    """What has arrived of one object, or of its blocks from `first_block` on. A chunk or a seal that is
+    refused changes nothing."""
 
-    def __init__(self, header: ObjectHeader) -> None:
+    def __init__(self, header: ObjectHeader, first_block: int = 0) -> None:
         self.header = header
+        self._first_block = first_block
+        self._next_index = 0
         self.digests: list[bytes] = []
         self._digest = ObjectDigest(header)
         self._blocks_of_layer: dict[int, int] = {}  # a bit per block that has arrived
@@ -25,7 +28,7 @@ class Assembly:
     def add(self, chunk: ChunkHeader, payload: Buffer) -> None:
         """BAD_MESSAGE if the chunk does not belong here, KV_CORRUPT if its bytes are not what was sent."""
         header = self.header
-        require(chunk.index == len(self.digests))
+        require(chunk.index >= self._next_index if self._first_block else chunk.index == self._next_index)
         require(chunk.block_start + chunk.num_blocks <= header.num_blocks)
         require(chunk.layer_start + chunk.num_layers <= header.num_layers)
         require(chunk.length == chunk.num_cells * header.cell_bytes)
@@ -37,11 +40,18 @@ class Assembly:
         for layer in layers:
             self._blocks_of_layer[layer] = self._blocks_of_layer.get(layer, 0) | blocks
         self.digests.append(chunk.digest)
-        self._num_cells += chunk.num_cells
+        self._next_index = chunk.index + 1
+        behind = max(0, self._first_block - chunk.block_start)
+        self._num_cells += max(0, chunk.num_blocks - behind) * chunk.num_layers
 
     def check(self, seal: Seal) -> None:
         """BAD_MESSAGE if something is missing, KV_CORRUPT if the chunks are not the ones that were sent."""
-        require(self._num_cells == self.header.num_blocks * self.header.num_layers)
+        require(self._num_cells == (self.header.num_blocks - self._first_block) * self.header.num_layers)
+        if (
+            self._first_block
+        ):  # digests of chunks that were left out are missing; each one's own binds its place
+            return require(seal.num_chunks >= self._next_index)
         require(seal.num_chunks == len(self.digests))
         if self._digest.total(self.digests) != seal.total_digest:
             raise DataLoss
+        return None

@@ -17,6 +17,7 @@ from kvstore.mapping import MappedObject, Mappings
 from kvstore.objects import ObjectStat, ObjectState
 from kvstore.reader import ReadCheck
 from kvstore.records import ChunkHeader, ObjectHeader
+from kvstore.wire import reaches
 from kvstore.writer import KvWriter
 from tandem.config import KvStoreConfig
 from tandem.errors import DataLoss, FailedPrecondition, NotFound, TandemError
@@ -61,9 +62,10 @@ class KvClient:
         lease_s: float | None = None,
         follow: bool = False,
         on_header: Callable[[ObjectHeader], None] | None = None,
+        first_block: int = 0,
     ) -> AsyncGenerator[tuple[ChunkHeader, memoryview]]:
         """Verified chunks in the order they were written, under a lease that this renews as it reads. Their
-        object's header goes to `on_header` before them.
+        object's header goes to `on_header` before them. Chunks that end before `first_block` are left out.
 
         With `follow` the object may still be being written: chunks come as the store gets them. Use
         nothing of the object before the iteration has ended without an error. A payload is there until the
@@ -71,9 +73,9 @@ class KvClient:
         released. Whoever stops early closes the iterator.
         """
         lease_s = lease_s or self._config.lease_s
-        check = ReadCheck(handle, tenant, on_header)
+        check = ReadCheck(handle, tenant, on_header, first_block)
         renew_at_s = time.monotonic() + lease_s / 3
-        async with aclosing(self._messages(handle, holder, lease_s, follow)) as messages:
+        async with aclosing(self._messages(handle, holder, lease_s, follow, first_block)) as messages:
             async for message in messages:
                 chunk = self._verified(partial(check.accept, message))
                 if chunk is not None:
@@ -114,13 +116,15 @@ class KvClient:
         return ObjectStat(ObjectState[name], response.num_bytes, response.num_leases)
 
     async def _messages(
-        self, handle: KvHandle, holder: str, lease_s: float, follow: bool
+        self, handle: KvHandle, holder: str, lease_s: float, follow: bool, first_block: int
     ) -> AsyncGenerator[Buffer]:
         """What the store holds of the object, mapped where store and reader share a host."""
         await connected(self._channel)
         mapped = await self._mapped(handle, holder, lease_s) if self._may_map and not follow else None
         if mapped is None:
-            request = pb.GetKvRequest(handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s))
+            request = pb.GetKvRequest(
+                handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s), first_block=first_block
+            )
             call = self._follow(request) if follow else self._get(request)
             reading = asyncio.create_task(self._read(call))
             try:
@@ -133,7 +137,8 @@ class KvClient:
         else:
             try:
                 for view in mapped:
-                    yield view
+                    if reaches(view, first_block):
+                        yield view
             finally:
                 self._post(self.release(handle, holder))
 

@@ -74,9 +74,9 @@ class PieceFormat:
 class Pieces:
     """One worker's way to the pieces in the store. What comes of them is added up in `report`."""
 
-    def __init__(self, client: KvClient, form: PieceFormat) -> None:
+    def __init__(self, client: KvClient, form: PieceFormat, report: PrefixReport | None = None) -> None:
         self.form = form
-        self.report = PrefixReport()
+        self.report = report or PrefixReport()
         self._client = client
         self._salts: dict[str, bytes] = {}  # by tenant; another one means that the store started again
 

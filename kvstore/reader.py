@@ -22,11 +22,13 @@ class ReadCheck:
         handle: KvHandle,
         tenant: str | None = None,
         on_header: Callable[[ObjectHeader], None] | None = None,
+        first_block: int = 0,
     ) -> None:
         self.is_complete = False
         self._handle = handle
         self._tenant = tenant
         self._on_header = on_header
+        self._first_block = first_block  # those before it are not asked for
         self._assembly: Assembly | None = None
 
     def accept(self, message: Buffer) -> tuple[ChunkHeader, memoryview] | None:
@@ -45,7 +47,7 @@ class ReadCheck:
         require(not self.is_complete)
         if isinstance(record, ObjectHeader):
             require(self._assembly is None and self._is_expected(record))
-            self._assembly = Assembly(record)
+            self._assembly = Assembly(record, self._first_block)
             if self._on_header is not None:
                 self._on_header(record)
             return None

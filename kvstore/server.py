@@ -21,7 +21,7 @@ from kvstore.link import FILE, MAY_PLACE, RESERVED
 from kvstore.objects import ObjectState, PutTicket
 from kvstore.records import ChunkHeader, ObjectHeader, Placed, Record, Seal
 from kvstore.store import KvStore
-from kvstore.wire import decode, expect
+from kvstore.wire import decode, expect, reaches
 from tandem.errors import DeadlineExceeded, InvalidRequest
 from tandem.pb.kv.v1 import kv_pb2 as pb
 
@@ -83,6 +83,8 @@ class KvServicer:
         cast(Any, context).add_done_callback(close)
         messages = self._store.read(lease)
         while (message := await self._turns.take(next, messages, None)) is not None:
+            if not reaches(message, request.first_block):
+                continue
             yield message
             cut.cancel()
             cut = self._cut_when_idle()
@@ -100,7 +102,7 @@ class KvServicer:
         while (message := await self._turns.take(following.next)) is not None:
             if message is NOT_YET:
                 await self._progress.wait(handle.key, self._store.config.sweep_s)
-            else:
+            elif reaches(message, request.first_block):
                 yield message
                 cut.cancel()
                 cut = self._cut_when_idle()

@@ -94,6 +94,14 @@ def decode(message: Buffer) -> tuple[Record, memoryview]:
     return record, payload
 
 
+def reaches(message: Buffer, first_block: int) -> bool:
+    """Whether a message is no chunk, or a chunk with a block from that one on."""
+    if not first_block:
+        return True
+    record, _ = decode(message)
+    return not isinstance(record, ChunkHeader) or record.block_start + record.num_blocks > first_block
+
+
 def _varint(value: int) -> bytes:
     low, rest = value & 0x7F, value >> 7
     return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])

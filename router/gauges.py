@@ -74,9 +74,11 @@ def _prefixes(reports: Sequence[tuple[Sequence[str], PrefixReport]]) -> Iterable
         return _counter(f"prefix_{name}", what, WORKER, [(of, figure(report)) for of, report in reports])
 
     yield counter("prompts", "Prompts whose beginning was looked for.", lambda r: r.num_prompts)
-    yield counter("hits", "Prompts of which something was restored.", lambda r: r.num_hits)
-    yield counter("restored_tokens", "Prompt tokens restored and not computed.", lambda r: r.num_tokens)
-    yield counter("restored_bytes", "Bytes of KV restored and not computed.", lambda r: r.num_bytes)
+    yield counter("hits", "Prompts of which something was there.", lambda r: r.num_hits)
+    tokens = "Prompt tokens restored and not computed; at decode workers, in blocks they had kept."
+    yield counter("restored_tokens", tokens, lambda r: r.num_tokens)
+    num_bytes = "Bytes of KV restored and not computed; at decode workers, kept and not fetched."
+    yield counter("restored_bytes", num_bytes, lambda r: r.num_bytes)
     yield counter("restore_seconds", "Time spent on restoring.", lambda r: r.restore_s)
     yield counter("published_pieces", "Pieces put into the store.", lambda r: r.num_published)
     given_up = "Finished sequences not published: too many, too slow, or their blocks were needed."

@@ -80,6 +80,7 @@ class CacheConfig:
     decode_bytes: int = 512 * MIB
     store_bytes: int = 512 * MIB  # of prompts on their way from prefill to decode
     prefix_bytes: int = 0  # of the store, for prompts' beginnings to be used again; 0: none is kept
+    keep_blocks: bool = False  # decode workers keep those of ended requests, and fetch only what they lack
 
     def __post_init__(self) -> None:
         check_positive(self, "block_size", "prefill_bytes", "decode_bytes", "store_bytes")
@@ -224,6 +225,10 @@ class ClusterConfig:
             self.kvstore.prefix_tokens % self.cache.block_size == 0,
             f"kvstore prefix_tokens must be whole blocks of {self.cache.block_size} tokens, not "
             f"{self.kvstore.prefix_tokens}",
+        )
+        check(
+            not self.cache.keep_blocks or self.kvstore.codec == "raw",
+            f"cache keep_blocks needs codec raw: behind {self.kvstore.codec} KV is not what prefill computes",
         )
         check(
             self.kvstore.publish == "prompt" or self.cache.prefix_bytes > 0,

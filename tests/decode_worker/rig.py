@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from decode_worker.restore import KvRestorer
+from decode_worker.reuse import NOTHING
 from decode_worker.sequence import DecodeSequence, Started
 from decode_worker.worker import DecodeWorker
 from kvstore.key import KvHandle, object_id_of
@@ -147,7 +148,9 @@ def text_of(deltas) -> str:
 
 
 @asynccontextmanager
-async def decoding(num_blocks=64, *, forward=None, write_blocks=None, client=None, tokens=None, **config):
+async def decoding(
+    num_blocks=64, *, forward=None, write_blocks=None, client=None, tokens=None, reuse=NOTHING, **config
+):
     """`forward`, `write_blocks` (of the cache) and `client` wrap methods. Afterwards nothing is owned."""
     model = make_model(num_blocks)
     pool = BlockPool("decode", num_blocks, BLOCK_SIZE)
@@ -160,6 +163,7 @@ async def decoding(num_blocks=64, *, forward=None, write_blocks=None, client=Non
             pool,
             tokens or tokenizer(),
             KvRestorer(kv_client, cache, pool),
+            reuse=reuse,
         )
         try:
             yield Rig(worker, pool, running, Client())

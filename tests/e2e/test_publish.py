@@ -63,7 +63,7 @@ def publishing(draft="none", stranger=None, publish="all", **parts) -> ClusterCo
 
 
 def stats_of(cluster):
-    return cluster.decodes[0].worker._publisher._pieces.report
+    return cluster.decodes[0].worker._publisher._reuse.pieces.report
 
 
 async def say(cluster, prompt, max_tokens, **sampling):
@@ -171,7 +171,7 @@ async def test_by_default_only_prompts_are_published():
     async with running(publishing(publish="prompt")) as warm:
         _, _, cached = await two_turns(warm, 60)
         assert cached == whole_pieces(len(PROMPT))
-        assert warm.decodes[0].worker._publisher._pieces is None
+        assert warm.decodes[0].worker._publisher._reuse.pieces is None
 
 
 async def test_cancelled_requests_publish_nothing():
@@ -185,7 +185,7 @@ async def test_cancelled_requests_publish_nothing():
 
 
 def client_of(cluster):
-    return cluster.decodes[0].worker._publisher._pieces._client
+    return cluster.decodes[0].worker._publisher._reuse.pieces._client
 
 
 async def test_a_slow_store_delays_nobody_and_lets_go_of_memory_that_is_needed():

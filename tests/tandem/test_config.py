@@ -109,9 +109,10 @@ def test_values_that_cannot_work_are_refused(part, values):
         ({"kvstore": {"publish": "everything"}}, "publish must be prompt or all"),
         ({"kvstore": {"publish": "all"}}, "needs room for what is published: set cache.prefix_bytes"),
         ({"kvstore": {"publish": "all", "codec": "int8"}}, "publish all needs codec raw"),
+        ({"kvstore": {"codec": "int8"}, "cache": {"keep_blocks": True}}, "keep_blocks needs codec raw"),
     ],
 )
-def test_outputs_are_published_only_where_that_can_work(values, says):
+def test_outputs_are_used_again_only_where_that_can_work(values, says):
     with pytest.raises(ConfigError, match=says):
         ClusterConfig.from_dict(values)
     values = {"kvstore": {"publish": "all"}, "cache": {"prefix_bytes": MIB}}

@@ -154,10 +154,13 @@ class GetKvRequest(_message.Message):
     HANDLE_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
+    FIRST_BLOCK_FIELD_NUMBER: _builtins.int
     holder: _builtins.str
     """Who reads; a lease belongs to a holder."""
     lease_ms: _builtins.int
     """Lease duration; the store's default when 0, at most ten times that."""
+    first_block: _builtins.int
+    """The reader has the blocks before this one: chunks with nothing behind them are left out."""
     @_builtins.property
     def handle(self) -> Global___KvHandle:
         """Which one."""
@@ -168,10 +171,11 @@ class GetKvRequest(_message.Message):
         handle: Global___KvHandle | None = ...,
         holder: _builtins.str = ...,
         lease_ms: _builtins.int = ...,
+        first_block: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "holder", b"holder", "lease_ms", b"lease_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "handle", b"handle", "holder", b"holder", "lease_ms", b"lease_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
