@@ -209,13 +209,15 @@ def bench_peers(
 def bench_router(
     workers: o.Fleet = 1000,
     requests: o.NumRequests = 200_000,
+    streams: o.NumStreams = 0,
+    rounds: o.Rounds = 3,
     out: o.Out = Path("bench-results/router"),
     json_output: o.Json = False,
 ) -> None:
-    """What the router itself costs: admission, queue and policy on a virtual clock."""
+    """What the router itself costs: its decisions on a virtual clock, or its streams with a null engine."""
     from deploy.commands import bench as command
 
-    command.router(workers, requests, out, json_output)
+    command.router(workers, requests, streams, rounds, out, json_output)
 
 
 def main() -> None:

@@ -101,6 +101,9 @@ Image = Annotated[str, typer.Option(help="Container image, such as deploy/Docker
 Large = Annotated[str, typer.Option(help="Cost the bundled pair is grown to: 111m, 1b or 8b.")]
 Fleet = Annotated[int, typer.Option(help="Workers of the simulation, half of each kind.", min=2)]
 NumRequests = Annotated[int, typer.Option(help="Requests of the simulation.", min=1)]
+NumStreams = Annotated[
+    int, typer.Option(help="Measure a router process with so many streams at once instead; 2000 is the goal.")
+]
 PeerShape = Annotated[
     str, typer.Option(help="Model of the comparison: raw (the bundled one), 111m or 1b with random weights.")
 ]

@@ -63,10 +63,16 @@ def peers(
         print(json.dumps(content))
 
 
-def router(workers: int, requests: int, out: Path, as_json: bool) -> None:
-    """The router's admission, queue and policy on a virtual clock."""
-    from bench.router import run
+def router(workers: int, requests: int, streams: int, rounds: int, out: Path, as_json: bool) -> None:
+    """The router's decisions on a virtual clock; or with `streams`, a router process with null workers."""
+    if streams:
+        from bench.streams.run import Load
+        from bench.streams.run import run as run_streams
 
-    content = run(workers, requests, out, as_json)
+        content = run_streams(Load.of(streams), rounds, out, as_json)
+    else:
+        from bench.router import run
+
+        content = run(workers, requests, out, as_json)
     if as_json:
         print(json.dumps(content))
