@@ -1,4 +1,4 @@
-"""Whether a prompt is prefilled on a worker of its own, or at once on the decode worker.
+"""`router.disaggregate`: whether a prompt is prefilled on a worker of its own, or where it is decoded.
 
 The split pays by keeping long prompts out of the way of running sequences. A short prompt may cost less
 where it will be decoded: no other queue, no hand-off. What each way costs is learnt from the requests that
@@ -23,8 +23,9 @@ MIN_MEASURED = 3  # requests of the split way before anything is compared
 class Why(Enum):
     """The reasons of a decision."""
 
-    OFF = "off"  # router.local_prefill_tokens is 0
-    LONG = "long"  # the prompt has more tokens than that
+    ALWAYS = "always"  # router.disaggregate
+    NEVER = "never"
+    LONG = "long"  # the prompt has more tokens than router.local_prefill_tokens
     CACHED = "cached"  # its beginning may be in the store, which decode workers do not ask
     UNMEASURED = "unmeasured"  # nothing to compare yet
     CHEAPER = "cheaper"  # this way
@@ -45,7 +46,8 @@ class Decision:
 
 
 STAY = Decision(True, Why.STORE_DOWN)
-SPLIT = Decision(False, Why.OFF)  # what is done without this module
+SPLIT = Decision(False, Why.ALWAYS)
+UNSPLIT = Decision(True, Why.NEVER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,6 @@ def decide(
     situation: Situation, costs: Costs, num_measured: int, most_tokens: int, cacheable_tokens: float
 ) -> Decision:
     """`most_tokens` has the longest prompt that may stay; one above `cacheable_tokens` may be cached."""
-    if not most_tokens:
-        return SPLIT
     if situation.tokens > most_tokens:
         return Decision(False, Why.LONG)
     if situation.tokens > cacheable_tokens:
@@ -89,9 +89,11 @@ def decide(
 
 
 class Disaggregation:
-    """Decides for one router, and learns. `cacheable_tokens`: longer prompts may be cached in the store."""
+    """Decides for one router, and learns. `mode` is always, auto or never; longer prompts than
+    `cacheable_tokens` may be cached in the store."""
 
-    def __init__(self, most_tokens: int, cacheable_tokens: float) -> None:
+    def __init__(self, mode: str, most_tokens: int, cacheable_tokens: float) -> None:
+        self._fixed = {"always": SPLIT, "never": UNSPLIT}.get(mode)
         self._most_tokens = most_tokens
         self._cacheable_tokens = cacheable_tokens
         self._costs = Costs()
@@ -99,6 +101,8 @@ class Disaggregation:
         self._running: Counter[str] = Counter()  # by decode worker
 
     def decide(self, tokens: int, waiting_tokens: int, decode_worker: str) -> Decision:
+        if self._fixed is not None:
+            return self._fixed
         situation = Situation(tokens, waiting_tokens, self._running[decode_worker])
         limits = self._most_tokens, self._cacheable_tokens
         return decide(situation, self._costs, self._num_measured, *limits)

@@ -75,7 +75,8 @@ class Dispatcher:
             ),
         )
         cacheable = config.kvstore.prefix_tokens if config.cache.prefix_bytes else float("inf")
-        self._disaggregation = Disaggregation(config.router.local_prefill_tokens, cacheable)
+        mode, most_tokens = config.router.disaggregate, config.router.local_prefill_tokens
+        self._disaggregation = Disaggregation(mode, most_tokens, cacheable)
         self._flights: dict[str, Flight] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._missing_since_s: float | None = None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tandem.config_values import check, check_positive
 
+DISAGGREGATE = ("always", "auto", "never")
 POLICIES = ("least-loaded", "power-of-two", "kv-aware", "session")  # router.policy
 
 
@@ -18,7 +19,10 @@ class RouterConfig:
     port: int = 0  # of gRPC; 0 takes a free one
     http_port: int | None = None  # of the OpenAI API; 0 takes a free one, none has no such listener
     policy: str = "least-loaded"  # or power-of-two, kv-aware, session: which worker is next (router.policy)
-    local_prefill_tokens: int = 0  # prompts so long may be prefilled where they are decoded, if that pays
+    disaggregate: str = (
+        "always"  # or auto, never: whether prompts go to prefill workers (router.disaggregation)
+    )
+    local_prefill_tokens: int = 256  # with auto: the longest prompt that may stay with its decode worker
     store_fallback: bool = True  # prompts whose KV cannot be stored are computed where they are decoded
     max_queue: int = 1024
     default_timeout_s: float = 600.0
@@ -32,7 +36,10 @@ class RouterConfig:
         check_positive(
             self, "max_queue", "default_timeout_s", "aging_s", "heartbeat_s", "worker_timeout_s", "drain_s"
         )
-        check(self.local_prefill_tokens >= 0, "router local_prefill_tokens must be 0 (always split) or more")
+        known = ", ".join(DISAGGREGATE)
+        is_known = self.disaggregate in DISAGGREGATE
+        check(is_known, f"router disaggregate must be one of {known}, not {self.disaggregate}")
+        check(self.local_prefill_tokens >= 0, "router local_prefill_tokens must be 0 or more")
         check(self.itl_limit_s >= 0, "router itl_limit_s must be 0 (no limit) or more")
         check(self.policy in POLICIES, f"unknown policy {self.policy}; known: {', '.join(POLICIES)}")
         for port in (self.port, self.http_port or 0):

@@ -61,7 +61,7 @@ async def test_requests_go_on_without_redis(tmp_path):
             after = await complete(cluster, ask(PROMPTS[0], max_tokens=NUM_TOKENS))
     assert before.token_ids == away.token_ids == after.token_ids
     places = [result.finished.timings.placement for result in (before, away, after)]
-    assert places == ["split/off", "local/store-down", "split/off"]
+    assert places == ["split/always", "local/store-down", "split/always"]
 
 
 @pytest.mark.redis

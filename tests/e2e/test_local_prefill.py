@@ -32,7 +32,8 @@ MORE = {"max_tokens": 12, "ignore_eos": True}
 @asynccontextmanager
 async def learnt(num_decode=1, **parts):
     """A service that has seen enough requests to compare both ways."""
-    settings = config(router={"local_prefill_tokens": 64, "default_timeout_s": 20.0}, **parts)
+    router = {"disaggregate": "auto", "local_prefill_tokens": 64, "default_timeout_s": 20.0}
+    settings = config(router=router, **parts)
     async with running(settings, 1, num_decode) as cluster:
         for index in range(MIN_MEASURED):
             found = (await complete(cluster, ask(f"first {index}", **MORE))).finished.timings
@@ -46,7 +47,7 @@ def placement(result):
 
 
 async def test_without_the_setting_every_prompt_is_split(cluster):
-    assert placement(await complete(cluster, ask("x", **MORE))) == "split/off"
+    assert placement(await complete(cluster, ask("x", **MORE))) == "split/always"
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 5, "frequency_penalty": 0.5}])
@@ -113,3 +114,14 @@ async def test_who_leaves_gives_everything_back():
                 await read_tokens(call, Result(), num_tokens)
                 call.cancel()
                 await quiesce(cluster)
+
+
+async def test_without_any_split_long_prompts_are_computed_there_too(cluster):
+    settings = config(router={"disaggregate": "never", "default_timeout_s": 20.0})
+    async with running(settings) as other:
+        for length in (1, 150, 400):
+            prompt = ("abcdefg" * 60)[:length]
+            found = await complete(other, ask(prompt, **MORE))
+            assert placement(found) == "local/never"
+            assert found.token_ids == (await complete(cluster, ask(prompt, **MORE))).token_ids
+        assert store_of(other).counters.reserved == 0

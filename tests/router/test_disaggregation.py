@@ -32,7 +32,6 @@ def test_a_queue_outweighs_a_running_sequence():
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"most": 0}, Why.OFF),
         ({"tokens": 65}, Why.LONG),
         ({"cacheable": 49}, Why.CACHED),
         ({"measured": MIN_MEASURED - 1}, Why.UNMEASURED),
@@ -64,7 +63,7 @@ def test_more_waiting_never_speaks_for_the_split_and_more_running_never_against_
 
 
 def test_costs_are_learnt_from_the_requests_themselves():
-    one = Disaggregation(100, INFINITE)
+    one = Disaggregation("auto", 100, INFINITE)
     split = one.decide(10, 10, "d")
     assert split == Decision(False, Why.UNMEASURED)
     for _ in range(MIN_MEASURED):
@@ -77,7 +76,7 @@ def test_costs_are_learnt_from_the_requests_themselves():
 
 
 def test_who_runs_where_is_counted_while_it_runs():
-    one = Disaggregation(100, INFINITE)
+    one = Disaggregation("auto", 100, INFINITE)
     for _ in range(MIN_MEASURED):
         one.note(Decision(False, Why.UNMEASURED), 10, Timings(prefill_ms=10, kv_read_ms=6))
     one.begin("busy")
@@ -85,3 +84,8 @@ def test_who_runs_where_is_counted_while_it_runs():
     assert one.decide(10, 10, "idle").is_local
     one.end("busy")
     assert one.decide(10, 10, "busy").is_local
+
+
+@pytest.mark.parametrize(("mode", "name"), [("always", "split/always"), ("never", "local/never")])
+def test_fixed_modes_ask_nothing(mode, name):
+    assert Disaggregation(mode, 100, INFINITE).decide(1, 1, "d").name == name

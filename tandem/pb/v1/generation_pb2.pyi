@@ -856,7 +856,7 @@ class Timings(_message.Message):
     transfer_hidden: _builtins.float
     """The share of transfer_ms that nobody waited for, in [0, 1]."""
     placement: _builtins.str
-    """Where the prompt was computed and why, for one: split/off, split/long, split/cheaper, local/cheaper."""
+    """Where the prompt was computed and why, for one: split/always, split/long, local/cheaper."""
     def __init__(
         self,
         *,
