@@ -186,7 +186,8 @@ class Router:
             for lost in self.registry.expire():
                 log.warning("lost worker %s: no heartbeat", lost.worker_id)
             self.dispatcher.tick()
-            self._late_share.sample(time.monotonic(), self._metrics.num_gaps, self._metrics.num_late)
+            tokens = self._metrics.tokens
+            self._late_share.sample(time.monotonic(), tokens.num_gaps, tokens.num_late)
             if self.is_ready != was_ready:
                 was_ready = self.is_ready
                 await self._say_serving(was_ready)

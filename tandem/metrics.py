@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 
 from tandem.errors import TandemError
 from tandem.request import Mark, Timings, Usage
+from tandem.token_metrics import TokenMetrics
 
 # 1-2-5 steps from 1 ms to 120 s: the same relative error everywhere.
 SECONDS = (*(m * 10.0**e for e in (-3, -2, -1, 0, 1) for m in (1, 2, 5)), 100.0, 120.0)
@@ -40,10 +41,6 @@ class RouterMetrics:
             labels=("outcome",),
         )
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of completions that finished.")
-        self._output_tokens = self._counter("output_tokens", "Output tokens delivered.")
-        self._deliveries = self._counter(
-            "token_deliveries", "Deliveries of one or more output tokens; several share one with speculation."
-        )
         self._placements = self._counter(
             "placements",
             "Attempts by where their prompt is computed (split: on a prefill worker; local: on the decode "
@@ -55,16 +52,8 @@ class RouterMetrics:
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "First token delivered - request received."
         )
-        self._gaps = self._histogram(
-            "inter_token_latency_seconds",
-            "Gap between consecutive deliveries of a completion; tokens that speculation brings "
-            "together share one gap.",
-        )
-        self._missed = self._counter(
-            "inter_token_latency_missed", "Gaps longer than router.itl_limit_s; none where it is 0."
-        )
-        self._itl_limit_s = itl_limit_s or float("inf")
-        self.num_gaps = self.num_late = 0  # between deliveries, and of them over the limit
+        self.tokens = TokenMetrics(SECONDS, itl_limit_s)
+        self.add(self.tokens)
         self._total = self._histogram(
             "e2e_request_latency_seconds", "Last token delivered - request received, of those that finished."
         )
@@ -102,17 +91,9 @@ class RouterMetrics:
         """Output tokens were passed on: `since_s` after the request came for the first, or after the last."""
         if first:
             self._first_token.observe(since_s)
+            self.tokens.note_first(num_tokens)
         else:
-            self._note_gap(since_s)
-        self._output_tokens.inc(num_tokens)
-        self._deliveries.inc()
-
-    def _note_gap(self, gap_s: float) -> None:
-        self._gaps.observe(gap_s)
-        self.num_gaps += 1
-        if gap_s > self._itl_limit_s:
-            self.num_late += 1
-            self._missed.inc()
+            self.tokens.note(num_tokens, since_s)
 
     def note_finished(self, outcome: str, usage: Usage, timings: Timings) -> None:
         """A completion ended well."""
