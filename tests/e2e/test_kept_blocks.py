@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +13,7 @@ from tests.checkpoints import save_llama
 from tests.e2e.harness import (
     BLOCK_BYTES,
     BLOCK_SIZE,
+    MIB,
     ask,
     complete,
     config,
@@ -18,6 +21,7 @@ from tests.e2e.harness import (
     quiesce,
     running,
     slow_steps,
+    store_of,
     until,
 )
 from tests.e2e.test_publish import DRAFTS, NEXT, PROMPT, publishing
@@ -117,3 +121,36 @@ async def test_kv_that_failed_its_check_is_never_kept(cluster):
         assert result.token_ids == (await say(cluster, PROMPT, 20)).token_ids
         again = await say(warm, PROMPT, 20)
         assert (report_of(warm).num_hits, again.token_ids) == (1, result.token_ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("draft", ["none", "twin"])
+async def test_conversations_at_once_with_everything_on(draft, cluster):
+    """Published answers, cached beginnings, kept blocks, two workers of each kind, little room, and some who
+    leave: every answer is what it would be alone, and nothing is lost."""
+    settings = keeping(draft, decode_blocks=40, prefill_blocks=40, prefill={"token_budget": 48})
+    kvstore = replace(settings.kvstore, publish="all", prefix_tokens=32)
+    settings = replace(settings, kvstore=kvstore, cache=replace(settings.cache, prefix_bytes=MIB // 2))
+
+    async def talk(cluster, seed: int, leaves: bool) -> list[list[int]]:
+        rng, ids, answers = random.Random(seed), [seed % 5 + 3] * 40, []
+        for _ in range(4):
+            ids += [rng.randrange(3, 200) for _ in range(rng.choice((1, 15, 30)))]
+            asking = complete(cluster, ask(ids, max_tokens=24, ignore_eos=True))
+            if leaves and rng.random() < 0.5:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(asking, rng.choice((0.01, 0.05, 0.2)))
+                continue
+            answers.append((await asking).token_ids)
+            ids += answers[-1]
+        return answers
+
+    expected = [await talk(cluster, seed, leaves=False) for seed in range(10)]
+    async with running(settings, num_prefill=2, num_decode=2) as warm:
+        for _ in range(2):
+            leaving = [talk(warm, seed, leaves=True) for seed in range(100, 106)]
+            staying = [talk(warm, seed, leaves=False) for seed in range(10)]
+            found = await asyncio.gather(*staying, *leaving)
+            assert found[:10] == expected
+        assert sum(report_of(warm, number).num_hits for number in (0, 1)) > 20
+        assert store_of(warm).counters.prefix_hits > 20

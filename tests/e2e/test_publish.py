@@ -46,6 +46,12 @@ NEXT = tuple(range(40, 60))  # what is said after an answer
 DRAFTS = ("none", "ngram", "twin", "stranger")
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch):
+    """A busy machine is no reason to give up here."""
+    monkeypatch.setattr(publisher, "PUBLISH_S", 20.0)
+
+
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory):
     """A draft that knows nothing of the target: nearly all guesses are rejected."""
@@ -70,7 +76,7 @@ async def say(cluster, prompt, max_tokens, **sampling):
     """The completion, and how many tokens of the prompt were cached; returns when all is published."""
     message = ask(prompt, max_tokens=max_tokens, **{"ignore_eos": True, "logprobs": 1} | sampling)
     result = await complete(cluster, message)
-    await quiesce(cluster)
+    await quiesce(cluster, within_s=20)
     return result, result.finished.usage.cached
 
 
