@@ -6,7 +6,6 @@ Only the notes cross gRPC, each for everything that was copied since the last.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -25,7 +24,6 @@ class Placer:
         self._view = view
         self._tell = tell
         self._end = self._told = 0
-        self.busy_s = 0.0  # with copying
         self._loop = asyncio.get_running_loop()
         self._yield_at_s = 0.0
         self._is_complete = asyncio.Event()
@@ -34,13 +32,11 @@ class Placer:
     async def write(self, chunk: ChunkHeader, payload: Buffer) -> None:
         """Raises what the store said of an earlier chunk."""
         self._check()
-        began_s = time.perf_counter()
         head = head_of(chunk, chunk.length)
         start = self._end + len(head)
         self._view[self._end : start] = head
         self._end = start + chunk.length
         self._view[start : self._end] = memoryview(payload).cast("B")
-        self.busy_s += time.perf_counter() - began_s
         if self._telling is None:
             self._telling = asyncio.create_task(self._tell_all())
         if self._loop.time() >= self._yield_at_s:

@@ -23,7 +23,6 @@ from kvstore.link import FILE, MAY_PLACE, RESERVED, Ending, connected, store_err
 from kvstore.mapping import Mappings
 from kvstore.placer import Placer
 from kvstore.records import ChunkHeader, ChunkRange, ObjectHeader, Record, Seal
-from kvstore.sender import Sender
 from kvstore.wire import encode
 from tandem.pb.kv.v1 import kv_pb2 as pb
 
@@ -36,7 +35,7 @@ class KvWriter:
     `files` it is written where it will lie, if store and writer share a host."""
 
     handle: KvHandle
-    busy_s = 0.0  # spent on bringing it to the store, known when it is sealed
+    busy_s = 0.0  # spent on bringing it to the store
 
     def __init__(
         self, channel: grpc.aio.Channel, header: ObjectHeader, idle_s: float, files: Mappings | None = None
@@ -49,7 +48,7 @@ class KvWriter:
         self._digests: list[bytes] = []
         self._call: Any = None
         self._ending: Ending
-        self._out: Sender | Placer | None = None
+        self._placer: Placer | None = None  # None: the bytes cross gRPC
 
     async def __aenter__(self) -> Self:
         """Returns when the store has reserved the bytes; raises its refusal otherwise."""
@@ -63,7 +62,7 @@ class KvWriter:
             if RESERVED not in metadata:
                 await self._within(self._answer())
             self.handle = self._header.handle(int(metadata[RESERVED]))
-            self._out = self._placer_in(metadata.get(FILE)) or Sender(self._send_message)
+            self._placer = self._placer_in(metadata.get(FILE))
         except BaseException:
             self.abort()
             raise
@@ -82,25 +81,29 @@ class KvWriter:
             length=memoryview(payload).nbytes,
             digest=digest,
         )
-        assert self._out is not None, "write inside `async with`"
-        await self._out.write(chunk, payload)
+        began_s = time.perf_counter()
+        if self._placer is None:
+            await self._send(chunk, payload)
+        else:
+            await self._placer.write(chunk, payload)
+        self.busy_s += time.perf_counter() - began_s
         self._digests.append(digest)
 
     async def seal(self) -> KvHandle:
         """Complete the object. From here on it is the store's."""
         seal = Seal(num_chunks=len(self._digests), total_digest=self._digest.total(self._digests))
-        assert self._out is not None, "seal inside `async with`"
         began_s = time.perf_counter()
-        await self._out.settle()
+        if self._placer is not None:
+            await self._placer.settle()
         await self._send(seal)
         response = await self._within(self._answer())
-        self.busy_s = self._out.busy_s + time.perf_counter() - began_s
+        self.busy_s += time.perf_counter() - began_s
         return KvHandle.from_pb(response.handle)
 
     def abort(self) -> None:
         """Give the put up, unless it is over."""
-        if self._out is not None:
-            self._out.close()
+        if self._placer is not None:
+            self._placer.close()
         self._call.cancel()
 
     async def __aexit__(
@@ -116,11 +119,8 @@ class KvWriter:
         self._files.are_here = view is not None
         return Placer(view, self._send) if view is not None else None
 
-    async def _send(self, record: Record) -> None:
-        await self._send_message(encode(record))
-
-    async def _send_message(self, message: bytes) -> None:
-        await self._within(self._write(message))
+    async def _send(self, record: Record, payload: Buffer = b"") -> None:
+        await self._within(self._write(encode(record, payload)))
 
     async def _write(self, message: bytes) -> None:
         try:

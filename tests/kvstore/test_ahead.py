@@ -7,6 +7,7 @@ from contextlib import aclosing
 
 import pytest
 
+from kvstore.backend import backend_from_url
 from tandem.errors import DataLoss, TandemError
 from tests.kvstore.test_service import PAYLOAD, big, make_ranges, put, serving, until
 
@@ -61,8 +62,6 @@ async def test_a_refused_chunk_reaches_its_writer(monkeypatch):
 
 @pytest.mark.parametrize("url", ["memory://", "shm://"])
 async def test_a_writer_knows_how_long_its_bytes_took(url):
-    from kvstore.backend import backend_from_url
-
     async with serving(backend=backend_from_url(url)) as service, service.client() as client:
         async with client.put(big(8)) as writer:
             for where in make_ranges(big(8), blocks=1):
