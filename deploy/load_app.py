@@ -1,7 +1,8 @@
-"""What `tandem bench serve`, `compare` and `report` understand. The work is in deploy/commands/load.py."""
+"""What `tandem bench serve`, `bench split`, `compare` and `report` understand."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -31,7 +32,9 @@ Input = Annotated[
     Path | None,
     typer.Option("--input", help="Mooncake trace, ShareGPT, request JSONL or text; else synthetic prompts."),
 ]
-Lengths = Annotated[str, typer.Option(help="Tokens: 128, uniform:16-512 or lognormal:256,0.6.")]
+Lengths = Annotated[
+    str, typer.Option(help="Tokens: 128, uniform:16-512, lognormal:256,0.6 or mix:96*4,1536.")
+]
 PrefixShare = Annotated[
     float, typer.Option(help="Share of every prompt that others begin with too.", min=0, max=1)
 ]
@@ -47,6 +50,9 @@ Attainment = Annotated[float, typer.Option(help="Share of requests that must mee
 
 Result = Annotated[Path, typer.Argument(help="Folder or serve.json of a `tandem bench serve`.")]
 Margin = Annotated[float, typer.Option(help="Share by which a figure may get worse.", min=0)]
+
+Seconds = Annotated[float, typer.Option(help="Of arrivals in each cell.", min=1)]
+Rates = Annotated[list[float] | None, typer.Option("--rate", help="Requests per second; may be repeated.")]
 
 
 def serve(
@@ -88,6 +94,20 @@ def serve(
     from deploy.commands import load as command
 
     command.run(context.params, max_goodput, out, json_output)
+
+
+def split(
+    seconds: Seconds = 12.0,
+    rates: Rates = None,
+    out: o.Out = Path("bench-results/split"),
+    json_output: o.Json = False,
+) -> None:
+    """Prefill and decode apart, together, and apart where it pays, under the same mixed load."""
+    from bench.split import RATES, run
+
+    document = run(seconds, rates or RATES, out, json_output)
+    if json_output:
+        print(json.dumps(document))
 
 
 def compare(a: Result, b: Result, margin: Margin = 0.05, json_output: o.Json = False) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench.kv.service import serving
+from bench.embedded import serving
 from bench.measure import Spread, interleave
 from tandem.client import TandemClient
 from tandem.sampling import SamplingParams

@@ -7,7 +7,7 @@ import random
 import time
 from dataclasses import dataclass
 
-from bench.kv.service import serving
+from bench.embedded import serving
 from bench.measure import Spread
 from tandem.client import TandemClient
 from tandem.sampling import SamplingParams

@@ -140,4 +140,5 @@ def _finish(reply: Reply, finished: pb.Finished) -> None:
     reply.stages_ms = {
         spec.name: round(getattr(finished.timings, spec.name), 3)
         for spec in finished.timings.DESCRIPTOR.fields
+        if spec.name.endswith("_ms")
     }

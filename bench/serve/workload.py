@@ -39,7 +39,8 @@ class LoadRequest:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """A distribution of token counts: `128`, `uniform:16-512` or `lognormal:256,0.6` (median, sigma)."""
+    """A distribution of token counts: `128`, `uniform:16-512`, `lognormal:256,0.6` (median, sigma), or
+    `mix:96*4,1536` (counts with weights)."""
 
     text: str
 
@@ -53,12 +54,17 @@ class Lengths:
                 case "uniform":
                     low, high = figures.split("-")
                     return rng.randint(max(int(low), 1), int(high))
+                case "mix":
+                    parts = [part.split("*") for part in figures.split(",")]
+                    weights = [float(part[1]) if len(part) > 1 else 1.0 for part in parts]
+                    return max(rng.choices([int(part[0]) for part in parts], weights)[0], 1)
                 case "lognormal":
                     median, sigma = figures.split(",")
                     return max(round(float(median) * rng.lognormvariate(0, float(sigma))), 1)
         except ValueError:
             pass
-        raise ConfigError(f"lengths must be like 128, uniform:16-512 or lognormal:256,0.6; not {self.text}")
+        known = "128, uniform:16-512, lognormal:256,0.6 or mix:96*4,1536"
+        raise ConfigError(f"lengths must be like {known}; not {self.text}")
 
 
 @dataclass(frozen=True, slots=True)

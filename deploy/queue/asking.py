@@ -152,5 +152,6 @@ def _usage(usage: pb.Usage) -> Usage:
 
 def _metrics(timings: pb.Timings) -> dict[str, Any]:
     """Milliseconds by stage, and the time to the first token, as the service measured them."""
-    stages = {spec.name: round(getattr(timings, spec.name), 3) for spec in timings.DESCRIPTOR.fields}
+    names = [spec.name for spec in timings.DESCRIPTOR.fields if spec.name.endswith("_ms")]
+    stages = {name: round(getattr(timings, name), 3) for name in names}
     return {"ttft_ms": round(timings.queue_ms + timings.prefill_ms, 3), **stages}

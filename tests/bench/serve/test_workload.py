@@ -91,7 +91,10 @@ def test_lengths() -> None:
     assert {Lengths("uniform:3-5").draw(rng) for _ in range(99)} == {3, 4, 5}
     drawn = [Lengths("lognormal:200,0.5").draw(rng) for _ in range(2000)]
     assert statistics.median(drawn) == pytest.approx(200, rel=0.1)
-    for text in ("many", "uniform:5", "normal:1,2", "uniform:9-3"):
+    drawn = [Lengths("mix:5*9,70").draw(rng) for _ in range(2000)]
+    assert drawn.count(5) == pytest.approx(1800, abs=80)
+    assert drawn.count(70) == 2000 - drawn.count(5)
+    for text in ("mix:", "mix:1*x", "many", "uniform:5", "normal:1,2", "uniform:9-3"):
         with pytest.raises(ConfigError, match="lengths must be like"):
             Lengths(text).draw(rng)
 

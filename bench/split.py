@@ -1,0 +1,140 @@
+"""Split against unsplit under a mixed load: `tandem bench split`.
+
+Three services of the bundled model on the same two cores take turns at the same requests: prefill and decode
+on a worker of one thread each; everything on one worker of two threads, prompts in chunks between steps; and
+the split whose router keeps a prompt with its decode worker where that costs less. Most prompts are short,
+some are long, arrivals are Poisson. A request is good if its first token and its gaps keep the limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.embedded import serving
+from bench.measure import console, flat, machine, table, write_csv, write_json
+from bench.serve.arrivals import Arrival, Schedule
+from bench.serve.metrics import Slo
+from bench.serve.session import LoadTest, Model, Options
+from bench.serve.target import GrpcTarget
+
+EVERY_PROMPT = 2048  # tokens: no prompt is too long to stay
+MODES: Mapping[str, Mapping[str, Any]] = {
+    "split": {"router": {"disaggregate": "always"}},
+    "unsplit": {"router": {"disaggregate": "never"}, "decode": {"threads": 2}},
+    "auto": {"router": {"disaggregate": "auto", "local_prefill_tokens": EVERY_PROMPT}},
+}
+MIXES = {"few long": "mix:96*9,1536", "many long": "mix:96*2,1536"}  # prompt tokens, by weight
+OUTPUT_TOKENS = "48"
+RATES = (1.0, 3.0, 6.0)  # requests a second
+LIMITS = Slo(ttft_ms=1000, itl_ms=50)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One service under one load. Milliseconds; a percentile that too few requests support is None."""
+
+    mix: str
+    rate: float
+    mode: str
+    ok: int
+    ttft_p50: float | None
+    ttft_p90: float | None
+    itl_p50: float | None
+    itl_p99: float | None
+    tokens_per_s: float | None
+    good: float | None  # share of requests within the limits
+    of_best: float  # that share over the best mode's
+
+
+def run(seconds: float, rates: Sequence[float], out: Path, as_json: bool) -> dict[str, Any]:
+    """Measure each cell for about so long, show, write; returns the document."""
+    with ExitStack() as stack, asyncio.Runner() as runner:
+        addresses = {mode: stack.enter_context(serving(values)) for mode, values in MODES.items()}
+        cells = [
+            cell
+            for mix, lengths in MIXES.items()
+            for rate in rates
+            for cell in runner.run(_load(addresses, mix, lengths, rate, max(2, round(rate * seconds))))
+        ]
+    shown = console(as_json)
+    shown.print(_table(cells))
+    rows = [flat(cell) for cell in cells]
+    document = {"machine": machine(2), "limits": dataclasses.asdict(LIMITS), "cells": rows}
+    write_json(out / "split.json", document)
+    write_csv(out / "split.csv", rows)
+    shown.print(f"\nsplit.json and split.csv are in {out}")
+    return document
+
+
+async def _load(
+    addresses: Mapping[str, str], mix: str, lengths: str, rate: float, num_requests: int
+) -> list[Cell]:
+    """All services, one after the other, at the same requests."""
+    found: dict[str, dict[str, Any]] = {}
+    for mode, address in addresses.items():
+        target = GrpcTarget(address)
+        try:
+            options = Options(
+                num_requests=num_requests,
+                arrival=Schedule(Arrival.POISSON, rate),
+                input_lengths=lengths,
+                output_lengths=OUTPUT_TOKENS,
+                slo=LIMITS,
+            )
+            found[mode] = (await LoadTest(target, Model(*await target.facts()), options).run()).summary
+        finally:
+            await target.close()
+    best = max(summary["attainment"] or 0.0 for summary in found.values())
+    return [_cell(mix, rate, mode, summary, best) for mode, summary in found.items()]
+
+
+def _cell(mix: str, rate: float, mode: str, summary: Mapping[str, Any], best: float) -> Cell:
+    ttft, itl, good = summary["ttft_ms"], summary["itl_ms"], summary["attainment"]
+    return Cell(
+        mix,
+        rate,
+        mode,
+        summary["ok"],
+        ttft["p50"],
+        ttft["p90"],
+        itl["p50"],
+        itl["p99"],
+        summary["output_tokens_per_s"],
+        good,
+        (good or 0.0) / best if best else 1.0,
+    )
+
+
+def _table(cells: Sequence[Cell]) -> Any:
+    columns = (
+        "prompts",
+        "requests/s",
+        "mode",
+        "TTFT p50",
+        "p90",
+        "ITL p50",
+        "p99",
+        "tokens/s",
+        "good",
+        "of best",
+    )
+    rows = [
+        (
+            *(cell.mix, f"{cell.rate:g}", cell.mode),
+            *(_figure(value) for value in (cell.ttft_p50, cell.ttft_p90, cell.itl_p50, cell.itl_p99)),
+            *(_figure(cell.tokens_per_s), f"{cell.good or 0:.0%}", f"{cell.of_best:.2f}"),
+        )
+        for cell in cells
+    ]
+    limits = f"TTFT ≤ {LIMITS.ttft_ms:g} ms, ITL p99 of a request ≤ {LIMITS.itl_ms:g} ms"
+    return table(f"split, unsplit and what pays; good: {limits}", columns, rows, left=3)
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.1f}"
