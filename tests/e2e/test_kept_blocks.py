@@ -79,6 +79,15 @@ async def test_the_next_turn_fetches_only_what_was_said_since(draft, token_budge
             assert first.token_ids == (await say(cluster, prompt, max_tokens)).token_ids
 
 
+async def test_a_prompt_without_kv_is_computed_behind_what_is_kept(cluster):
+    async with running(keeping(router={"disaggregate": "never"})) as warm:
+        first = await say(warm, PROMPT, 40)
+        turn = (*PROMPT, *first.token_ids, *NEXT)
+        second = await say(warm, turn, 8)
+        assert report_of(warm).num_tokens == whole_blocks(len(PROMPT) + 39) * BLOCK_SIZE
+        assert second.token_ids == (await say(cluster, turn, 8)).token_ids
+
+
 async def test_many_that_share_in_a_small_pool_say_what_they_would_alone(cluster):
     """Beginnings are shared while they are in use, evicted when others need room, and never written to."""
     rng = random.Random(1)

@@ -135,10 +135,20 @@ async def test_published_kv_has_the_bits_that_prefill_computes(draft, stranger):
         tokens = (*PROMPT, *first.token_ids)
         stored = await stored_bytes(warm, tokens)
     async with running(publishing(draft, stranger, publish="prompt")) as cold:
-        await say(cold, tokens, 1)
         await say(cold, tokens, 2)
         assert await stored_bytes(cold, tokens) == stored
     assert len(stored) == whole_pieces(len(tokens) - 1) // PIECE == 5
+
+
+async def test_prompts_that_were_computed_where_they_are_decoded_are_published_whole():
+    async with running(publishing(router={"disaggregate": "never"})) as local:
+        first, _ = await say(local, PROMPT, 91)
+        tokens = (*PROMPT, *first.token_ids)
+        stored = await stored_bytes(local, tokens)
+        assert stats_of(local).num_published == len(stored) == 5
+    async with running(publishing(publish="prompt")) as split:
+        await say(split, tokens, 2)
+        assert await stored_bytes(split, tokens) == stored
 
 
 async def prompt_whose_answer_has_a_mark(cluster, at: int) -> tuple[tuple[int, ...], int]:
