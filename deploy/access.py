@@ -34,6 +34,6 @@ def access_of(options: dict[str, Any]) -> Access:
         raise ConfigError("--api-key-file and the --tls options are for calls to --server; name one")
     return Access(
         options["server"],
-        read_tokens(key_file)[0] if key_file else None,
+        read_tokens(key_file)[0].token if key_file else None,
         client_credentials(*files) if any(files) else None,
     )

@@ -27,6 +27,7 @@ class Ask:
     request_id: str = ""  # empty: one is made up
     priority: int = 0  # higher goes first
     timeout_s: float | None = None
+    tenant: str = ""  # by the caller's token
     session: str = ""  # whose requests the session policy keeps together
 
     @classmethod

@@ -14,6 +14,7 @@ from router.flight import Flight
 from router.links import StoreLink, WorkerLinks
 from router.needs import Needs, needs_of
 from router.queue import QueueSnapshot, RequestQueue
+from router.quota import TenantQuota
 from router.registry import WorkerRole
 from router.replan import ReplanBudget
 from router.routes import Routes, Traits
@@ -23,7 +24,7 @@ from tandem.errors import AlreadyExists, NotFound, TandemError, Unavailable
 from tandem.geometry import ModelGeometry
 from tandem.ledger import PoolAudit
 from tandem.metrics import RouterMetrics
-from tandem.request import Request, Timings, child_id, public_id
+from tandem.request import Request, Timings, child_id, parent_id
 from tandem.sampling import MAX_N
 
 WORKER_WAIT_S = 30.0  # how long requests wait for a missing kind of worker to come (back)
@@ -78,6 +79,7 @@ class Dispatcher:
         mode, most_tokens = config.router.disaggregate, config.router.local_prefill_tokens
         self._disaggregation = Disaggregation(mode, most_tokens, cacheable)
         self._flights: dict[str, Flight] = {}
+        self._quota = TenantQuota(config.router.max_requests_per_tenant)
         self._background: set[asyncio.Task[None]] = set()
         self._missing_since_s: float | None = None
         self._draining = False
@@ -123,13 +125,15 @@ class Dispatcher:
     def start(self, requests: Sequence[Request]) -> list[Flight]:
         """Begin all completions of one request, or none.
 
-        Raises `DRAINING`, `ID_IN_USE`, `NEVER_FITS`, or `Unavailable` if a kind of worker has been missing
-        for long. A full queue is reported by the flights.
+        Raises `DRAINING`, `ID_IN_USE`, `NEVER_FITS`, `TENANT_QUOTA`, or `Unavailable` if a kind of worker has
+        been missing for long. A full queue is reported by the flights.
         """
         with self.metrics.refusals():
             self._check_acceptable(requests)
+            self._quota.check(requests[0].tenant, len(requests), self._queue.retry_after_ms())
         flights = {request.request_id: Flight(self, request) for request in requests}
         self._flights.update(flights)
+        self._quota.begin(requests[0].tenant, len(flights))
         return list(flights.values())
 
     def cancel(self, request_id: str, reason: TandemError) -> None:
@@ -206,7 +210,8 @@ class Dispatcher:
         task.add_done_callback(self._background.discard)
 
     def landed(self, flight: Flight) -> None:
-        self._flights.pop(flight.request.request_id, None)
+        if self._flights.pop(flight.request.request_id, None):
+            self._quota.end(flight.request.tenant)
 
     def audit(self) -> list[PoolAudit]:
         """The router's credits; what no live request owns is an orphan."""
@@ -228,7 +233,7 @@ class Dispatcher:
     def _check_acceptable(self, requests: Sequence[Request]) -> None:
         if self._draining:
             raise draining()
-        if self._flights_of(public_id(requests[0].request_id)):
+        if self._flights_of(parent_id(requests[0].request_id)):
             raise AlreadyExists("ID_IN_USE", "request_id is already running")
         for request in requests:
             self._admission.check_fits_ever(self.needs(request))

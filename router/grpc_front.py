@@ -19,7 +19,8 @@ from tandem.errors import Cancelled, NotFound
 from tandem.output import FINISH_TO_PB, OutputDelta, set_matched_stop
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
-from tandem.request import public_id
+from tandem.request import REQUEST_ID, public_id, scoped_id
+from tandem.rpc_auth import TENANT
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -62,7 +63,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
     async def CancelGeneration(
         self, request: pb.CancelGenerationRequest, context: Context
     ) -> pb.CancelGenerationResponse:
-        self._dispatcher.cancel(request.request_id, Cancelled())
+        if not REQUEST_ID.fullmatch(request.request_id):  # it could name another tenant's
+            raise NotFound("NO_SUCH_REQUEST", "not found")
+        self._dispatcher.cancel(scoped_id(TENANT.get(), request.request_id), Cancelled())
         return pb.CancelGenerationResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
@@ -73,7 +76,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _start(self, message: pb.GenerationInput, context: Context) -> list[Flight]:
         """One flight per completion, or none of them."""
-        ask = replace(Ask.from_pb(message), session=_session_of(context))
+        ask = replace(Ask.from_pb(message), tenant=TENANT.get(), session=_session_of(context))
         requests = await self._intake.requests(ask, context.time_remaining())
         flights = self._dispatcher.start(requests)
 

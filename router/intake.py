@@ -18,7 +18,7 @@ from tandem.config import ClusterConfig
 from tandem.errors import DeadlineExceeded, InvalidRequest, NotFound
 from tandem.geometry import ModelGeometry
 from tandem.metrics import RouterMetrics
-from tandem.request import Request, check_request_id, child_id
+from tandem.request import Request, check_request_id, child_id, scoped_id
 from tandem.sampling import SamplingParams, bad_param
 from tandem.tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ class Intake:
         max_tokens = self._max_tokens(len(token_ids), sampling)
         self._check_delivered(ask, max_tokens)
         request = Request(
-            request_id=request_id,
+            request_id=scoped_id(ask.tenant, request_id),
             token_ids=(*token_ids, *ask.delivered),
             num_prompt_tokens=len(token_ids),
             sampling=sampling,
@@ -72,6 +72,7 @@ class Intake:
             seed=secrets.randbits(SEED_BITS) if sampling.seed is None else sampling.seed,
             deadline_s=deadline_s,
             priority=ask.priority,
+            tenant=ask.tenant,
             session=ask.session,
             speculation=ask.speculation,
         )

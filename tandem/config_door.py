@@ -25,6 +25,7 @@ class RouterConfig:
     local_prefill_tokens: int = 256  # with auto: the longest prompt that may stay with its decode worker
     store_fallback: bool = True  # prompts whose KV cannot be stored are computed where they are decoded
     max_queue: int = 1024
+    max_requests_per_tenant: int = 0  # completions waiting or running; 0: no limit
     default_timeout_s: float = 600.0
     aging_s: float = 5.0  # waiting this long counts as one step of priority
     itl_limit_s: float = 0.0  # a longer gap between tokens asks for decode workers; 0: none is too long
@@ -40,6 +41,9 @@ class RouterConfig:
         is_known = self.disaggregate in DISAGGREGATE
         check(is_known, f"router disaggregate must be one of {known}, not {self.disaggregate}")
         check(self.local_prefill_tokens >= 0, "router local_prefill_tokens must be 0 or more")
+        check(
+            self.max_requests_per_tenant >= 0, "router max_requests_per_tenant must be 0 (no limit) or more"
+        )
         check(self.itl_limit_s >= 0, "router itl_limit_s must be 0 (no limit) or more")
         check(self.policy in POLICIES, f"unknown policy {self.policy}; known: {', '.join(POLICIES)}")
         for port in (self.port, self.http_port or 0):
@@ -50,7 +54,9 @@ class RouterConfig:
 class SecurityConfig:
     """Who may call from outside. All are files; `tandem.security` reads them at start."""
 
-    api_key_file: Path | None = None  # bearer tokens, one a line; without it everybody may call
+    api_key_file: Path | None = (
+        None  # bearer tokens, one a line, each with ` tenant=NAME` or not; without it everybody may call
+    )
     tls_cert: Path | None = None  # certificate chain, PEM
     tls_key: Path | None = None
     tls_client_ca: Path | None = None  # only clients with a certificate of this CA may connect

@@ -33,14 +33,24 @@ def check_request_id(request_id: str) -> str:
     return request_id
 
 
+def scoped_id(tenant: str, request_id: str) -> str:
+    """The name among all tenants' requests; no caller can choose another's, as `/` is not allowed."""
+    return f"{tenant}/{request_id}" if tenant else request_id
+
+
 def child_id(request_id: str, index: int) -> str:
     """The name of one of several completions; no caller can choose it, as `#` is not allowed."""
     return f"{request_id}#{index}"
 
 
+def parent_id(request_id: str) -> str:
+    """The name that the completions of one request share."""
+    return request_id.partition("#")[0]
+
+
 def public_id(request_id: str) -> str:
     """The name the caller knows."""
-    return request_id.partition("#")[0]
+    return parent_id(request_id).rpartition("/")[2]
 
 
 class FinishReason(Enum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
 
 import grpc
@@ -12,6 +13,9 @@ from tandem.security import BearerTokens
 
 AUTHORIZATION = "authorization"
 OPEN_SERVICES = ("/grpc.health.v1.Health/",)  # whoever keeps the service alive has no token
+
+# Whose call this is. The interceptor sets it in the call's own task, in which the handler runs too.
+TENANT: ContextVar[str] = ContextVar("tenant", default="")
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -41,7 +45,7 @@ class BearerInterceptor(grpc.aio.ServerInterceptor):
         metadata = dict(handler_call_details.invocation_metadata or ())
         value = metadata.get(AUTHORIZATION, "")
         try:
-            self._tokens.check(value if isinstance(value, bytes) else value.encode())
+            TENANT.set(self._tokens.check(value if isinstance(value, bytes) else value.encode()))
         except Unauthenticated as error:
             return _refusing(handler, error)
         return handler

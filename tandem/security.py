@@ -1,7 +1,7 @@
 """Who may talk to the public listeners: bearer tokens, TLS, and which addresses need them.
 
-Tokens live in a file, one a line, and are compared in constant time. The certificates and keys are
-read once, at start: a file that is missing, empty or open to other users is said then.
+Tokens live in a file, one a line, and are compared in constant time; a line may say whose token it is. The
+certificates and keys are read once, at start: a file that is missing, empty or open to others is said then.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 import ssl
 import stat
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -21,38 +23,65 @@ from tandem.config import SecurityConfig
 from tandem.errors import ConfigError, Unauthenticated
 
 SCHEME = b"bearer"
+TENANT_MARK = " tenant="
+TENANT = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """One line of the tokens' file: `TOKEN`, or `TOKEN tenant=NAME`."""
+
+    token: str
+    tenant: str = ""  # callers whose lines name none share this one
+
+    @classmethod
+    def parse(cls, line: str) -> Self:
+        """Raises `ConfigError` for a name that cannot be one."""
+        token, mark, tenant = line.rpartition(TENANT_MARK)
+        if not mark:
+            return cls(line)
+        if not TENANT.fullmatch(tenant) or not token.strip():
+            raise ConfigError(
+                "a line of the tokens' file must be TOKEN or TOKEN tenant=NAME, with a name "
+                f"of up to 64 of A-Z a-z 0-9 . _ -, not tenant={tenant}"
+            )
+        return cls(token.strip(), tenant)
 
 
 class BearerTokens:
-    """The accepted tokens. Only their digests are kept."""
+    """The accepted tokens and whose they are. Only digests of them are kept."""
 
-    def __init__(self, tokens: Iterable[str]) -> None:
-        self._digests = [_digest(token.encode()) for token in tokens]
+    def __init__(self, keys: Iterable[ApiKey]) -> None:
+        self._tenants = {_digest(key.token.encode()): key.tenant for key in keys}
 
     @classmethod
     def from_file(cls, file: Path) -> Self:
         """The tokens of `read_tokens`."""
         return cls(read_tokens(file))
 
-    def check(self, authorization: bytes | None) -> None:
-        """Raise `Unauthenticated` unless the header's value is `Bearer` and an accepted token."""
+    def check(self, authorization: bytes | None) -> str:
+        """Whose token it is. Raises `Unauthenticated` unless the header is `Bearer` and an accepted one."""
         if not authorization:
             raise Unauthenticated("NO_TOKEN", "missing bearer token")
         scheme, _, token = authorization.partition(b" ")
         digest = _digest(token.strip())
         # Every token is compared, so that the time says nothing about which one came close.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if scheme.lower() != SCHEME or not any(matches):
+        matches = [tenant for known, tenant in self._tenants.items() if hmac.compare_digest(digest, known)]
+        if scheme.lower() != SCHEME or not matches:
             raise Unauthenticated("BAD_TOKEN", "token not accepted")
+        return matches[0]
 
 
-def read_tokens(file: Path) -> list[str]:
+def read_tokens(file: Path) -> list[ApiKey]:
     """One token a line; empty lines and lines that begin with # do not count. Raises `ConfigError`."""
     lines = [line.strip() for line in read_secret(file).decode("utf-8", "replace").splitlines()]
     tokens = [line for line in lines if line and not line.startswith("#")]
     if not tokens:
         raise ConfigError(f"{file} holds no token; write one a line (openssl rand -hex 32 makes one)")
-    return tokens
+    keys = [ApiKey.parse(token) for token in tokens]
+    if len({key.token for key in keys}) < len({(key.token, key.tenant) for key in keys}):
+        raise ConfigError(f"{file} gives one token to two tenants")
+    return keys
 
 
 def tokens_of(security: SecurityConfig) -> BearerTokens | None:

@@ -19,7 +19,7 @@ from router.ask import SESSION_HEADER
 from router.dispatch import Dispatcher
 from router.http.answer import Answer
 from router.http.body import Fields, read_object
-from router.http.door import Door
+from router.http.door import TENANT, Door
 from router.http.errors import Json
 from router.http.generation import parse_chat, parse_completion, take_chat_prompt
 from router.intake import Intake
@@ -117,7 +117,8 @@ class _Front:
         self, parse: Callable[..., Any], request: Request, body: dict[str, Any], context: object
     ) -> Answer:
         with self._dispatcher.metrics.refusals():
-            generation = parse(body, context).of_session(request.headers.get(SESSION_HEADER, ""))
+            session = request.headers.get(SESSION_HEADER, "")
+            generation = parse(body, context).of_caller(request.scope[TENANT], session)
         return Answer(generation, self._dispatcher, self._intake)
 
     def _take_model(self, fields: Fields) -> None:

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from router.http.errors import as_tandem_error, error_response, not_served
 from tandem.security import BearerTokens
 
+TENANT = "tandem.tenant"  # in the scope of what is behind the door
 OPEN_PATHS = ("/health", "/health/live")  # whoever keeps the service alive has no token
 
 
@@ -28,16 +29,18 @@ class Door:
             await send(message)
 
         try:
-            self._check_token(scope)
-            await self._app({**scope, "app": self}, receive, note_and_send)  # an app: its routes raise
+            inner = {**scope, "app": self, TENANT: self._tenant(scope)}
+            await self._app(inner, receive, note_and_send)  # an app: its routes raise
         except Exception as error:
             if has_begun:  # the connection is cut, which tells the caller that something is missing
                 raise
             await _response(error)(scope, receive, send)
 
-    def _check_token(self, scope: Scope) -> None:
-        if self._tokens is not None and scope.get("path") not in OPEN_PATHS:
-            self._tokens.check(dict(scope["headers"]).get(b"authorization"))
+    def _tenant(self, scope: Scope) -> str:
+        """By the caller's token. Raises `Unauthenticated`."""
+        if self._tokens is None or scope.get("path") in OPEN_PATHS:
+            return ""
+        return self._tokens.check(dict(scope["headers"]).get(b"authorization"))
 
 
 def _response(error: Exception) -> Response:

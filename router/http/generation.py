@@ -35,11 +35,10 @@ class Generation:
     include_usage: bool
     return_token_ids: bool
 
-    def of_session(self, session: str) -> Generation:
-        """The same, as the named session's; unchanged if the name is empty."""
-        if not session:
-            return self
-        return replace(self, asks=[replace(ask, session=session) for ask in self.asks])
+    def of_caller(self, tenant: str, session: str) -> Generation:
+        """The same with whose it is; an empty session leaves the one that the body names."""
+        asks = [replace(ask, tenant=tenant, session=session or ask.session) for ask in self.asks]
+        return replace(self, asks=asks)
 
 
 def parse_completion(values: Mapping[str, Any], intake: Intake) -> Generation:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 
 import pytest
 
+from router.registry import WorkerRole
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.v1 import generation_pb2_grpc
 from tests.e2e.harness import (
@@ -22,6 +24,14 @@ from tests.e2e.harness import (
 from tests.web import send
 
 SESSIONS = [f"session-{number}" for number in range(8)]
+
+
+@asynccontextmanager
+async def two_decodes(settings):
+    """A cluster whose router knows both decode workers."""
+    async with running(settings, num_decode=2) as cluster:
+        await until(lambda: len(cluster.router.registry.ready(WorkerRole.DECODE)) == 2)
+        yield cluster
 
 
 async def worker_of(cluster, session: str) -> str:
@@ -53,7 +63,7 @@ async def http_worker_of(cluster, session_header: str, body: str) -> str:
 async def test_a_session_meets_the_same_worker_by_either_front():
     patient = {"heartbeat_s": 5.0, "worker_timeout_s": 30.0}  # a busy machine makes no worker suspect
     settings = config(router={"policy": "session", "http_port": 0, **patient})
-    async with running(settings, num_decode=2) as cluster:
+    async with two_decodes(settings) as cluster:
         homes = {session: await worker_of(cluster, session) for session in SESSIONS}
         assert set(homes.values()) == {"decode-0", "decode-1"}
         for session, home in homes.items():
@@ -69,7 +79,7 @@ async def test_a_session_meets_the_same_worker_by_either_front():
 async def test_a_prompt_like_an_earlier_one_goes_where_that_was_decoded():
     settings = config(router={"policy": "kv-aware"}, kvstore={"prefix_tokens": 16})
     prompts = ([1] * 40, [2] * 40)
-    async with running(settings, num_decode=2) as cluster:
+    async with two_decodes(settings) as cluster:
         with gated_reads(cluster.decodes[0], before=True), gated_reads(cluster.decodes[1], before=True):
             first = asyncio.create_task(complete(cluster, ask(prompts[0], max_tokens=4)))
             await until(lambda: cluster.router.dispatcher.num_flights)
@@ -87,7 +97,7 @@ async def test_what_is_admitted_grows_into_what_it_was_given(policy):
     """Four requests fill each pool to the last block by what they may become; none is refused."""
     settings = config(decode_blocks=16, router={"policy": policy})
     asks = [ask([5 + n] * 20, max_tokens=44, ignore_eos=True) for n in range(8)]  # 64 tokens: 4 blocks
-    async with running(settings, num_decode=2) as cluster:
+    async with two_decodes(settings) as cluster:
         with gated_reads(cluster.decodes[0], before=True), gated_reads(cluster.decodes[1], before=True):
             tasks = [asyncio.create_task(complete(cluster, message)) for message in asks]
             books = cluster.router.dispatcher.audit

@@ -16,6 +16,7 @@ from tandem.config import SecurityConfig
 from tandem.errors import ConfigError, Unauthenticated, Unavailable
 from tandem.pb.v1 import model_pb2, model_pb2_grpc
 from tandem.security import (
+    ApiKey,
     BearerTokens,
     check_exposure,
     client_credentials,
@@ -24,7 +25,7 @@ from tandem.security import (
 )
 from tests.certificates import self_signed
 
-TOKENS = BearerTokens(["correct horse", "tökén"])
+TOKENS = BearerTokens([ApiKey("correct horse", "stable"), ApiKey("tökén")])
 
 
 def private(path, text):
@@ -69,8 +70,33 @@ def test_tokens_are_the_lines_of_a_file(tmp_path):
     tokens = tokens_of(SecurityConfig(api_key_file=file))
     tokens.check(b"Bearer one")
     tokens.check(b"Bearer two")
+    assert TOKENS.check(b"Bearer correct horse") == "stable"
+    assert TOKENS.check("Bearer tökén".encode()) == ""
     with pytest.raises(Unauthenticated):
         tokens.check(b"Bearer # ours")
+
+
+def test_a_line_may_say_whose_token_it_is(tmp_path):
+    file = private(tmp_path / "keys", "one tenant=alice\ntwo tenant=bob\nthree\nfour tenant=alice\n")
+    tokens = tokens_of(SecurityConfig(api_key_file=file))
+    whose = {name: tokens.check(f"Bearer {name}".encode()) for name in ("one", "two", "three", "four")}
+    assert whose == {"one": "alice", "two": "bob", "three": "", "four": "alice"}
+    with pytest.raises(Unauthenticated):
+        tokens.check(b"Bearer one tenant=alice")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("one tenant=a/b\n", "must be TOKEN or TOKEN tenant=NAME"),
+        ("one tenant=\n", "holds a line|must be TOKEN"),
+        ("one tenant=a\none tenant=b\n", "gives one token to two tenants"),
+        ("one\none tenant=b\n", "gives one token to two tenants"),
+    ],
+)
+def test_a_line_that_is_not_clear_is_refused(tmp_path, text, says):
+    with pytest.raises(ConfigError, match=says):
+        BearerTokens.from_file(private(tmp_path / "keys", text))
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# none\n"])
