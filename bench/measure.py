@@ -100,15 +100,25 @@ class Limits:
     flops: float  # of fp32 products
 
 
-def limits(threads: int, rounds: int = 5) -> Limits:
+def limits(threads: int, rounds: int = 5, device: str = "cpu") -> Limits:
     """The best of some rounds of summing a large tensor and of multiplying two large matrices."""
     import torch
 
     torch.set_num_threads(threads)
-    large, matrix = torch.ones(LIMIT_FLOATS), torch.randn(LIMIT_SIZE, LIMIT_SIZE)
-    arms = {"sum": partial(_seconds, large.sum), "product": partial(_seconds, lambda: matrix @ matrix)}
+    large = torch.ones(LIMIT_FLOATS, device=device)
+    matrix = torch.randn(LIMIT_SIZE, LIMIT_SIZE, device=device)
+    # A number that is fetched is a result that is there, on a GPU too.
+    arms = {
+        "sum": partial(_seconds, lambda: large.sum().item()),
+        "product": partial(_seconds, lambda: (matrix @ matrix)[0, 0].item()),
+    }
     times = interleave(arms, rounds)
     return Limits(4 * LIMIT_FLOATS / min(times["sum"]), 2 * LIMIT_SIZE**3 / min(times["product"]))
+
+
+def best(*found: Limits) -> Limits:
+    """What was reached at all, of several measurements of the limits."""
+    return Limits(max(limit.bytes_per_s for limit in found), max(limit.flops for limit in found))
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -206,6 +206,23 @@ def bench_peers(
     command.peers(shape, rounds, threads, openvino_python, out, json_output)
 
 
+@bench.command("forward")
+def bench_forward(
+    shape: o.PeerShape = "111m",
+    full: o.LongPrompts = False,
+    rounds: o.Rounds = 3,
+    threads: o.Threads = 2,
+    device: o.Device = "cpu",
+    out: o.Out = Path("bench-results/forward"),
+    plots: o.Plots = True,
+    json_output: o.Json = False,
+) -> None:
+    """Decode steps and prefills of the engine alone, beside the machine's limits and transformers."""
+    from deploy.commands import bench as command
+
+    command.forward(shape, full, rounds, threads, device, out, plots, json_output)
+
+
 @bench.command("router")
 def bench_router(
     workers: o.Fleet = 1000,

@@ -35,7 +35,8 @@ Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
 HttpPort = Annotated[int, typer.Option(help="Port of the OpenAI API; 0 takes a free one.")]
 ApiKeyFile = Annotated[
-    Path | None, typer.Option(help="Bearer tokens that callers must show, one a line; for gRPC and HTTP.")
+    Path | None,
+    typer.Option(help="Bearer tokens that callers must show, one a line, each with tenant=NAME or not."),
 ]
 TlsCert = Annotated[Path | None, typer.Option(help="PEM certificate chain of both listeners.")]
 TlsKey = Annotated[Path | None, typer.Option(help="Its private key.")]
@@ -108,6 +109,8 @@ PeerShape = Annotated[
     str, typer.Option(help="Model of the comparison: raw (the bundled one), 111m or 1b with random weights.")
 ]
 Full = Annotated[bool, typer.Option("--full", help="Every combination: hours instead of minutes.")]
+LongPrompts = Annotated[bool, typer.Option("--full", help="Prompts up to 32,768 tokens, and more memory.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Rounds = Annotated[int, typer.Option(help="Times each cell is measured.", min=1)]
 Minutes = Annotated[float, typer.Option(help="Begin nothing new after this time.", min=0)]
 Threads = Annotated[int, typer.Option(help="Compute threads.", min=1)]

@@ -63,6 +63,17 @@ def peers(
         print(json.dumps(content))
 
 
+def forward(
+    shape: str, full: bool, rounds: int, threads: int, device: str, out: Path, with_plots: bool, as_json: bool
+) -> None:
+    """What one forward costs. Raises `ConfigError` for what cannot be measured here."""
+    from bench.forward.run import Options, run
+
+    content = run(Options(shape, full, rounds, threads, device, out, with_plots), as_json)
+    if as_json:
+        print(json.dumps(content))
+
+
 def router(workers: int, requests: int, streams: int, rounds: int, out: Path, as_json: bool) -> None:
     """The router's decisions on a virtual clock; or with `streams`, a router process with null workers."""
     if streams:
