@@ -16,11 +16,11 @@ from bench.measure import Meter, Spread, interleave
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (16, 64, 256, 1024, 4096)
-PROMPTS = tuple(2**power for power in range(13))
-FULL_PROMPTS = tuple(2**power for power in range(16))
+PROMPTS = tuple(1 << power for power in range(13))
+FULL_PROMPTS = tuple(1 << power for power in range(16))
 SLOW_PROMPT = 1024  # longer ones are run once
 STEP_ROUNDS = 3  # a step is short: so many times the rounds of a prefill
-OUTPUTS = tuple(2**power for power in range(9))
+OUTPUTS = tuple(1 << power for power in range(9))
 SHORT, LONG = 16, 1024  # prompt tokens of the run without a cache
 PATIENCE_S = 20.0  # that a run without a cache goes on
 PEER_STEPS = ((1, 16), (1, 1024), (8, 256))  # batch, context
