@@ -124,7 +124,8 @@ async def test_the_next_turn_starts_warm_and_says_the_same(draft, stranger, clus
             assert first.token_ids == cold_first.token_ids
             assert second.token_ids == cold_second.token_ids
             assert second.logprobs == cold_second.logprobs
-        assert stats_of(warm).num_published == 5  # behind each prompt's two: none, one, one, one and two
+        # Behind each prompt's two: none, one, one, one and two; one that prefill publishes just now, too.
+        assert stats_of(warm).num_published >= 5
         assert stats_of(warm).num_given_up == stats_of(warm).num_failures == 0
 
 
@@ -168,10 +169,12 @@ async def test_tokens_behind_a_stop_are_not_published(cluster):
     async with running(publishing("twin")) as warm:
         first, _ = await say(warm, prompt, 60, stop_token_ids=[mark])
         assert len(first.token_ids) == at + 1
-        assert stats_of(warm).num_published == 0
-        longer, _ = await say(warm, (*prompt, *first.token_ids), 60)
-        assert stats_of(warm).num_published == whole_pieces(len(prompt) + at + 60) // PIECE - 3
-        assert longer.token_ids == (await say(cluster, (*prompt, *first.token_ids), 60))[0].token_ids
+        turn = (*prompt, *first.token_ids)
+        assert len(turn) == 3 * PIECE
+        assert len(await stored_bytes(warm, turn)) == 2
+        longer, _ = await say(warm, turn, 60)
+        assert len(await stored_bytes(warm, (*turn, *longer.token_ids))) == (len(turn) + 59) // PIECE
+        assert longer.token_ids == (await say(cluster, turn, 60))[0].token_ids
 
 
 async def test_sampled_answers_are_published_too(cluster):
@@ -289,7 +292,7 @@ async def test_what_reuse_brought_is_counted_over_http():
     restore_s = metrics["tandem_prefix_restore_seconds_total", first]
     assert metrics["tandem_prefix_saved_seconds", first] == pytest.approx(0.01 * (64 + 128) - restore_s)
     assert metrics["tandem_prefix_published_pieces_total", first] == 2
-    assert metrics["tandem_prefix_published_pieces_total", second] == 4
+    assert metrics["tandem_prefix_published_pieces_total", second] >= 4
     for name in ("given_up", "failures"):
         assert metrics[f"tandem_prefix_{name}_total", first] == 0
 
@@ -303,7 +306,7 @@ async def settled_metrics(cluster, prompts):
         samples = (sample for family in families for sample in family.samples)
         found = Counter({(sample.name, sample.labels.get("worker")): sample.value for sample in samples})
         published = found["tandem_prefix_published_pieces_total", "decode-0"]
-        if found["tandem_prefix_prompts_total", "prefill-0"] == prompts and published == 4:
+        if found["tandem_prefix_prompts_total", "prefill-0"] == prompts and published >= 4:
             return found
         await asyncio.sleep(0.05)
     raise AssertionError(f"the workers' heartbeats do not tell: {found}")
