@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvstore import wire
-from kvstore.records import ChunkHeader, ChunkRange, ObjectHeader, Seal
-from kvstore.wire import MAGIC, MAX_HEADER_BYTES, PREFIX, VERSION, decode, encode
+from kvstore.records import MAX_OBJECT_BYTES, ChunkHeader, ChunkRange, ObjectHeader, Placed, Seal
+from kvstore.wire import MAGIC, MAX_HEADER_BYTES, PREFIX, VERSION, decode, encode, split
 from tandem.errors import InvalidRequest
 from tandem.pb.kv.v1 import kv_pb2 as pb
 from tests.kvstore.samples import make_chunk, make_header, make_sample
@@ -244,3 +244,33 @@ def test_expect_refuses_another_kind():
     assert wire.expect(ObjectHeader, SAMPLE.header) is SAMPLE.header
     with pytest.raises(InvalidRequest):
         wire.expect(Seal, SAMPLE.header)
+
+
+def test_messages_behind_each_other_are_told_apart():
+    messages = FRAMES[1:-1]
+    assert list(split(memoryview(b"".join(messages)))) == messages
+    assert list(split(memoryview(b""))) == []
+
+
+@given(data=st.binary(max_size=400), keep=st.integers(0, 400))
+def test_whatever_lies_in_a_file_is_messages_or_refused(data, keep):
+    whole = b"".join(FRAMES[1:-1])
+    lying = whole[:keep] + data
+    try:
+        found = [decode(message) for message in split(memoryview(lying))]
+    except InvalidRequest:
+        return
+    assert b"".join(encode(*each) for each in found) == lying
+
+
+@given(st.integers(1, MAX_OBJECT_BYTES))
+def test_a_note_crosses_and_holds_no_payload(end):
+    data = encode(Placed(end=end))
+    assert decode(data) == (Placed(end=end), b"")
+    assert refused(data + b"x")
+
+
+@pytest.mark.parametrize("end", [0, -1, MAX_OBJECT_BYTES + 1])
+def test_a_note_of_nothing_is_refused(end):
+    with pytest.raises(InvalidRequest):
+        Placed(end=end)
