@@ -31,10 +31,11 @@ from tandem.worker_host import WorkerHost
 class DecodeServer:
     """One decode worker with its model, its pool and its gRPC server."""
 
-    def __init__(self, host: WorkerHost, worker: DecodeWorker, store: grpc.aio.Channel) -> None:
+    def __init__(self, host: WorkerHost, worker: DecodeWorker, store: grpc.aio.Channel, kernels: str) -> None:
         self._host = host
         self._store = store
         self.worker = worker
+        self.kernels = kernels  # what runs the model, for operators
 
     @classmethod
     async def start(cls, config: ClusterConfig, worker_id: str, router: Awaitable[str]) -> DecodeServer:
@@ -75,7 +76,7 @@ class DecodeServer:
             ),
             worker.audit,
         )
-        return cls(host, worker, store_channel)
+        return cls(host, worker, store_channel, engine.describe())
 
     @property
     def address(self) -> str:

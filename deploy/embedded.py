@@ -59,6 +59,7 @@ class EmbeddedService:
         self.address = ""
         self.http_address = ""  # of the OpenAI API, where the settings ask for it
         self.internal_address = ""
+        self.kernels: dict[str, str] = {}  # what runs the model, by worker
         self._log_level = log_level
         self._on_event = on_event
         self._router = _Child("router", "router")
@@ -89,6 +90,8 @@ class EmbeddedService:
             for worker in self._workers:
                 self._tell(worker)
             await self._until_ready()
+            for worker in self._workers:
+                self.kernels[worker.worker_id] = str((await self._facts(worker))["kernels"])
         except BaseException:
             await self.__aexit__(None, None, None)
             raise

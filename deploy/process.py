@@ -58,6 +58,7 @@ async def run_worker(
         from decode_worker.server import DecodeServer
 
         server = await DecodeServer.start(config, worker_id, router)
+    _say(kernels=server.kernels)
     await leave.wait()
     await server.stop()
 

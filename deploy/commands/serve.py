@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -101,12 +101,13 @@ async def _try(address: str, err: Console) -> None:
     show_timings(finished, err)
 
 
-def _facts(service: Service) -> dict[str, str | None]:
+def _facts(service: Service) -> dict[str, Any]:
     return {
         "address": service.address,
         "http_address": service.http_address or None,
         "internal_address": getattr(service, "internal_address", None),
         "model": service.config.model.served_name,
+        "kernels": getattr(service, "kernels", None),
     }
 
 
@@ -114,6 +115,8 @@ def _say_serving(service: Service, took_s: float, err: Console) -> None:
     err.print(f"serving on [bold]{service.address}[/] (gRPC), ready in {took_s:.1f} s")
     if service.http_address:
         err.print(f"       and [bold]{service.base_url}[/] (OpenAI API)")
+    for worker, kernels in getattr(service, "kernels", {}).items():
+        err.print(f"[dim]{worker}: {kernels}[/]")
 
 
 def _say_next(service: Service, err: Console) -> None:

@@ -30,6 +30,11 @@ class Engine:
     block_bytes: int  # of the target's KV
     draft: ModelRunner | None = None  # over a cache with the target's block ids, or over the target's own
 
+    def describe(self) -> str:
+        """What runs target and draft and why, as the probes at load found."""
+        draft = f"; draft {self.draft.describe()}" if self.draft else ""
+        return f"{self.model.describe()}{draft}"
+
     def worker_info(self, worker_id: str, role: pb.WorkerRole.ValueType, fingerprint: bytes) -> pb.WorkerInfo:
         """What a worker with this engine tells the router, but for its address."""
         return pb.WorkerInfo(

@@ -86,6 +86,8 @@ async def test_it_serves_mends_itself_and_leaves_no_process_behind():
     async with EmbeddedService(config(), on_event=said.append) as service:
         pids = service.pids()
         assert set(pids) == {"router", "prefill-0", "decode-0"}
+        assert service.kernels.keys() == {"prefill-0", "decode-0"}
+        assert all(kernels.startswith(("native (", "lean (")) for kernels in service.kernels.values())
         wanted = await collect(service.address, LONG)
         result = await collect(service.address, LONG, 100, lambda: os.kill(pids["decode-0"], signal.SIGKILL))
 
