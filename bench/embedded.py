@@ -8,15 +8,32 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import ConfigError
 
 
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """A service that runs: where it listens, and the process whose children it is made of."""
+
+    address: str
+    internal_address: str
+    pid: int
+
+
 @contextmanager
 def serving(values: Mapping[str, Any]) -> Iterator[str]:
     """Its gRPC address. Raises `ConfigError` if it does not start."""
+    with started(values) as service:
+        yield service.address
+
+
+@contextmanager
+def started(values: Mapping[str, Any]) -> Iterator[Embedded]:
+    """The service until the block ends. Raises `ConfigError` if it does not start."""
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "settings.json"  # which is YAML too
         settings.write_text(json.dumps(values))
@@ -31,7 +48,8 @@ def serving(values: Mapping[str, Any]) -> Iterator[str]:
             line = process.stdout.readline()
             if not line:
                 raise ConfigError(f"the service did not start: {said.read_text().strip()}")
-            yield json.loads(line)["address"]
+            facts = json.loads(line)
+            yield Embedded(facts["address"], facts["internal_address"], process.pid)
         finally:
             process.terminate()
             process.wait()
