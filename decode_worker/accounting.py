@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 
 from decode_worker.decoder import Advance
 from decode_worker.sequence import DecodeSequence, Emit, Event
@@ -30,7 +29,7 @@ def account(sequence: DecodeSequence, advance: Advance) -> Event:
             break
     assert news is not None
     usage = sequence.speculated if sequence.is_finished and sequence.speculated.num_steps else None
-    return replace(news, drafted=advance.num_drafted, accepted=advance.num_accepted, speculation=usage)
+    return news._replace(drafted=advance.num_drafted, accepted=advance.num_accepted, speculation=usage)
 
 
 def failure_in(batch: Sequence[DecodeSequence], error: Exception) -> TandemError:

@@ -20,7 +20,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 
 from prefill_worker.buckets import LengthBuckets
 from prefill_worker.handoff import HandoffContext
@@ -259,7 +258,7 @@ class PrefillWorker:
             return True
         stream = job.work.output_stream(self._tokenizer, self._model.eos_token_ids)
         delta = stream.append(token.token_id, logprobs_of(token))
-        job.emit(replace(delta, cached=job.hit))
+        job.emit(delta._replace(cached=job.hit))
         return delta.finish is not None
 
     def _fail(self, jobs: list[PrefillJob], error: Exception) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2
@@ -41,9 +42,11 @@ class TokenLogprobs:
         return cls(message.logprob, tuple((entry.token_id, entry.logprob) for entry in message.top))
 
 
-@dataclass(frozen=True, slots=True)
-class OutputDelta:
-    """New tokens of one request and the text they add. `finish` is set on the last one."""
+class OutputDelta(NamedTuple):
+    """New tokens of one request and the text they add. `finish` is set on the last one.
+
+    A tuple, as one is made in each process that a token passes through.
+    """
 
     token_ids: tuple[int, ...]
     text: str = ""
@@ -85,17 +88,23 @@ class OutputDelta:
 
     @classmethod
     def from_pb(cls, message: worker_pb2.OutputDelta) -> OutputDelta:
+        token_ids, text, entries = tuple(message.token_ids), message.text, message.logprobs
+        logprobs = tuple(map(TokenLogprobs.from_pb, entries)) if entries else ()
+        drafted, accepted = message.drafted, message.accepted
+        cached = PrefixHit.from_pb(message) if message.cached else NO_HIT
+        if not message.finish_reason:  # the rest comes with the last token
+            return cls(token_ids, text, logprobs, None, None, drafted, accepted, None, cached)
         which = message.WhichOneof("matched_stop")
         return cls(
-            token_ids=tuple(message.token_ids),
-            text=message.text,
-            logprobs=tuple(TokenLogprobs.from_pb(entry) for entry in message.logprobs),
-            finish=FINISH_FROM_PB[message.finish_reason],
-            matched_stop=getattr(message, which) if which else None,
-            drafted=message.drafted,
-            accepted=message.accepted,
-            speculation=_speculation_of(message),
-            cached=PrefixHit.from_pb(message),
+            token_ids,
+            text,
+            logprobs,
+            FINISH_FROM_PB[message.finish_reason],
+            getattr(message, which) if which else None,
+            drafted,
+            accepted,
+            _speculation_of(message),
+            cached,
         )
 
 

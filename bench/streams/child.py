@@ -28,13 +28,13 @@ class PlainServicer:
 
     def __init__(self, steps_per_s: float) -> None:
         self._step_s = 1 / steps_per_s
-        self._step: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._step = asyncio.Event()
 
     async def StreamGenerate(
         self, request: pb.StreamGenerateRequest, context: Any
     ) -> AsyncIterator[pb.StreamGenerateResponse]:
         for position in range(request.input.sampling.max_tokens):
-            await self._step
+            await self._step.wait()
             chunk = pb.TokenChunk(position=position, token_ids=[TOKEN], text=TEXT)
             yield pb.StreamGenerateResponse(token_chunk=chunk)
 
@@ -44,8 +44,8 @@ class PlainServicer:
         while True:
             next_s = max(next_s + self._step_s, loop.time())
             await asyncio.sleep(next_s - loop.time())
-            step, self._step = self._step, loop.create_future()
-            step.set_result(None)
+            step, self._step = self._step, asyncio.Event()
+            step.set()
 
 
 async def serve_plain(steps_per_s: float) -> None:
