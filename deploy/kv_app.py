@@ -19,7 +19,7 @@ Verified = Annotated[
     str | None,
     typer.Argument(
         help="host:port of a service's internal listener; without it one is started for each codec. Name the "
-        "service's own --model and --config."
+        "service's own --model, --draft and --config."
     ),
 ]
 Codecs = Annotated[
@@ -67,6 +67,7 @@ def audit(server: Internal, limit: MaxObjects = 1000, json_output: o.Json = Fals
 def verify(
     server: Verified = None,
     model: o.Model = None,
+    draft: o.Draft = None,
     dtype: o.Dtype = "float32",
     quantization: o.Quantization = "none",
     config: o.ConfigFile = None,
@@ -83,6 +84,6 @@ def verify(
     from deploy.commands import verify as command
     from deploy.settings import load_config
 
-    settings = load_config(config, model=model, dtype=dtype, quantization=quantization)
+    settings = load_config(config, model=model, draft=draft, dtype=dtype, quantization=quantization)
     size = command.Size(num_prompts, num_tokens, num_forced)
     sys.exit(0 if command.run(settings, server, codecs or KV_CODECS, size, json_output) else 1)

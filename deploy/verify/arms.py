@@ -189,6 +189,6 @@ async def _errors_of(address: str) -> AsyncIterator[None]:
         if error.reason != "FINGERPRINT_MISMATCH":
             raise
         raise ConfigError(
-            f"the service at {address} runs another build of the model; give its --model, --dtype, "
-            "--quantization and --config"
+            f"the service at {address} runs another build of the model; give its --model, --draft, "
+            "--dtype, --quantization and --config"
         ) from error
