@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum, IntEnum
 
 from tandem.errors import InvalidRequest
@@ -112,6 +112,14 @@ class Timings:
     total_ms: float = 0.0
     placement: str = ""  # where the prompt was computed and why: router/disaggregation.py
     transfer_ms: float = 0.0  # spent on sending and fetching KV, whether or not anybody waited for it
+
+    @classmethod
+    def from_pb(cls, message: pb.Timings) -> Timings:
+        return cls(**{spec.name: getattr(message, spec.name) for spec in fields(cls)})
+
+    def milliseconds(self) -> dict[str, float]:
+        """Every duration by its name, to the microsecond."""
+        return {name: round(value, 3) for name, value in asdict(self).items() if name.endswith("_ms")}
 
     @property
     def transfer_hidden(self) -> float:

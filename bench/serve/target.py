@@ -18,6 +18,7 @@ from bench.serve.workload import LoadRequest
 from tandem.client import TandemClient
 from tandem.errors import ConfigError, TandemError
 from tandem.pb.v1 import generation_pb2 as pb
+from tandem.request import Timings
 from tandem.sampling import SamplingParams
 
 CONNECTIONS = 4
@@ -137,8 +138,4 @@ class HttpTarget:
 def _finish(reply: Reply, finished: pb.Finished) -> None:
     reply.prompt_tokens, reply.output_tokens = finished.usage.prompt, finished.usage.completion
     reply.drafted, reply.accepted = finished.usage.drafted, finished.usage.accepted
-    reply.stages_ms = {
-        spec.name: round(getattr(finished.timings, spec.name), 3)
-        for spec in finished.timings.DESCRIPTOR.fields
-        if spec.name.endswith("_ms")
-    }
+    reply.stages_ms = Timings.from_pb(finished.timings).milliseconds()

@@ -11,6 +11,7 @@ from rich.table import Table
 from tandem.client import TandemClient
 from tandem.output import FINISH_FROM_PB
 from tandem.pb.v1 import generation_pb2 as pb
+from tandem.request import Timings
 
 STAGES = (
     ("queue", "queue_ms", "waited until its memory was there"),
@@ -89,6 +90,7 @@ def as_json(text: str, token_ids: Sequence[int], finished: pb.Finished) -> dict[
     """A completion in the stable keys that scripts rely on."""
     reason = FINISH_FROM_PB[finished.reason]
     which = finished.WhichOneof("matched_stop")
+    timings = Timings.from_pb(finished.timings)
     return {
         "text": text,
         "token_ids": list(token_ids),
@@ -96,7 +98,8 @@ def as_json(text: str, token_ids: Sequence[int], finished: pb.Finished) -> dict[
         "matched_stop": getattr(finished, which) if which else None,
         "usage": _usage(finished.usage),
         "timings": {
-            spec.name: round(getattr(finished.timings, spec.name), 3)
-            for spec in finished.timings.DESCRIPTOR.fields
+            **timings.milliseconds(),
+            "transfer_hidden": round(timings.transfer_hidden, 3),
+            "placement": timings.placement,
         },
     }

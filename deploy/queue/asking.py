@@ -22,7 +22,7 @@ from tandem.offline.members import Answer
 from tandem.output import FINISH_FROM_PB, OutputDelta, TokenLogprobs
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.prefix_usage import PrefixHit
-from tandem.request import Usage
+from tandem.request import Timings, Usage
 from tandem.sampling import bad_param
 from tandem.tokenizer import Tokenizer
 
@@ -152,6 +152,5 @@ def _usage(usage: pb.Usage) -> Usage:
 
 def _metrics(timings: pb.Timings) -> dict[str, Any]:
     """Milliseconds by stage, and the time to the first token, as the service measured them."""
-    names = [spec.name for spec in timings.DESCRIPTOR.fields if spec.name.endswith("_ms")]
-    stages = {name: round(getattr(timings, name), 3) for name in names}
-    return {"ttft_ms": round(timings.queue_ms + timings.prefill_ms, 3), **stages}
+    ttft_ms = round(timings.queue_ms + timings.prefill_ms, 3)
+    return {"ttft_ms": ttft_ms, **Timings.from_pb(timings).milliseconds(), "placement": timings.placement}
