@@ -9,7 +9,8 @@ from bench.streams import run as streams
 
 @pytest.mark.e2e
 def test_both_servers_are_measured_by_the_same_streams(tmp_path, capsys):
-    load = streams.Load(streams=4, steps_per_s=20.0, requests=100, seconds=1.0)  # of many ticks of the CPU clock
+    # Requests for many ticks of the CPU clock.
+    load = streams.Load(streams=4, steps_per_s=20.0, requests=100, seconds=1.0)
     streams.run(load, 1, tmp_path, as_json=False)
     document = json.loads((tmp_path / "streams.json").read_text())
     rows = {row["server"]: row for row in document["rows"]}
