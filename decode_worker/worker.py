@@ -176,6 +176,7 @@ class DecodeWorker:
     def _restored(self, sequence: DecodeSequence, task: asyncio.Task[None]) -> None:
         """The task is over; one that was cancelled before its first step did nothing at all."""
         del self._restoring[sequence]
+        self._prefetches.give_up(sequence.work.key)  # unless the sequence has taken it
         if task.cancelled() and not sequence.is_cancelled:
             sequence.emit([(sequence, Unavailable.draining())])
 
