@@ -79,16 +79,18 @@ class Session:
         if key in self._sequences:
             log.warning("ignored a second order to decode %s, attempt %d", *key)
             return
-        self._prefetched.discard(key)
         try:
             if order.work.fingerprint != self._fingerprint:
                 raise FailedPrecondition("FINGERPRINT_MISMATCH", "prefill and decode builds differ")
             work = Work.from_pb(order.work)
             handle = KvHandle.from_pb(order.handle) if order.HasField("handle") else None
             self._sequences[key] = self._worker.start(work, handle, self._emit)
+            self._prefetched.discard(key)
         except TandemError as error:
+            self._cancel(key)
             self.outbox.put_nowait(pb.DecodeResponse(events=[_failed(key, error)]))
         except Exception:  # one order must not end the others of this router
+            self._cancel(key)
             bug = Internal.bug()
             log.exception("could not start %s (%s)", key[0], bug.error_id)
             self.outbox.put_nowait(pb.DecodeResponse(events=[_failed(key, bug)]))

@@ -298,3 +298,18 @@ async def test_what_goes_wrong_later_reaches_the_router():
         failure = await router.failure("a")
         assert failure.reason == "STALE_HANDLE"
         assert failure.message
+
+
+async def test_an_order_that_is_refused_gives_back_what_was_fetched_for_it():
+    async with serving() as (rig, connect):
+        rig.running.client._may_map = False
+        router, order = connect(), make_order("bad")
+        handle = await store_kv(rig.running, order)
+        ahead, bad = order.to_pb(), order.to_pb()
+        ahead.token_ids.pop()
+        bad.sampling.top_p = 7
+        await router.send(prefetch=pb.PrefetchKv(work=ahead, handle=handle.to_pb()))
+        await until(lambda: rig.pool.audit().owned)
+        await router.send(start=pb.StartDecode(work=bad, handle=handle.to_pb()))
+        assert (await router.failure("bad", order.epoch)).reason == "BAD_PARAM"
+        await until(lambda: not rig.pool.audit().owned)
