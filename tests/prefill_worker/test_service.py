@@ -104,9 +104,12 @@ async def test_what_the_worker_says_reaches_the_router():
 
 
 async def test_a_failed_hand_off_comes_after_its_token():
-    async with serving(store_bytes=1000) as (_, stub):
+    """A client drops what it has not read when a failure arrives: the put waits for the token's reader."""
+    held = Held()
+    async with serving(store_bytes=1000, client={"put": held.put}) as (_, stub):
         call = stub.Prefill(request())
         assert (await call.read()).WhichOneof("event") == "first_token"
+        held.may_go.set()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
         assert rpc.to_tandem_error(caught.value).reason == "NEVER_FITS"
