@@ -58,6 +58,7 @@ class Servicer:
 
     def __init__(self, error: Exception | None = None, after: int = 0) -> None:
         self._error, self._after = error, after
+        self.were_read = asyncio.Event()
 
     def _check(self) -> None:
         if self._error is not None:
@@ -70,6 +71,8 @@ class Servicer:
     async def unary_stream(self, request, context):
         for _ in range(self._after):
             yield request
+        if self._after:
+            await self.were_read.wait()
         self._check()
         yield request
 
@@ -169,9 +172,12 @@ async def test_the_status_is_readable_without_our_code():
 
 
 async def test_an_error_after_some_answers_follows_them():
-    async with serving(Servicer(StreamBroken(3), after=3)) as channel:
+    """gRPC drops what is unread when a failure arrives, so it waits for the reader here."""
+    servicer = Servicer(StreamBroken(3), after=3)
+    async with serving(servicer) as channel:
         call = channel.unary_stream(f"/{SERVICE}/unary_stream")(message())
         assert [await call.read() for _ in range(3)] == [message()] * 3
+        servicer.were_read.set()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
     assert rpc.to_tandem_error(caught.value).reason == "STREAM_BROKEN"
