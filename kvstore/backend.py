@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 from kvstore import backends
 from kvstore.key import ObjectKey
 from tandem.errors import ConfigError
+from tandem.redis_url import redacted
 
 
 class Backend(Protocol):
@@ -104,19 +105,3 @@ def _open_one(url: str) -> Backend:
         names = ", ".join(f"{name}://" for name in known)
         raise ConfigError(f"no KV backend for {redacted(url)!r}; known: {names}")
     return cast(Backend, import_module(f"kvstore.backends.{module}").open_backend(url))
-
-
-def redacted(url: str) -> str:
-    """The URL without its user, password and options, to be shown."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
-def options_of(url: SplitResult, *known: str) -> dict[str, str]:
-    """The URL's query as a mapping; an option nobody knows raises `ConfigError`."""
-    options = {name: values[-1] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
-    unknown = sorted(options.keys() - set(known))
-    if unknown:
-        names = ", ".join(known) or "none"
-        raise ConfigError(f"unknown option {unknown[0]} of a {url.scheme}:// backend; known: {names}")
-    return options

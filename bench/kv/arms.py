@@ -16,11 +16,11 @@ import xxhash
 
 from bench.kv.child import RAW
 from bench.kv.memory import keep_pages
-from kvstore.backend import redacted
 from kvstore.client import KvClient
 from kvstore.key import KvHandle
 from kvstore.records import ChunkRange, ObjectHeader
 from tandem.errors import ConfigError
+from tandem.redis_url import redacted
 from tandem.rpc import channel
 
 BLOCK_SIZE = 16

@@ -23,7 +23,7 @@ from typing import Any
 from bench.kv import growth, handoff, prefix
 from bench.kv.arms import Shape, checked_copy, memcpy, peer
 from bench.measure import Meter, Spread, console, flat, interleave, machine, table, write_csv, write_json
-from kvstore.backend import redacted
+from tandem.redis_url import redacted
 
 TOTAL_BYTES = 64 << 20
 CHUNKS = (256 << 10, 1 << 20, 4 << 20)

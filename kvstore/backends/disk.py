@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from kvstore.backend import options_of
 from kvstore.files import FileBackend
 from tandem.errors import ConfigError
+from tandem.redis_url import options_of
 
 
 def open_backend(url: str) -> FileBackend:

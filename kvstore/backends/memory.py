@@ -5,9 +5,9 @@ from __future__ import annotations
 import mmap
 from urllib.parse import urlsplit
 
-from kvstore.backend import options_of
 from kvstore.key import ObjectKey
 from tandem.errors import Overloaded
+from tandem.redis_url import options_of
 
 HEADROOM_BYTES = 64 << 20  # for messages on their way in and everything else of this process
 

@@ -4,7 +4,7 @@ One key per object, a hash of its messages, named `v1:kv:LIFE:OBJECT:EPOCH` with
 opening. Every key has a time to live, so whatever a killed store left goes by itself. Of Redis's
 commands it needs HSET HGET PEXPIRE UNLINK INFO on keys `v1:*`, and nothing else. No command is
 repeated: a Redis that does not answer in time is STORE_DOWN to whoever asked, and the next command
-connects again. Options: `password_file`, and for TLS `ca`, `cert` and `key`, all paths.
+connects again. `tandem.redis_url` has the URL's options.
 """
 
 from __future__ import annotations
@@ -12,21 +12,16 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
-from kvstore.backend import options_of, redacted
 from kvstore.key import ObjectKey
 from tandem.errors import ConfigError, FailedPrecondition, Overloaded, Unavailable
+from tandem.redis_url import check_policy, redacted, redis_client
 
 if TYPE_CHECKING:
     import redis
 
 TTL_S = 3600.0  # from the last put or get; far more than a lease
-TIMEOUT_S = 1.0
-PORT = 6379
-SAFE_POLICIES = ("noeviction", "volatile-ttl")  # others drop what the store believes is there
 
 
 class RedisBackend:
@@ -90,62 +85,15 @@ def redis_errors() -> Iterator[None]:
 
 def open_backend(url: str) -> RedisBackend:
     """Connect and look at the server once. Raises `ConfigError` saying what is wrong."""
+    client = redis_client(url)
+    import redis
+
     try:
-        import redis
-    except ImportError:
-        raise ConfigError("redis:// needs the redis package: pip install 'tandem-serve[redis]'") from None
-    client = redis.Redis(**_settings(url))
-    try:
-        policy = client.info("memory").get("maxmemory_policy")
+        check_policy(client, url)
     except (redis.RedisError, OSError) as error:
         client.close()
         raise ConfigError(f"cannot use Redis at {redacted(url)}: {type(error).__name__}: {error}") from error
-    if policy not in SAFE_POLICIES:
+    except ConfigError:
         client.close()
-        raise ConfigError(
-            f"Redis at {redacted(url)} may evict KV: set maxmemory-policy to noeviction, not {policy}"
-        )
+        raise
     return RedisBackend(client)
-
-
-def _settings(url: str) -> dict[str, Any]:
-    from redis.backoff import NoBackoff
-    from redis.retry import Retry
-
-    parts = urlsplit(url)
-    is_tls = parts.scheme == "rediss"
-    options = options_of(parts, "password_file", *(("ca", "cert", "key") if is_tls else ()))
-    database = parts.path.strip("/") or "0"
-    try:
-        host, port = parts.hostname, parts.port or PORT
-    except ValueError:
-        host, port = None, 0
-    if not host or not database.isdigit():
-        raise ConfigError(f"not a Redis URL: {redacted(url)}; redis://HOST:{PORT}/0 is one")
-    settings = {
-        "host": host,
-        "port": port,
-        "db": int(database),
-        "username": unquote(parts.username) if parts.username else None,
-        "password": _password(parts.password, options.get("password_file")),
-        "socket_timeout": TIMEOUT_S,
-        "socket_connect_timeout": TIMEOUT_S,
-        "retry": Retry(NoBackoff(), 0),
-        "protocol": 2,
-    }
-    if is_tls:
-        files = {f"ssl_{name}": options.get(option) for name, option in _TLS_FILES}
-        settings |= {"ssl": True, "ssl_cert_reqs": "required", "ssl_check_hostname": True, **files}
-    return settings
-
-
-_TLS_FILES = (("ca_certs", "ca"), ("certfile", "cert"), ("keyfile", "key"))
-
-
-def _password(in_url: str | None, file: str | None) -> str | None:
-    if file is None:
-        return unquote(in_url) if in_url else None
-    try:
-        return Path(file).read_text().strip()
-    except OSError as error:
-        raise ConfigError(f"cannot read the Redis password file {file}: {error.strerror}") from error

@@ -12,12 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from kvstore.backend import options_of
 from kvstore.files import File, FileBackend, medium_errors
 from kvstore.key import ObjectKey, require
 from kvstore.mapping import Mappings
 from kvstore.segments import FreeSegments, make_segment
 from tandem.errors import ConfigError
+from tandem.redis_url import options_of
 
 SHARED_MEMORY = Path("/dev/shm")
 
