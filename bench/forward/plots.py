@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.forward.report import work_of
-from bench.speculation.plots import COLORS, DPI, SIZE, require_matplotlib
+from bench.plotting import COLORS, label_axes, new_figure, require_matplotlib, save
 
 if TYPE_CHECKING:
     from bench.forward.run import Results
@@ -46,25 +46,16 @@ def _prefill(file: Path, results: Results) -> Path:
 
 
 def _figure(title: str, below: str) -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=SIZE, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel(below)
-    axes.set_ylabel("ms")
+    """Both axes logarithmic, times in ms."""
+    figure, (axes,) = new_figure()
+    label_axes(axes, title, below, "ms")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
 def _save(figure: Any, axes: Any, file: Path) -> Path:
     axes.legend(frameon=False)
-    figure.savefig(file, dpi=DPI)
-    return file
+    return save(figure, file)

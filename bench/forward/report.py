@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from bench.forward.cells import Cell, Timing
 from bench.forward.traffic import Traffic, Work
-from bench.measure import table
+from bench.measure import Sheet, table
 
 if TYPE_CHECKING:
     from bench.forward.run import Results
 
 GOAL = 1.3  # of the slope over the limit
-
-
-class Sheet(NamedTuple):
-    """One table; the first `left` columns are text."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    left: int
 
 
 def work_of(cell: Cell, traffic: Traffic) -> Work:
@@ -83,8 +74,7 @@ def markdown(results: Results) -> str:
     """Everything as one page."""
     parts = [f"# What a forward costs: {results.options.shape}", *remarks(results)]
     for sheet in sheets(results):
-        lines = [sheet.columns, tuple("---:" for _ in sheet.columns), *sheet.rows]
-        parts += [f"## {sheet.title}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+        parts += [f"## {sheet.title}", sheet.markdown()]
     return "\n\n".join(parts) + "\n"
 
 

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bench.plotting import COLORS, WIDE, label_axes, new_figure, require_matplotlib, save
 from bench.speculation.cells import TAU, TAU_OFF, K
 from bench.speculation.goals import is_default
 from bench.speculation.sweep import Row
-from tandem.errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SIZE, WIDE, DPI = (6.4, 4.2), (10.0, 4.2), 150
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#999999")
 DEPTHS = ("1", "2", "3", "5", "7", "auto")
-
-
-def require_matplotlib() -> None:
-    """Raises `ConfigError` saying what to install."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(
-            "plots need matplotlib: pip install 'tandem-serve[bench]', or go without them by --no-plots"
-        )
 
 
 def draw(folder: Path, rows: Sequence[Row]) -> Iterator[Path]:
@@ -45,7 +34,7 @@ def draw(folder: Path, rows: Sequence[Row]) -> Iterator[Path]:
 
 def _acceptance(file: Path, pair: str, rows: Sequence[Row]) -> Path:
     """Against k at batch 1: the share of drafted tokens that is accepted, and how many that are."""
-    figure, (left, right) = _figure(WIDE, 2)
+    figure, (left, right) = new_figure(WIDE, 2)
     lines = [
         (f"{sampling}, τ = {tau:g}" if tau != TAU_OFF else sampling, _at(rows, sampling, tau))
         for sampling in ("greedy", "sampled")
@@ -57,12 +46,12 @@ def _acceptance(file: Path, pair: str, rows: Sequence[Row]) -> Path:
         left.plot(depths, [100 * row.acceptance_rate for row in line], "o-", color=color, label=label)
         right.plot(depths, [row.mean_accepted_length for row in line], "o-", color=color, label=label)
     for axes, what, unit in ((left, "accepted of drafted", "%"), (right, "accepted per step", "tokens")):
-        _label(axes, f"{pair}: {what}, batch 1", "draft tokens per step, k", unit)
+        label_axes(axes, f"{pair}: {what}, batch 1", "draft tokens per step, k", unit)
         axes.set_xticks(K, [str(k) for k in K])
     left.set_ylim(0, 100)
     right.set_ylim(bottom=0)
     left.legend(frameon=False)
-    return _save(figure, file)
+    return save(figure, file)
 
 
 def _at(rows: Sequence[Row], sampling: str, tau: float) -> list[Row]:
@@ -73,7 +62,7 @@ def _at(rows: Sequence[Row], sampling: str, tau: float) -> list[Row]:
 
 def _speedup_by_k(file: Path, pair: str, rows: Sequence[Row]) -> Path:
     """One line per batch; k auto beside the constants, what the formula expects in dashes."""
-    figure, (axes,) = _figure(SIZE, 1)
+    figure, (axes,) = new_figure()
     for color, batch in zip(COLORS, sorted({row.batch for row in rows}), strict=False):
         line = [row for row in rows if row.batch == batch and row.tau == TAU_OFF]
         constant = sorted((row for row in line if row.k != "auto"), key=lambda row: int(row.k))
@@ -86,25 +75,25 @@ def _speedup_by_k(file: Path, pair: str, rows: Sequence[Row]) -> Path:
         axes.plot(places, expected, "--", color=color, linewidth=1, alpha=0.6)
     axes.plot([], [], "--", color="#555555", linewidth=1, label="formula")
     axes.set_xticks(range(len(DEPTHS)), DEPTHS)
-    _label(axes, f"{pair}: greedy, over plain decoding", "draft tokens per step, k", "speed-up")
+    label_axes(axes, f"{pair}: greedy, over plain decoding", "draft tokens per step, k", "speed-up")
     _level(axes)
     axes.legend(frameon=False, ncols=2)
-    return _save(figure, file)
+    return save(figure, file)
 
 
 def _speedup_by_tau(file: Path, pair: str, rows: Sequence[Row]) -> Path:
     """One line per k at batch 1."""
-    figure, (axes,) = _figure(SIZE, 1)
+    figure, (axes,) = new_figure()
     at_one = [row for row in rows if row.batch == 1]
     varied = [k for k in DEPTHS if len({row.tau for row in at_one if row.k == k}) > 1]
     for color, k in zip(COLORS, varied, strict=False):
         line = sorted((row for row in at_one if row.k == k), key=lambda row: row.tau)
         _with_spread(axes, [TAU.index(row.tau) for row in line], line, color, f"k = {k}", "o-")
     axes.set_xticks(range(len(TAU)), [f"{tau:g}" for tau in TAU])
-    _label(axes, f"{pair}: greedy, batch 1, over plain decoding", "confidence threshold τ", "speed-up")
+    label_axes(axes, f"{pair}: greedy, batch 1, over plain decoding", "confidence threshold τ", "speed-up")
     _level(axes)
     axes.legend(frameon=False)
-    return _save(figure, file)
+    return save(figure, file)
 
 
 def _with_spread(
@@ -121,26 +110,3 @@ def _level(axes: Axes) -> None:
     """The line of plain decoding, and an axis that starts at zero."""
     axes.axhline(1, color="#333333", linewidth=0.8)
     axes.set_ylim(bottom=0)
-
-
-def _label(axes: Axes, title: str, below: str, beside: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.set_xlabel(below)
-    axes.set_ylabel(beside)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _figure(size: tuple[float, float], columns: int) -> tuple[Any, Sequence[Axes]]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, squeeze=False)[0]
-
-
-def _save(figure: Any, file: Path) -> Path:
-    figure.savefig(file, dpi=DPI)
-    return file
