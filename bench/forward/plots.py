@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.forward.report import work_of
-from bench.plotting import COLORS, label_axes, new_figure, require_matplotlib, save
+from bench.plotting import COLORS, label_axes, new_figure, save
 
 if TYPE_CHECKING:
     from bench.forward.run import Results
-
-__all__ = ["draw", "require_matplotlib"]
 
 
 def draw(folder: Path, results: Results) -> Iterator[Path]:

@@ -15,6 +15,7 @@ from bench.forward.reference import Reference
 from bench.forward.rig import BLOCK_SIZE, Rig
 from bench.forward.traffic import Slope, Traffic, slope
 from bench.measure import Limits, Meter, best, console, flat, limits, machine, write_csv, write_json
+from bench.plotting import require_matplotlib
 from bench.shapes import checkpoint
 from tandem.errors import ConfigError
 from tandem.geometry import ModelGeometry
@@ -66,7 +67,7 @@ def run(options: Options, as_json: bool) -> dict[str, Any]:
     Raises `ConfigError` for a shape or a device that there is not.
     """
     if options.plots:
-        plots.require_matplotlib()
+        require_matplotlib()
     results = measure(options)
     shown = console(as_json)
     content = document(results)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from bench.inflate import Pair
@@ -80,6 +80,15 @@ class Run:
     num_tau_stops: int = 0
     draft_s: float = 0.0
     verify_s: float = 0.0
+
+    @classmethod
+    def total(cls, runs: Sequence[Run]) -> Run:
+        """Of runs that are all of one kind: their outputs in a row, their counts and times added up."""
+        whole = cls()
+        for run in runs:
+            for name in (count.name for count in fields(cls)):
+                setattr(whole, name, getattr(whole, name) + getattr(run, name))
+        return whole
 
     @property
     def num_tokens(self) -> int:

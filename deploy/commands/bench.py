@@ -21,11 +21,12 @@ def speculation(
 ) -> None:
     """What speculation earns. Raises `ConfigError` for what cannot be measured here."""
     from bench.measure import console
+    from bench.plotting import require_matplotlib
     from bench.speculation import plots, report
     from bench.speculation.runner import Benchmark, Options
 
     if with_plots:
-        plots.require_matplotlib()
+        require_matplotlib()
     options = Options(large, full, rounds, minutes, threads, openvino_python)
     results = Benchmark(options).run()
     content = report.document(results, options)

@@ -19,6 +19,7 @@ from rich.console import Console
 from bench.bundled_pair.corpus import is_held_out
 from bench.inflate import BUNDLED, Pair
 from bench.measure import Spread
+from bench.plotting import require_matplotlib
 from bench.speculation import agreement, formula, plots, report, runner, sweep
 from bench.speculation.agreement import Corpus, agreements, by_looping
 from bench.speculation.cells import AUTO, BATCHES, MODEL, NGRAM, TAU, Cell, Group, K, designed, everything
@@ -289,7 +290,7 @@ def test_plots_are_drawn(tmp_path) -> None:
 def test_without_matplotlib_it_is_said_what_to_do(monkeypatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"tandem-serve\[bench\].*--no-plots"):
-        plots.require_matplotlib()
+        require_matplotlib()
 
 
 def test_a_size_that_does_not_exist_is_refused() -> None:

@@ -1,0 +1,1 @@
+"""`tandem eval`: the experiments of the field, each one command, with published figures beside ours."""

@@ -1,0 +1,134 @@
+"""Ways of decoding the same samples, in turns: speed, acceptance, rollbacks and the processor's share.
+
+Samples are decoded in some rounds of different samples each, every arm on all of them. Decoding alone is
+timed; prompts are prefilled before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from bench.measure import Spread, interleave
+from bench.speculation.rig import EXACT, Rig, Run
+from bench.speculation.text import Tokens, batches
+from decode_worker.decoder import Decoder
+from tandem.sampling import SamplingParams
+from tandem.speculation import SpeculationParams, SpeculationPolicy
+
+PROMPT_TOKENS = OUTPUT_TOKENS = 128
+TEMPERATURE = 0.7  # of sampling
+AT_ONCE = 32  # samples whose KV is kept
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way of decoding."""
+
+    rig: Rig
+    decoder: Decoder
+    asked: SpeculationParams = EXACT
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What an arm did with the samples of each round."""
+
+    runs: list[Run] = field(default_factory=list)
+    cpu_s: float = 0.0  # of this process, all threads
+
+    @property
+    def total(self) -> Run:
+        """All rounds as one."""
+        return Run.total(self.runs)
+
+    @property
+    def rates(self) -> list[float]:
+        """Output tokens per second, by round."""
+        return [run.tokens_per_s for run in self.runs]
+
+    def utilization(self, threads: int) -> float:
+        """CPU time over wall time and threads."""
+        return self.cpu_s / self.total.seconds / threads
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One way of decoding all samples, against unquantized plain decoding of the same."""
+
+    pair: str
+    draft_precision: str
+    target_precision: str
+    sampling: str  # greedy | sampled
+    k: int  # 0 is plain decoding
+    tau: float
+    samples: int
+    tokens_per_s: float
+    ms_per_token: float
+    rollbacks: int  # steps in which a draft token was rejected, of all samples
+    acceptance_rate: float  # accepted of drafted tokens
+    alpha: float  # accepted of judged tokens
+    speedup: Spread  # within rounds
+    utilization: float
+    identical: bool | None  # to the baseline's tokens; None where they need not be
+
+
+def asking(k: int, tau: float) -> SpeculationParams:
+    """Always k draft tokens, unless the draft gives none of them the probability tau.
+
+    Samples are accepted by speculative sampling.
+    """
+    return SpeculationParams(
+        policy=SpeculationPolicy.AUTO, num_assistant_tokens=k, assistant_confidence_threshold=tau
+    )
+
+
+def sampling_params(sampling: str) -> SamplingParams:
+    """Of `greedy` and of `sampled`; a sample's seed is its number in its round."""
+    temperature = TEMPERATURE if sampling == "sampled" else 0.0
+    return SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True, temperature=temperature)
+
+
+def per_round(samples: int, batch: int, rounds: int) -> int:
+    """Samples of a round: whole batches, as few rounds as memory allows and as many as asked for."""
+    wanted = -(-samples // rounds)
+    return max(batch, min(AT_ONCE, wanted) // batch * batch)
+
+
+def measure(
+    arms: Mapping[str, Arm],
+    samples: Sequence[Tokens],
+    batch: int,
+    sampling: SamplingParams,
+    rounds: int,
+    after: Callable[[], None],
+) -> dict[str, Outcome]:
+    """All arms on all samples. `after` is called `num_runs` times."""
+    outcomes = {name: Outcome() for name in arms}
+
+    def run(name: str, some: Sequence[Tokens]) -> tuple[Run, float]:
+        arm, began_s = arms[name], time.process_time()
+        found = arm.rig.run(arm.decoder, some, batch, sampling, arm.asked)
+        after()
+        return found, time.process_time() - began_s
+
+    rigs = {id(arm.rig): arm.rig for arm in arms.values()}.values()
+    for number, some in enumerate(batches(samples, per_round(len(samples), batch, rounds))):
+        for rig in rigs:
+            rig.prefill(some)
+        if number == 0:
+            for name in arms:
+                run(name, some[:batch])  # caches warm
+        names = list(arms) if number % 2 == 0 else list(arms)[::-1]
+        found = interleave({name: partial(run, name, some) for name in names}, 1, warm_ups=0)
+        for name, [(result, cpu_s)] in found.items():
+            outcomes[name].runs.append(result)
+            outcomes[name].cpu_s += cpu_s
+    return outcomes
+
+
+def num_runs(num_arms: int, samples: int, batch: int, rounds: int) -> int:
+    """How often `measure` runs a decoder, warm-ups included."""
+    return num_arms * (1 + -(-samples // per_round(samples, batch, rounds)))

@@ -1,0 +1,58 @@
+"""What `tandem eval` understands: one command per experiment, all with the same options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploy import options as o
+
+Shape = Annotated[
+    str, typer.Option(help="The bundled pair as it was trained (raw), or grown to a cost: 111m, 1b or 8b.")
+]
+Target = Annotated[str | None, typer.Option(help="Folder or hub id of a target instead of the bundled one.")]
+DraftModel = Annotated[str | None, typer.Option(help="Folder or hub id of its draft model.")]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Texts to take samples from: a line each, or JSONL with `text`; one data source per file. "
+        "The bundled pair's held-out text by default."
+    ),
+]
+Samples = Annotated[int, typer.Option(help="Samples to decode, or to read.", min=1)]
+OutFolder = Annotated[Path | None, typer.Option(help="Folder for the files; bench-results/eval by default.")]
+
+HELP = {"speculation": "Speculation by k and τ: throughput, latency, rollbacks, acceptance, speed-up."}
+FOLDER = Path("bench-results/eval")
+
+experiments = typer.Typer(
+    no_args_is_help=True, help="The experiments of the field, with published figures beside ours."
+)
+
+
+def _command(name: str) -> Callable[..., None]:
+    def command(
+        context: typer.Context,
+        shape: Shape = "raw",
+        target: Target = None,
+        draft: DraftModel = None,
+        text: Texts = None,
+        samples: Samples = 16,
+        rounds: o.Rounds = 3,
+        threads: o.Threads = 2,
+        out: OutFolder = None,
+        plots: o.Plots = True,
+        json_output: o.Json = False,
+    ) -> None:
+        from deploy.commands import eval as commands
+
+        commands.run(name, context.params, out or FOLDER, plots, json_output)
+
+    return command
+
+
+for _name, _help in HELP.items():
+    experiments.command(_name, help=_help)(_command(_name))

@@ -1,0 +1,209 @@
+"""`tandem eval`: experiments on real but tiny checkpoints, and what they write."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.eval import charts, decoding, samples, speculation
+from bench.eval.catalog import MODULES, experiment
+from bench.eval.decoding import PROMPT_TOKENS, Arm, asking, measure, num_runs, per_round
+from bench.eval.experiment import Chart, Series, Settings
+from bench.eval.models import pair_of, target_of
+from bench.eval.report import Report
+from bench.eval.texts import Source, docstrings, read_texts, sources
+from bench.inflate import BUNDLED, Pair
+from bench.speculation.rig import Rig, Run, Setup
+from deploy.eval_app import HELP
+from tandem.errors import ConfigError
+from tandem.sampling import SamplingParams
+from tests.checkpoints import save_llama, tiny_llama
+
+PROMPTS = [tuple((7 * start + 3 * i * i) % 251 for i in range(20)) for start in range(5)]
+GREEDY = SamplingParams(max_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A tiny target and a stranger as its draft."""
+    return Pair(tiny_llama(), save_llama(tmp_path_factory.mktemp("pair") / "stranger", seed=5))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Lines of random letters, every other one shorter than a sample."""
+    draw, path = random.Random(0), tmp_path_factory.mktemp("texts") / "letters.txt"
+    lines = ["".join(draw.choices("abcdefgh ", k=length)) for length in (150, 90) * 12]
+    path.write_text("\n\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def settings(pair, texts, monkeypatch):
+    """Two samples of few new tokens."""
+    monkeypatch.setattr(decoding, "OUTPUT_TOKENS", 72)
+    return Settings(target=pair.target, draft=pair.draft, texts=(texts,), samples=2, rounds=2, threads=1)
+
+
+def test_every_arm_decodes_every_sample_and_rounds_add_up(pair) -> None:
+    rig = Rig(pair, Setup(), 3, 40, 1)
+    arms = {"plain": Arm(rig, rig.plain), "3": Arm(rig, rig.constant, asking(3, 0.0))}
+    calls: list[int] = []
+    found = measure(arms, PROMPTS, 1, GREEDY, 2, lambda: calls.append(1))
+    assert len(calls) == num_runs(2, 5, 1, 2) == 2 * (1 + 2)
+    plain, drafted = found["plain"].total, found["3"].total
+    assert [len(output) for output in plain.outputs] == [8] * 5
+    assert drafted.outputs == plain.outputs
+    assert drafted.num_drafted == sum(run.num_drafted for run in found["3"].runs) > 0
+    assert 0 < found["plain"].utilization(1) < 1.5
+
+
+def test_a_total_of_no_runs_is_nothing() -> None:
+    assert Run.total([]) == Run()
+
+
+@given(st.integers(1, 600), st.integers(1, 32), st.integers(1, 9))
+def test_rounds_are_whole_batches_that_fit_memory(count, batch, rounds) -> None:
+    size = per_round(count, batch, rounds)
+    assert size % batch == 0
+    assert batch <= size <= max(batch, 32)
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=20), st.integers(1, 30), st.integers(1, 200))
+def test_samples_are_clipped_and_short_texts_left_out(lengths, count, length) -> None:
+    ends = np.cumsum(lengths)
+    source = Source("any", np.arange(ends[-1]), ends - lengths, ends)
+    long_enough = [int(end - size) for end, size in zip(ends, lengths, strict=True) if size >= length]
+    if not long_enough:
+        with pytest.raises(ConfigError, match="no text of any has"):
+            source.samples(count, length)
+        return
+    found = source.samples(count, length)
+    assert len(found) == min(count, len(long_enough))
+    assert {len(sample) for sample in found} == {length}
+    assert {sample[0] for sample in found} <= set(long_enough)
+    assert len(set(found)) == len(found)
+
+
+def test_the_bundled_sources_are_held_out_text_of_three_kinds() -> None:
+    found = list(sources(Settings(), BUNDLED.target))
+    assert [source.name for source in found] == ["modules", "tests", "docstrings"]
+    for source in found:
+        assert len(source.samples(8, PROMPT_TOKENS)) == 8
+        assert (source.starts < source.ends).all()
+
+
+def test_docstrings_of_everything_that_has_one() -> None:
+    from bench.bundled_pair.corpus import SourceFile
+
+    text = '"""a"""\nclass C:\n    """b"""\n    def f(self):\n        """c"""\ndef g(): pass\n'
+    assert docstrings([SourceFile("x.py", text)]) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("empty.txt", " \n", "holds no text"),
+        ("bad.jsonl", '{"text": "a"}\nnot json', "record 2 is no JSON"),
+        ("none.jsonl", '{"prompt": "a"}', "record 1 has no text"),
+    ],
+)
+def test_unusable_texts_are_refused(tmp_path, name, content, why) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=why):
+        read_texts(tmp_path / name)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_texts(tmp_path / "missing")
+
+
+def test_texts_are_lines_or_records(tmp_path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "one\\ntwo"}\n')
+    assert read_texts(tmp_path / "a.txt") == ["one", "two"]
+    assert read_texts(tmp_path / "a.jsonl") == ["one\ntwo"]
+
+
+def test_half_a_pair_is_refused(pair) -> None:
+    with pytest.raises(ConfigError, match="name its --target too"):
+        pair_of(Settings(draft=pair.draft))
+    with pytest.raises(ConfigError, match="name a --draft"):
+        pair_of(Settings(target=pair.target))
+    assert target_of(Settings(target=pair.target)).pair == Pair(pair.target, pair.target)
+
+
+def test_speculation_tables(settings, tmp_path) -> None:
+    found = speculation.run(settings)
+    rows = found.tables["rows"]
+    cells = {(row.sampling, row.k, row.tau) for row in rows}
+    assert cells == {(s, *cell) for s in ("greedy", "sampled") for cell in speculation.CELLS}
+    for row in rows:
+        assert row.samples == 2
+        assert row.ms_per_token == pytest.approx(1e3 / row.tokens_per_s)
+        assert row.identical is (True if row.sampling == "greedy" else None)
+        assert 0 <= row.acceptance_rate <= row.alpha <= 1
+    assert any(row.rollbacks > 0 for row in rows)
+    plain = [row for row in rows if row.k == 0]
+    assert all((row.speedup.low, row.speedup.high) == (1, 1) for row in plain)
+    (line,) = [row for row in found.sheets[0].rows if row[:3] == ("greedy", "0.2", "3")]
+    assert line[-2:] == ("1.35x, 61%", "1.11x, 67%")
+    assert written(speculation, settings, found, tmp_path) >= {"speculation.csv", "speculation-speedup.png"}
+
+
+def written(module, settings, found, folder) -> set[str]:
+    """Names of the files, whose contents agree with one another."""
+    report = Report(module, settings, found, "tandem eval any")
+    files = report.save(folder / "new", with_plots=True)
+    document = json.loads((folder / "new" / f"{module.NAME}.json").read_text())
+    assert document["settings"]["target"] == str(settings.target)
+    assert len(document["published"]) == len(found.published)
+    with (folder / "new" / f"{module.NAME}.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(document["rows"]) > 0
+    page = (folder / "new" / f"{module.NAME}.md").read_text()
+    assert all(sheet.markdown() in page for sheet in found.sheets)
+    assert all(f"({file.name})" in page for file in files if file.suffix == ".png")
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files if file.suffix == ".png")
+    return {file.name for file in files}
+
+
+def test_samples_that_loop_are_left_out(settings, monkeypatch) -> None:
+    subject = pair_of(settings)
+    source = next(sources(settings, subject.pair.target))
+    monkeypatch.setattr(samples, "by_looping", lambda texts, prompt: (texts[::2], texts[1::2]))
+    found = samples.first_samples(settings, subject, source)
+    assert len(found.prompts) == 2
+    assert found.looping_share == 0.5
+    monkeypatch.setattr(samples, "by_looping", lambda texts, prompt: ([], texts))
+    with pytest.raises(ConfigError, match="all 6 continuations of letters end in a loop"):
+        samples.first_samples(settings, subject, source)
+
+
+def test_nothing_is_begun_when_the_time_is_over(settings) -> None:
+    assert speculation.run(replace(settings, deadline_s=0.0)).tables["rows"] == []
+
+
+def test_charts_without_values_are_not_drawn(tmp_path) -> None:
+    empty = Chart("none", "t", "x", "y", [Series("s", (), ())])
+    bars = Chart("bars", "t", "x", "y", [Series("s", ("a b", "c"), (1, 2))], is_bars=True)
+    assert [file.name for file in charts.draw(tmp_path, "any", [empty, bars])] == ["any-bars.png"]
+
+
+def test_every_experiment_is_a_command() -> None:
+    assert list(HELP) == list(MODULES)
+    for name in MODULES:
+        assert name == experiment(name).NAME
