@@ -42,6 +42,7 @@ class LocalCluster:
         await self.router.start(
             add_services=[self.store.add_to], audits=self.store.audits, collectors=[self.store.metrics()]
         )
+        await self.store.announce(self.router.internal_address)
         await self.http.start(self.router)
         self.address = f"{self.config.router.host}:{self.router.port}"
         self.http_address = f"{self.config.router.host}:{self.http.port}"

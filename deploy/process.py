@@ -37,6 +37,7 @@ async def run_router(config: ClusterConfig, leave: asyncio.Event) -> None:
     store, router, http = EmbeddedStore(config, leave_process), Router(config), HttpFront(config)
     await store.start()
     await router.start(add_services=[store.add_to], audits=store.audits, collectors=[store.metrics()])
+    await store.announce(router.internal_address)
     await http.start(router)
     _say(port=router.port, http_port=http.port, internal=router.internal_address)
     await leave.wait()

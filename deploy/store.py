@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 import grpc
 
 from deploy.store_metrics import StoreMetrics
+from kvstore.announcer import Announcer
 from kvstore.backend import backend_from_url
+from kvstore.index import PrefixIndex
 from kvstore.server import KvServicer, add_to_server
 from kvstore.store import KvStore
 from kvstore.sweeper import Sweeper
@@ -43,13 +45,29 @@ class EmbeddedStore:
         )
         self._sweeper = Sweeper(self._store)
         self._watchdog = on_hang and Watchdog(lambda: self._sweeper.num_sweeps, on_hang, tick_s)
+        self._index_config = config.kvstore.index
+        self._index: PrefixIndex | None = None
+        self._announcer: Announcer | None = None
 
     async def start(self) -> None:
+        """Raises `ConfigError` if the shared prefix index cannot be used."""
+        if self._index_config.url:
+            self._index = PrefixIndex(self._index_config)
+            await self._index.check()
         await self._sweeper.__aenter__()
         if self._watchdog:
             self._watchdog.__enter__()
 
+    async def announce(self, address: str) -> None:
+        """Tell the shared index, if there is one, what is here. Workers find this store at `address`."""
+        if self._index is not None:
+            self._announcer = await Announcer(self._store, self._index, address).__aenter__()
+
     async def stop(self) -> None:
+        if self._announcer:
+            await self._announcer.__aexit__(None, None, None)
+        elif self._index:
+            await self._index.close()
         if self._watchdog:
             self._watchdog.__exit__(None, None, None)
         await self._sweeper.__aexit__(None, None, None)
@@ -60,7 +78,7 @@ class EmbeddedStore:
 
     def metrics(self) -> StoreMetrics:
         """The store's counters for a scraper."""
-        return StoreMetrics(self._store, self._sweeper)
+        return StoreMetrics(self._store, self._sweeper, self._index)
 
     def audits(self) -> Sequence[PoolAudit]:
         return [self._store.audit()]

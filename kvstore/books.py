@@ -13,6 +13,7 @@ from kvstore.backend import Backend, Placeable, Reserving
 from kvstore.expiry import ExpiryHeap
 from kvstore.key import Buffer, ObjectKey
 from kvstore.objects import KvObject, Lease, ObjectState
+from kvstore.prefix_journal import PrefixJournal
 from kvstore.records import ObjectHeader, Seal
 from kvstore.shares import Shares
 from tandem.config import KvStoreConfig
@@ -36,6 +37,7 @@ class Books:
     ) -> None:
         self.num_evicted = self.num_quarantined = 0
         self.objects: dict[ObjectKey, KvObject] = {}
+        self.journal: PrefixJournal | None = None  # for whoever wants to know which prefixes there are
         self.ledger = Ledger("kvstore", "bytes", total_bytes, clock)
         self.prefix_ledger = Ledger("kvstore prefixes", "bytes", prefix_bytes, clock)
         self.shares = Shares(total_bytes, prefix_bytes, config)
@@ -84,6 +86,8 @@ class Books:
         self._hold(obj, SEALED)
         self._drop_hold(obj, WRITER)
         self._wait_for_reader(obj)
+        if obj.header.is_prefix and self.journal is not None:
+            self.journal.note_sealed(obj.header)
 
     def lease(self, obj: KvObject, lease: Lease, lease_s: float) -> None:
         """Let a holder in; an earlier lease of the same holder is over."""
@@ -137,6 +141,8 @@ class Books:
             self.shares.written(obj)
         self.shares.freed(obj)
         del self.objects[obj.key]
+        if self.journal is not None:
+            self.journal.note_freed(obj.header)
         self._on_free(obj)
 
     def sweep(self, now_s: float) -> int:

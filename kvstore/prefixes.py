@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from kvstore.books import Books
 from kvstore.key import KvHandle, ObjectKey
 from kvstore.objects import StoreCounters
+from kvstore.prefix_journal import PrefixJournal
 
 
 class Prefixes:
@@ -19,6 +20,12 @@ class Prefixes:
         self._counters = counters
         self._store_epoch = store_epoch
         self._secret = secrets.token_bytes(32)
+
+    def share(self, names_secret: bytes) -> PrefixJournal:
+        """Name pieces as every store with that secret does, and write down from now on which there are."""
+        self._secret = names_secret
+        self._books.journal = journal = PrefixJournal()
+        return journal
 
     def find(self, object_ids: Sequence[bytes], fingerprint: bytes, tenant: str) -> list[KvHandle]:
         """Handles of the prefixes that are readable, up to the first that is not."""

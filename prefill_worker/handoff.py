@@ -18,13 +18,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from kvstore.client import KvClient
+from kvstore.elsewhere import Elsewhere
+from kvstore.index import PrefixIndex
 from kvstore.key import KvHandle
 from kvstore.pieces import PieceFormat, Pieces
 from prefill_worker.job import KvOpened, PrefillJob
 from prefill_worker.link_codec import LinkCodec
 from prefill_worker.prefixes import PrefixCache
 from prefill_worker.sender import DraftSender, Format, ObjectSender
-from tandem.config import ClusterConfig
+from tandem.config import ClusterConfig, KvStoreConfig
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.loading import Engine
 from tandem.engine.paged_cache import PagedCache
@@ -58,11 +60,18 @@ class HandoffContext:
             chunk_bytes=config.kvstore.chunk_bytes,
             codec=LinkCodec.of(config.kvstore.codec, cache),
         )
-        pieces = Pieces(client, PieceFormat.of(config, cache.geometry, fingerprint))
-        prefixes = PrefixCache(client, cache, pieces)
-        keeps_prefixes, overlap = config.cache.prefix_bytes > 0, config.kvstore.overlap_tokens
-        kept = prefixes if keeps_prefixes else None
+        overlap, kept = config.kvstore.overlap_tokens, None
+        if config.cache.prefix_bytes > 0:
+            pieces = Pieces(client, PieceFormat.of(config, cache.geometry, fingerprint))
+            kept = PrefixCache(client, cache, pieces, _elsewhere(config.kvstore, pieces))
         return cls(client, cache, engine.pool, form, overlap, draft_cache, kept)
+
+
+def _elsewhere(config: KvStoreConfig, pieces: Pieces) -> Elsewhere | None:
+    """Other stores' pieces, where there is an index of them."""
+    if not config.index.url:
+        return None
+    return Elsewhere(PrefixIndex(config.index, pieces.report.index), pieces.form, config)
 
 
 async def release_handle(client: KvClient, handle: KvHandle) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from kvstore.elsewhere import PieceElsewhere
 from kvstore.key import KvHandle
 from tandem.errors import TandemError
 from tandem.output import OutputDelta
@@ -35,7 +36,7 @@ class PrefillJob:
     arrived_s: float = field(default_factory=time.monotonic)
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose KV is in the cache
-    pieces: Sequence[KvHandle] = ()  # of its beginning, cached in the store
+    pieces: Sequence[KvHandle | PieceElsewhere] = ()  # of its beginning, cached in a store
     hit: PrefixHit = NO_HIT  # what of the prompt came from there
     num_overtaken: int = 0  # batches of younger prompts that started while there was no memory for this one
     send_ns: int = 0  # time spent on sending the KV, most of it while the rest was computed

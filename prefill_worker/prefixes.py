@@ -2,7 +2,8 @@
 
 A beginning is cached in pieces of whole blocks, each an object named by all tokens up to its end
 (kvstore/chain.py). Chunks of a prompt are computed to the same bits wherever they are cut, so a restored
-piece changes no token. The last token of a prompt is always computed: the next one comes from it.
+piece changes no token. What the worker's own store lacks may be in another one. The last token of a prompt is
+always computed: the next one comes from it.
 
 Whatever fails here costs time and nothing else: the worker computes what it could not get. Lives on the
 event loop.
@@ -16,9 +17,10 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from kvstore.client import KvClient
+from kvstore.elsewhere import Elsewhere, PieceElsewhere
 from kvstore.key import KvHandle
 from kvstore.pieces import Pieces
 from prefill_worker.job import PrefillJob
@@ -35,10 +37,13 @@ AT_ONCE = 8  # pieces of one prompt on their way
 
 
 class PrefixCache:
-    """One worker's use of the prefixes in the store."""
+    """One worker's use of the prefixes in its store, and in those `elsewhere`."""
 
-    def __init__(self, client: KvClient, cache: PagedCache, pieces: Pieces) -> None:
+    def __init__(
+        self, client: KvClient, cache: PagedCache, pieces: Pieces, elsewhere: Elsewhere | None = None
+    ) -> None:
         self.report = pieces.report
+        self._elsewhere = elsewhere
         self._client = client
         self._cache = cache
         self._pieces = pieces
@@ -66,6 +71,8 @@ class PrefixCache:
         """Wait for what was started."""
         while self._tasks:
             await asyncio.wait(self._tasks)
+        if self._elsewhere is not None:
+            await self._elsewhere.close()
 
     async def publish(self, job: PrefillJob, blocks: Sequence[int]) -> None:
         """Store the pieces of a computed prompt that the store does not have. `blocks` hold its KV."""
@@ -91,27 +98,32 @@ class PrefixCache:
 
     async def _find(self, job: PrefillJob) -> None:
         self.report.num_prompts += 1
+        tenant, token_ids = job.work.tenant, job.work.token_ids[:-1]
         try:
             async with asyncio.timeout(FIND_S):
-                _, job.pieces = await self._pieces.look_up(job.work.tenant, job.work.token_ids[:-1])
+                names, handles = await self._pieces.look_up(tenant, token_ids)
         except (TandemError, TimeoutError) as error:
             self._note("find", error)
+            return
+        job.pieces = handles
+        if self._elsewhere is not None and len(handles) < len(names):
+            job.pieces = [*handles, *await self._elsewhere.find(tenant, names[len(handles) :])]
 
     async def _restore(self, job: PrefillJob, token_s: float) -> None:
         started_s = time.monotonic()
         is_restored = [False] * len(job.pieces)
         some = asyncio.Semaphore(AT_ONCE)
 
-        async def restore(place: int, handle: KvHandle) -> None:
+        async def restore(place: int, piece: KvHandle | PieceElsewhere) -> None:
             async with some:
                 if not job.is_cancelled:
-                    await self._restore_piece(job, handle, self._pieces.blocks_of(place, job.blocks))
-                    is_restored[place] = True
+                    blocks = self._pieces.blocks_of(place, job.blocks)
+                    is_restored[place] = await self._restore_piece(job, piece, blocks)
 
         try:
             async with asyncio.timeout(RESTORE_S), asyncio.TaskGroup() as group:
-                for place, handle in enumerate(job.pieces):
-                    group.create_task(restore(place, handle))
+                for place, piece in enumerate(job.pieces):
+                    group.create_task(restore(place, piece))
         except* (TandemError, TimeoutError) as errors:
             self._note("restore", errors.exceptions[0])
         finally:
@@ -132,10 +144,25 @@ class PrefixCache:
         report.restore_s += restore_s
         report.saved_s += saved_s
 
-    async def _restore_piece(self, job: PrefillJob, handle: KvHandle, blocks: Sequence[int]) -> None:
-        """A piece counts only when all of it was checked; until then its blocks are as good as empty."""
+    async def _restore_piece(
+        self, job: PrefillJob, piece: KvHandle | PieceElsewhere, blocks: Sequence[int]
+    ) -> bool:
+        """A piece counts only when all of it was checked; until then its blocks are as good as empty. False
+        if a store that the index named could not give it, which is no reason to give up others."""
+        if self._elsewhere is None or isinstance(piece, KvHandle):
+            await self._place(job, self._client, cast(KvHandle, piece), blocks)
+            return True
+        try:
+            await self._place(job, self._elsewhere.store(piece), piece.handle, blocks)
+        except TandemError as error:
+            self._elsewhere.note_missing(piece, error)
+            return False
+        self.report.num_elsewhere += 1
+        return True
+
+    async def _place(self, job: PrefillJob, store: KvClient, handle: KvHandle, blocks: Sequence[int]) -> None:
         holder = f"prefill/{job.work.request_id}/{job.work.epoch}"
-        async with aclosing(self._client.get(handle, holder, tenant=job.work.tenant)) as chunks:
+        async with aclosing(store.get(handle, holder, tenant=job.work.tenant)) as chunks:
             async for chunk, payload in chunks:
                 chosen = blocks[chunk.block_start : chunk.block_start + chunk.num_blocks]
                 await to_thread_to_end(

@@ -85,6 +85,14 @@ def _prefixes(reports: Sequence[tuple[Sequence[str], PrefixReport]]) -> Iterable
     yield counter("given_up", given_up, lambda r: r.num_given_up)
     failures = "Finding, restoring or publishing that the store ended."
     yield counter("failures", failures, lambda r: r.num_failures)
+    elsewhere = "Pieces restored from other stores than the worker's own."
+    yield counter("elsewhere_pieces", elsewhere, lambda r: r.num_elsewhere)
+    index = "Look-ups in the shared prefix index that failed or took too long."
+    yield counter("index_failures", index, lambda r: r.index.num_failures)
+    refused = "Entries of the shared prefix index that no store wrote: somebody else writes there."
+    yield counter("index_refused", refused, lambda r: r.index.num_refused)
+    stale = "Pieces that the shared prefix index named and no store had."
+    yield counter("index_stale", stale, lambda r: r.index.num_stale)
     saved = "Restored tokens * measured seconds per prefill token - seconds of restoring, all prompts."
     rows = [(of, report.saved_s) for of, report in reports]
     yield _gauge("prefix_saved_seconds", saved, WORKER, rows)

@@ -24,6 +24,7 @@ from tandem.config_door import RouterConfig as RouterConfig
 from tandem.config_door import SecurityConfig as SecurityConfig
 from tandem.config_values import build, check, check_positive
 from tandem.geometry import DTYPE_BYTES, KV_CODECS
+from tandem.config_index import IndexConfig as IndexConfig
 
 MIB = 1 << 20
 DRAFTS = ("none", "ngram", "model", "self", "qspec")
@@ -191,6 +192,7 @@ class KvStoreConfig:
     writer_share: float = 1.0  # that one connection may have reserved and not written yet
 
     def __post_init__(self) -> None:
+    index: IndexConfig = field(default_factory=IndexConfig)  # of the prefixes that several stores hold
         check_positive(self, "chunk_bytes", "put_deadline_s", "lease_s", "prefix_s", "sweep_s")
         check_positive(self, "prefix_tokens")
         check(self.overlap_tokens >= 0, "kvstore overlap_tokens must be 0 or more")
@@ -237,6 +239,10 @@ class ClusterConfig:
         check(
             self.speculation.draft != "qspec" or self.model.quantization in FOUR_BITS,
             f"draft qspec shares the target's four-bit weights: set model.quantization to one of "
+        check(
+            not self.kvstore.index.url or self.cache.prefix_bytes > 0,
+            "kvstore index needs prefixes to tell of: set cache.prefix_bytes",
+        )
             f"{', '.join(FOUR_BITS)}",
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2
@@ -31,6 +31,16 @@ NO_HIT = PrefixHit()
 
 
 @dataclass(slots=True)
+class IndexReport:
+    """What went on between one process and the prefix index that stores share, since it started."""
+
+    num_failures: int = 0  # commands that failed or took too long
+    num_refused: int = 0  # values that none of our stores wrote: an alarm
+    num_stale: int = 0  # pieces it named that their store does not have
+    num_announced: int = 0  # by a store: pieces written
+
+
+@dataclass(slots=True)
 class PrefixReport:
     """Sums since a worker started. Prefill workers restore and publish, decode workers only publish."""
 
@@ -43,6 +53,8 @@ class PrefixReport:
     num_published: int = 0  # pieces
     num_given_up: int = 0  # finished sequences: too many at once, too slow, or their blocks were needed
     num_failures: int = 0  # finding, restoring or publishing that the store ended
+    num_elsewhere: int = 0  # pieces restored from other stores than the worker's own
+    index: IndexReport = field(default_factory=IndexReport)
 
     def to_pb(self) -> worker_pb2.PrefixReport:
         return worker_pb2.PrefixReport(
@@ -55,6 +67,10 @@ class PrefixReport:
             published=self.num_published,
             given_up=self.num_given_up,
             failures=self.num_failures,
+            elsewhere=self.num_elsewhere,
+            index_failures=self.index.num_failures,
+            index_refused=self.index.num_refused,
+            index_stale=self.index.num_stale,
         )
 
     @classmethod
@@ -69,4 +85,6 @@ class PrefixReport:
             message.published,
             message.given_up,
             message.failures,
+            message.elsewhere,
+            IndexReport(message.index_failures, message.index_refused, message.index_stale),
         )

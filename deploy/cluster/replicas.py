@@ -63,6 +63,7 @@ class RouterReplica:
             audits=self._store.audits,
             collectors=[self._store.metrics()],
         )
+        await self._store.announce(self._router.internal_address)
         await self._http.start(self._router)
 
     async def addresses(self) -> dict[str, str]:

@@ -738,6 +738,10 @@ class PrefixReport(_message.Message):
     PUBLISHED_FIELD_NUMBER: _builtins.int
     GIVEN_UP_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
+    ELSEWHERE_FIELD_NUMBER: _builtins.int
+    INDEX_FAILURES_FIELD_NUMBER: _builtins.int
+    INDEX_REFUSED_FIELD_NUMBER: _builtins.int
+    INDEX_STALE_FIELD_NUMBER: _builtins.int
     prompts: _builtins.int
     """Prompts long enough to look for a cached beginning."""
     hits: _builtins.int
@@ -756,6 +760,14 @@ class PrefixReport(_message.Message):
     """Finished sequences whose publishing was given up: too many, too slow, or their blocks were needed."""
     failures: _builtins.int
     """Finding, restoring or publishing that the store ended."""
+    elsewhere: _builtins.int
+    """Pieces restored from other stores than the worker's own."""
+    index_failures: _builtins.int
+    """Look-ups in the prefix index that stores share that failed or took too long."""
+    index_refused: _builtins.int
+    """Values there that no store wrote."""
+    index_stale: _builtins.int
+    """Pieces it named that their store does not have."""
     def __init__(
         self,
         *,
@@ -768,10 +780,14 @@ class PrefixReport(_message.Message):
         published: _builtins.int = ...,
         given_up: _builtins.int = ...,
         failures: _builtins.int = ...,
+        elsewhere: _builtins.int = ...,
+        index_failures: _builtins.int = ...,
+        index_refused: _builtins.int = ...,
+        index_stale: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "failures", b"failures", "given_up", b"given_up", "hits", b"hits", "prompts", b"prompts", "published", b"published", "restore_s", b"restore_s", "saved_s", b"saved_s", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "elsewhere", b"elsewhere", "failures", b"failures", "given_up", b"given_up", "hits", b"hits", "index_failures", b"index_failures", "index_refused", b"index_refused", "index_stale", b"index_stale", "prompts", b"prompts", "published", b"published", "restore_s", b"restore_s", "saved_s", b"saved_s", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
