@@ -9,6 +9,7 @@ import typer
 
 from deploy import eval_app, kv_app, load_app
 from deploy import options as o
+from deploy.quality_app import quality
 from deploy.queue.app import queue
 from tandem.errors import ConfigError, TandemError
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 bench = typer.Typer(no_args_is_help=True, help="Experiments: a table, CSV, JSON and plots from one command.")
 app.add_typer(bench, name="bench")
 app.add_typer(eval_app.experiments, name="eval")
+app.add_typer(quality, name="quality")
 app.add_typer(queue, name="queue")
 app.command("audit")(kv_app.audit)
 app.command("verify")(kv_app.verify)

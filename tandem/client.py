@@ -119,6 +119,11 @@ class TandemClient:
         """End a running request. Raises `NO_SUCH_REQUEST`."""
         await self._call(self._generation.CancelGeneration, pb.CancelGenerationRequest(request_id=request_id))
 
+    async def tokenize(self, text: str) -> list[int]:
+        """Token ids by the served model's tokenizer. Raises `PROMPT_TOO_LONG`."""
+        response = await self._call(self._generation.Tokenize, pb.TokenizeRequest(text=text))
+        return list(response.token_ids)
+
     async def models(self) -> list[model_pb2.Model]:
         """What is served."""
         response = await self._call(self._models.ListModels, model_pb2.ListModelsRequest())

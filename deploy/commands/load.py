@@ -94,7 +94,7 @@ def _options(params: dict[str, Any]) -> Options:
 async def _run(params: dict[str, Any], with_search: bool) -> dict[str, Any]:
     access, options = access_of(params), _options(params)
     config = None if access.server else _config(params)
-    async with _serving(access.server, config) as where:
+    async with serving(access.server, config) as where:
         target, model = await _target(where, access, params)
         try:
             test = LoadTest(target, model, options)
@@ -118,7 +118,7 @@ async def _target(where: str, access: Access, params: dict[str, Any]) -> tuple[T
 
 
 @asynccontextmanager
-async def _serving(address: str | None, config: ClusterConfig | None) -> AsyncIterator[str]:
+async def serving(address: str | None, config: ClusterConfig | None) -> AsyncIterator[str]:
     """The address that was named, or that of a service which lives as long as this block."""
     if address is not None:
         yield address

@@ -58,6 +58,9 @@ class Server(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.Model
             await asyncio.sleep(60)
         return pb.GenerateResponse(request_id=request.input.request_id)
 
+    async def Tokenize(self, request, context):
+        return pb.TokenizeResponse(token_ids=request.text.encode())
+
     async def CancelGeneration(self, request, context):
         raise NotFound("NO_SUCH_REQUEST", "not found")
 
@@ -97,6 +100,11 @@ async def test_a_call_is_its_response():
         (asked,) = server.asked
         assert list(asked.input.token_ids.ids) == [1, 2, 3]
         assert asked.input.sampling.max_tokens == 4
+
+
+async def test_a_text_has_the_servers_tokens():
+    async with serving() as (client, _, _):
+        assert await client.tokenize("ab") == [97, 98]
 
 
 def test_parameters_reach_the_message():
