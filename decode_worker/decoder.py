@@ -8,7 +8,7 @@ from typing import Protocol
 
 from decode_worker.sequence import DecodeSequence
 from tandem.engine.model_runner import ModelRunner
-from tandem.engine.sampler import BadLogits, SampledToken, Sampler
+from tandem.engine.sampler import NO_TOKEN, BadLogits, SampledToken, Sampler
 from tandem.speculation_usage import SpeculationReport
 
 
@@ -21,6 +21,11 @@ class Advance:
     num_drafted: int = 0
     num_accepted: int = 0
     is_tau_stop: bool = False
+
+
+def greedy_token(token_id: int) -> SampledToken | BadLogits:
+    """What `ModelRunner.most_probable` found for a row."""
+    return BadLogits() if token_id == NO_TOKEN else SampledToken(token_id)
 
 
 def advance_by(sequence: DecodeSequence, token: SampledToken | BadLogits) -> Advance:
@@ -59,8 +64,13 @@ class PlainDecoder:
         self._sampler = Sampler()
 
     def step(self, sequences: Sequence[DecodeSequence]) -> list[Advance]:
-        logits = self._model.forward(self._model.batch([sequence.rows() for sequence in sequences]))
-        sampled = self._sampler.sample(logits, [sequence.sampling for sequence in sequences])
+        rows = [sequence.rows() for sequence in sequences]
+        sampled: Sequence[SampledToken | BadLogits]
+        if all(sequence.is_plainly_greedy for sequence in sequences):
+            sampled = [greedy_token(token_id) for token_id in self._model.most_probable(rows)]
+        else:
+            logits = self._model.forward(self._model.batch(rows))
+            sampled = self._sampler.sample(logits, [sequence.sampling for sequence in sequences])
         return [advance_by(*pair) for pair in zip(sequences, sampled, strict=True)]
 
     def settle(self, sequences: Sequence[DecodeSequence]) -> None:

@@ -52,10 +52,13 @@ class DecodeSequence:
     next_token: int = field(init=False)
     token_ids: list[int] = field(init=False)  # prompt and output; the last one is `next_token`
     speculated: SpeculationUsage = field(default_factory=SpeculationUsage)
+    is_plainly_greedy: bool = field(init=False)  # tokens are the arg max of raw logits, nothing else is asked
     is_cancelled: bool = False
     is_finished: bool = False
 
     def __post_init__(self) -> None:
+        params = self.sampling.params
+        self.is_plainly_greedy = params.is_greedy and not params.changes_logits and params.logprobs is None
         self.num_computed = len(self.work.token_ids) - 1 if self.handle else 0
         self.next_token = self.work.token_ids[-1]
         self.token_ids = list(self.work.token_ids)
@@ -64,12 +67,6 @@ class DecodeSequence:
     def num_left(self) -> int:
         """Tokens whose KV is not in the cache yet; a running sequence has one."""
         return len(self.token_ids) - self.num_computed
-
-    @property
-    def is_plainly_greedy(self) -> bool:
-        """Whether its tokens are the arg max of raw logits, and nothing else is asked about them."""
-        params = self.sampling.params
-        return params.is_greedy and not params.changes_logits and params.logprobs is None
 
     @property
     def draft_stream(self) -> Stream | None:

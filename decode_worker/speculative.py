@@ -25,7 +25,7 @@ from decode_worker.earnings import Earnings
 from decode_worker.lookahead import Lookahead, StepOutcome
 from decode_worker.sequence import DecodeSequence
 from decode_worker.step_costs import StepCosts
-from decode_worker.verification import verify
+from decode_worker.verification import verify, verify_greedily
 from tandem.engine.batch import SequenceRows
 from tandem.engine.model_runner import ModelRunner
 from tandem.speculation import MAX_ASSISTANT_TOKENS
@@ -59,8 +59,10 @@ class SpeculativeDecoder:
         proposals = self._propose(sequences)
         drafted_s = time.perf_counter()
         rows = [self._rows(*pair) for pair in zip(sequences, proposals, strict=True)]
-        logits = self._model.forward(self._model.batch(rows))
-        advances = verify(sequences, proposals, logits)
+        if all(sequence.is_plainly_greedy for sequence in sequences):
+            advances = verify_greedily(sequences, proposals, self._model.most_probable(rows))
+        else:
+            advances = verify(sequences, proposals, self._model.forward(self._model.batch(rows)))
         verified_s = time.perf_counter()
         draft_s, catch_up_s = drafted_s - began_s, self._draft.catch_up_s - caught_up_s
         self._learn(StepOutcome(sequences, advances, draft_s - catch_up_s, verified_s - drafted_s), draft_s)

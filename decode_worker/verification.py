@@ -6,55 +6,67 @@ gives the bonus token. Sampling states are advanced over every token taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from decode_worker import acceptance
-from decode_worker.decoder import Advance
+from decode_worker.decoder import Advance, greedy_token
 from decode_worker.drafts.draft import Proposal
 from decode_worker.sequence import DecodeSequence
 from tandem.engine.rng import Stream, uniforms
-from tandem.engine.sampler import BadLogits, SampledToken, Sampler, process_logits, sampled_token
+from tandem.engine.sampler import (
+    BadLogits,
+    SampledToken,
+    Sampler,
+    most_probable,
+    process_logits,
+    sampled_token,
+)
 
 Pair = tuple[DecodeSequence, Proposal]
 
 
 def verify(sequences: Sequence[DecodeSequence], proposals: Sequence[Proposal], logits: Any) -> list[Advance]:
     """`logits` [rows, vocab] holds 1 + k rows for a sequence with k draft tokens."""
-    first_rows = np.cumsum([0, *(1 + len(proposal.token_ids) for proposal in proposals)]).tolist()
-    advances = [
-        Advance(num_drafted=len(proposal.token_ids), is_tau_stop=proposal.is_tau_stop)
-        for proposal in proposals
-    ]
-    plain = [i for i, sequence in enumerate(sequences) if sequence.is_plainly_greedy]
-    if plain:
-        token_ids, sums = logits.argmax(-1).tolist(), logits.sum(-1).tolist()
-        for i in plain:
-            rows = range(first_rows[i], first_rows[i + 1])
-            _walk(sequences[i], proposals[i], advances[i], _greedy(token_ids, sums, rows))
+    first_rows = list(accumulate((1 + len(p.token_ids) for p in proposals), initial=0))
+    advances = [_begun(proposal) for proposal in proposals]
     others = [i for i, sequence in enumerate(sequences) if not sequence.is_plainly_greedy]
+    if len(others) < len(sequences):
+        token_ids = most_probable(logits)
+        for i, sequence in enumerate(sequences):
+            if sequence.is_plainly_greedy:
+                _walk(sequence, proposals[i], advances[i], token_ids, first_rows[i])
     if others:
         _side_by_side(sequences, proposals, advances, logits, first_rows, others)
     return advances
 
 
-def _greedy(token_ids: list[int], sums: list[float], rows: range) -> Iterator[SampledToken | BadLogits]:
-    for row in rows:
-        is_finite = sums[row] - sums[row] == 0
-        yield SampledToken(token_ids[row]) if is_finite else BadLogits()
+def verify_greedily(
+    sequences: Sequence[DecodeSequence], proposals: Sequence[Proposal], token_ids: Sequence[int]
+) -> list[Advance]:
+    """As `verify`, all sequences plainly greedy; `token_ids` [rows] as `most_probable` gives them."""
+    advances, row = [], 0
+    for sequence, proposal in zip(sequences, proposals, strict=True):
+        advances.append(_begun(proposal))
+        _walk(sequence, proposal, advances[-1], token_ids, row)
+        row += 1 + len(proposal.token_ids)
+    return advances
+
+
+def _begun(proposal: Proposal) -> Advance:
+    return Advance(num_drafted=len(proposal.token_ids), is_tau_stop=proposal.is_tau_stop)
 
 
 def _walk(
-    sequence: DecodeSequence,
-    proposal: Proposal,
-    advance: Advance,
-    tokens: Iterator[SampledToken | BadLogits],
+    sequence: DecodeSequence, proposal: Proposal, advance: Advance, token_ids: Sequence[int], row: int
 ) -> None:
-    for offset, token in enumerate(tokens):
-        if not _take(sequence, proposal, offset, token, advance):
-            break
+    """Rows from `row` on judge the draft tokens and give the one after them."""
+    offset = 0
+    while _take(sequence, proposal, offset, greedy_token(token_ids[row + offset]), advance):
+        offset += 1
 
 
 def _side_by_side(

@@ -17,6 +17,7 @@ from tandem.engine.decoder import Batch, Decoder, load_decoder
 from tandem.engine.linear import LinearChoice
 from tandem.engine.native.decoder import NativeDecoder
 from tandem.engine.paged_cache import PagedCache
+from tandem.engine.sampler import most_probable
 from tandem.engine.storage import Storage
 from tandem.geometry import ModelGeometry
 
@@ -116,6 +117,13 @@ class ModelRunner:
     def forward(self, batch: Batch) -> torch.Tensor:
         """Fill the cache with the batch's rows; `[num_logits_rows, vocab]` float32 of the rows asked for."""
         return self._model.forward(batch, self.cache).float()
+
+    def most_probable(self, sequences: Sequence[SequenceRows]) -> list[int]:
+        """A forward; the token with the largest logit of each row whose logits are asked for, `NO_TOKEN`
+        where a logit is no finite number. Cheaper than `forward` where nothing else is asked of logits."""
+        if isinstance(self._model, NativeDecoder):
+            return self._model.most_probable(sequences, self.cache)
+        return most_probable(self.forward(self.batch(sequences)))
 
     @property
     def can_guess(self) -> bool:

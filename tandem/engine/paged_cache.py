@@ -42,6 +42,9 @@ class PagedCache:
         self._first_block_of_head = first.view(2, 1, -1, 1)  # [kv, rows, kv_heads, blocks] int64
         self._scratch = self._data.new_empty(0)
         self._layers_written = np.zeros(1, np.int32)
+        # For kernels, which index `[layers, 2, kv_heads, blocks, block_size, dim]` and store the int32.
+        self.address: int = self._data.data_ptr()
+        self.progress_address: int = self._layers_written.ctypes.data
 
     @property
     def dtype(self) -> torch.dtype:
@@ -50,11 +53,6 @@ class PagedCache:
     @property
     def device(self) -> torch.device:
         return self._data.device
-
-    @property
-    def address(self) -> int:
-        """Of the first number, for kernels that index `[layers, 2, kv_heads, blocks, block_size, dim]`."""
-        return self._data.data_ptr()
 
     @property
     def block_bytes(self) -> int:
@@ -70,11 +68,6 @@ class PagedCache:
     @layers_written.setter
     def layers_written(self, count: int) -> None:
         self._layers_written[0] = count
-
-    @property
-    def progress_address(self) -> int:
-        """Of the int32 behind `layers_written`, for kernels that store it."""
-        return self._layers_written.ctypes.data
 
     def write(self, layer: int, slot_mapping: torch.Tensor, kv: torch.Tensor) -> None:
         """Store new keys and values, one slot per row.

@@ -18,6 +18,7 @@ import torch
 from tandem.engine.rng import Stream, uniforms
 from tandem.engine.sampling_state import SamplingState
 
+NO_TOKEN = -1  # in place of the most probable token of a row without usable logits
 _NEVER = float("-inf")
 
 
@@ -58,6 +59,13 @@ class Sampler:
             sampled_token(token_id, logits[i], state) if good else BadLogits()
             for i, (token_id, good, state) in enumerate(zip(token_ids.tolist(), is_good, states, strict=True))
         ]
+
+
+def most_probable(logits: torch.Tensor) -> list[int]:
+    """The token with the largest of each row of `logits` [rows, vocab]; `NO_TOKEN` unless all are finite."""
+    is_good = logits.sum(-1).isfinite()
+    found: list[int] = torch.where(is_good, logits.argmax(-1), NO_TOKEN).tolist()
+    return found
 
 
 def process_logits(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:

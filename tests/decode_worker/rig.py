@@ -16,6 +16,7 @@ from tandem.config import DecodeConfig
 from tandem.engine.batch import SequenceRows
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.kv_transfer import export_kv
+from tandem.engine.sampler import most_probable
 from tandem.errors import TandemError
 from tandem.output import OutputDelta
 from tandem.work import Work
@@ -147,6 +148,13 @@ def text_of(deltas) -> str:
     return "".join(delta.text for delta in deltas)
 
 
+class MeddledModel(Meddler):
+    """Every forward goes through the wrapper."""
+
+    def most_probable(self, rows):
+        return most_probable(self.forward(self.batch(rows)))
+
+
 @asynccontextmanager
 async def decoding(
     num_blocks=64, *, forward=None, write_blocks=None, client=None, tokens=None, reuse=NOTHING, **config
@@ -159,7 +167,7 @@ async def decoding(
         kv_client = Meddler(running.client, **client) if client else running.client
         worker = DecodeWorker(
             DecodeConfig(**config),
-            Meddler(model, forward=forward) if forward else model,
+            MeddledModel(model, forward=forward) if forward else model,
             pool,
             tokens or tokenizer(),
             KvRestorer(kv_client, cache, pool),

@@ -15,6 +15,7 @@ from tandem.engine.model_runner import ModelRunner
 from tandem.engine.native import build, library
 from tandem.engine.native.build import NotNativeError
 from tandem.engine.paged_cache import PagedCache
+from tandem.engine.sampler import NO_TOKEN
 from tandem.errors import ConfigError
 
 PROMPT = torch.randint(3, 160, (60,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -83,6 +84,31 @@ def test_an_extreme_row_is_not_hidden(make_runner):
         spoiled = runner.forward(step)
         assert not spoiled[0].isfinite().all()
         assert torch.equal(spoiled[1], good)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=5))
+def test_the_most_probable_tokens_are_those_of_the_logits(make_runner, shapes):
+    """Of every row asked for, in every shape of batch, whatever runs the forward."""
+    rows = [
+        SequenceRows(PROMPT[i : i + count], 0, [2 * i, 2 * i + 1], min(wanted, count))
+        for i, (count, wanted) in enumerate(shapes)
+    ]
+    for implementation in ("native", "lean"):
+        runner = make_runner("llama3", implementation=implementation)
+        expected = runner.forward(runner.batch(rows)).argmax(-1).tolist()
+        assert runner.most_probable(rows) == expected
+
+
+@pytest.mark.parametrize("implementation", ["native", "lean"])
+@pytest.mark.parametrize("poison", [b"\xff\xff\xff\xff", b"\x00\x00\x80\x7f"])
+def test_a_row_without_numbers_has_no_most_probable_token(make_runner, implementation, poison):
+    runner = make_runner("llama3", implementation=implementation)
+    runner.forward(runner.batch([SequenceRows(PROMPT[:20], 0, [i * 2, i * 2 + 1]) for i in range(2)]))
+    step = [SequenceRows([7], 20, [i * 2, i * 2 + 1]) for i in range(2)]
+    good = runner.most_probable(step)[1]
+    runner.cache.write_blocks([0], poison * (runner.cache.block_bytes // 4))
+    assert runner.most_probable(step) == [NO_TOKEN, good]
 
 
 @pytest.mark.parametrize("tokens", [[160], [-1], [3, 1 << 20]])

@@ -1,36 +1,34 @@
-"""The packed rows of a ragged batch as the native decoder takes them: flat int32 arrays."""
+"""The packed rows of a ragged batch as the native decoder takes them: one run of int32.
+
+Little is touched per step on purpose: a forward has just driven everything else out of the caches.
+"""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
-
-import numpy as np
-import numpy.typing as npt
 
 from tandem.engine.batch import SequenceRows
-
-Ints = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
 class NativeBatch:
-    """Rows of all sequences behind each other, and where each sequence's blocks are."""
+    """Rows of all sequences behind each other, and where each sequence's blocks are.
 
-    token_ids: Ints  # [rows]
-    positions: Ints  # [rows]
-    first_rows: Ints  # [sequences + 1]
-    tables: Ints  # block tables behind each other
-    first_blocks: Ints  # [sequences]
-    logits_rows: Ints  # [num_logits]
+    `numbers`: rows, sequences, rows of logits, length of all tables; then token ids [rows], positions [rows],
+    first rows [sequences + 1], block tables behind each other, where each begins [sequences], rows whose
+    logits are wanted (src/model.h).
+    """
+
+    numbers: array[int]
+    num_rows: int
+    num_logits: int
+    lowest_token: int
+    highest_token: int
     num_positions: int  # no row's position reaches this
 
     padded_rows = 0  # rows that carry no token
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.token_ids)
 
     @classmethod
     def build(
@@ -42,29 +40,30 @@ class NativeBatch:
         """
         if not sequences:
             raise ValueError("a forward needs at least one sequence")
-        lens = [len(s.token_ids) for s in sequences]
-        ends = [s.start + count for s, count in zip(sequences, lens, strict=True)]
-        used = [-(-end // block_size) for end in ends]
-        if min(lens) < 1 or any(n > len(s.block_table) for n, s in zip(used, sequences, strict=True)):
-            capacity = [len(s.block_table) * block_size for s in sequences]
-            raise ValueError(f"{lens} rows that end at {ends} do not fit in {capacity} slots")
-        if ahead:
-            reach = [-(-(end + ahead) // block_size) for end in ends]
-            used = [min(n, len(s.block_table)) for n, s in zip(reach, sequences, strict=True)]
-        tables = np.fromiter(
-            chain.from_iterable(s.block_table[:n] for n, s in zip(used, sequences, strict=True)), np.int32
-        )
-        if tables.min() < 0 or tables.max() >= num_blocks:
+        token_ids: list[int] = []
+        positions: list[int] = []
+        tables: list[int] = []
+        first_blocks: list[int] = []
+        logits_rows: list[int] = []
+        first_rows, last = [0], 0
+        for s in sequences:
+            count, table = len(s.token_ids), s.block_table
+            end = s.start + count
+            used = -(-end // block_size)
+            if count < 1 or used > len(table):
+                raise ValueError(f"rows that end at {end} do not fit in {len(table) * block_size} slots")
+            token_ids += s.token_ids
+            positions += range(s.start, end)
+            first_blocks.append(len(tables))
+            tables += table[: -(-(end + ahead) // block_size)]
+            stop = first_rows[-1] + count
+            first_rows.append(stop)
+            logits_rows += range(stop - s.num_logits, stop)
+            last = max(last, end)
+        if min(tables) < 0 or max(tables) >= num_blocks:
             raise ValueError(f"block ids must be in [0, {num_blocks})")
-        first_rows = [0, *accumulate(lens)]
-        spans = [range(end - count, end) for end, count in zip(ends, lens, strict=True)]
-        wanted = [range(stop - s.num_logits, stop) for s, stop in zip(sequences, first_rows[1:], strict=True)]
-        return cls(
-            token_ids=np.fromiter(chain.from_iterable(s.token_ids for s in sequences), np.int32),
-            positions=np.fromiter(chain.from_iterable(spans), np.int32),
-            first_rows=np.array(first_rows, np.int32),
-            tables=tables,
-            first_blocks=np.array([0, *accumulate(used)][:-1], np.int32),
-            logits_rows=np.fromiter(chain.from_iterable(wanted), np.int32),
-            num_positions=max(ends) + ahead,
+        counts = (len(token_ids), len(sequences), len(logits_rows), len(tables))
+        numbers = array(
+            "i", [*counts, *token_ids, *positions, *first_rows, *tables, *first_blocks, *logits_rows]
         )
+        return cls(numbers, counts[0], counts[2], min(token_ids), max(token_ids), last + ahead)

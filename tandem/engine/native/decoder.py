@@ -6,12 +6,12 @@ a row's bits do not depend on its batch, on how its prompt was cut, on threads, 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from tandem.engine.batch import Guess, SequenceRows
@@ -44,7 +44,7 @@ class NativeDecoder:
         self._width = -(-self._vocab // library.PANEL) * library.PANEL
         self._isa = isa
         self._inv_freq = inverse_frequencies(loader.config.rope, loader.config.geometry.head_dim).double()
-        self._angles = torch.empty(0, 2, loader.config.geometry.head_dim // 2)
+        self._angles = _Angles(torch.empty(0, 2, loader.config.geometry.head_dim // 2))
 
     @classmethod
     def load(cls, path: Path, config: LeanConfig, raw: dict[str, Any], stored: Storage) -> NativeDecoder:
@@ -72,10 +72,19 @@ class NativeDecoder:
 
     def forward(self, batch: NativeBatch, cache: PagedCache) -> torch.Tensor:
         """Fill the cache and return `[num_logits_rows, vocab]` float32."""
-        angles, logits = self._reach(batch.num_positions), torch.empty(len(batch.logits_rows), self._width)
-        rows = self._rows(batch, angles, logits)
-        library.engine(self._isa).forward(self._model, _addressed(cache), rows)
+        angles, logits = self._reach(batch), torch.empty(batch.num_logits, self._width)
+        engine = library.engine(self._isa)
+        engine.forward(self._model, _addressed(cache), batch.numbers, angles.address, logits.data_ptr())
         return logits[:, : self._vocab]
+
+    def most_probable(self, sequences: Sequence[SequenceRows], cache: PagedCache) -> list[int]:
+        """A forward; the token with the largest logit of each row whose logits are asked for, the first of
+        several; -1 where a logit is no finite number."""
+        batch = self.batch(sequences, cache)
+        angles, chosen = self._reach(batch), array("i", bytes(4 * batch.num_logits))
+        engine = library.engine(self._isa)
+        engine.forward(self._model, _addressed(cache), batch.numbers, angles.address, chosen=chosen)
+        return chosen.tolist()
 
     def guess(
         self,
@@ -89,50 +98,46 @@ class NativeDecoder:
         At most `counts[i]` (1 or more) for sequence i, fewer where the most probable token has a probability
         below `thresholds[i]`. ValueError where its blocks do not hold all of them but the last.
         """
-        most, ahead = max(counts), np.array(counts, np.int32) - 1
-        batch = NativeBatch.build(sequences, cache.block_size, cache.num_blocks, most - 1)
-        ends = batch.positions[batch.first_rows[1:] - 1] + ahead
-        if any(end >= len(s.block_table) * cache.block_size for end, s in zip(ends, sequences, strict=True)):
-            raise ValueError("the guesses do not fit in their blocks")
-        token_ids = np.empty((len(sequences), most), np.int32)
-        found, is_unsure = np.empty((2, len(sequences)), np.int32)
-        limits = np.array(counts, np.int32), np.array(thresholds, np.float32)
-        arrays = (*limits, token_ids, found, is_unsure)
-        guesses = library.Guesses(most, *(array.ctypes.data for array in arrays))
-        angles, logits = self._reach(batch.num_positions), torch.empty(len(sequences), self._width)
-        rows = self._rows(batch, angles, logits)
-        library.engine(self._isa).guess(self._model, _addressed(cache), rows, guesses)
+        num, most, size = len(sequences), max(counts), cache.block_size
+        batch = NativeBatch.build(sequences, size, cache.num_blocks, most - 1)
+        for s, count in zip(sequences, counts, strict=True):
+            if s.start + len(s.token_ids) + count - 1 > len(s.block_table) * size:
+                raise ValueError("the guesses do not fit in their blocks")
+        angles, engine = self._reach(batch), library.engine(self._isa)
+        wanted = array("i", counts), array("f", thresholds)
+        found = engine.guess(self._model, _addressed(cache), batch.numbers, angles.address, *wanted)
+        lens, unsure = found[num * most : num * (most + 1)], found[num * (most + 1) :]
         return [
-            Guess(row[:count].tolist(), bool(unsure))
-            for row, count, unsure in zip(token_ids, found, is_unsure, strict=True)
+            Guess(found[i * most : i * most + count].tolist(), bool(unsure[i]))
+            for i, count in enumerate(lens)
         ]
 
-    def _rows(self, batch: NativeBatch, angles: torch.Tensor, logits: torch.Tensor) -> library.Batch:
-        """The batch by addresses; the caller keeps what they belong to."""
-        if batch.token_ids.min() < 0 or batch.token_ids.max() >= self._vocab:
+    def _reach(self, batch: NativeBatch) -> _Angles:
+        """Of all positions of a batch, whose tokens are checked on the way; whoever uses them holds them."""
+        if batch.lowest_token < 0 or batch.highest_token >= self._vocab:
             raise ValueError(f"token ids must be in [0, {self._vocab})")
-        arrays = (batch.token_ids, batch.positions, batch.first_rows, batch.tables, batch.first_blocks)
-        return library.Batch(
-            batch.num_rows,
-            len(batch.first_blocks),
-            len(batch.logits_rows),
-            *(array.ctypes.data for array in arrays),
-            batch.logits_rows.ctypes.data,
-            angles.data_ptr(),
-            logits.data_ptr(),
-        )
-
-    def _reach(self, num_positions: int) -> torch.Tensor:
-        """Cosines and sines of at least the positions below `num_positions`, `[positions, 2, dim / 2]`."""
         angles = self._angles
-        known = len(angles)
-        if known < num_positions:
-            stop = -(-num_positions // ANGLE_PAGE) * ANGLE_PAGE
-            # In double precision, so that every libm rounds to the same floats.
-            angle = torch.arange(known, stop).double()[:, None] * self._inv_freq
-            more = torch.stack((angle.cos(), angle.sin()), 1).float()
-            angles = self._angles = torch.cat((angles, more))
+        if angles.num_positions < batch.num_positions:
+            angles = self._angles = angles.up_to(batch.num_positions, self._inv_freq)
         return angles
+
+
+class _Angles:
+    """Cosines and sines `[positions, 2, dim / 2]` of the first positions, and where they lie."""
+
+    __slots__ = ("_values", "address", "num_positions")
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = values
+        self.address = values.data_ptr()
+        self.num_positions = len(values)
+
+    def up_to(self, num_positions: int, inv_freq: torch.Tensor) -> _Angles:
+        """These and more, by whole pages."""
+        stop = -(-num_positions // ANGLE_PAGE) * ANGLE_PAGE
+        # In double precision, so that every libm rounds to the same floats.
+        angle = torch.arange(self.num_positions, stop).double()[:, None] * inv_freq
+        return _Angles(torch.cat((self._values, torch.stack((angle.cos(), angle.sin()), 1).float())))
 
 
 def _addressed(cache: PagedCache) -> library.Cache:

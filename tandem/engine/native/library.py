@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from array import array
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,7 +17,7 @@ from tandem.engine.quantization.formats import INT8_MOST, QuantizedWeight
 from tandem.errors import ConfigError
 
 PANEL = 16  # outputs that lie together
-ABI = 3
+ABI = 4
 FORMATS = {torch.float32: 0, torch.float16: 1}
 INT8, CODE4 = 2, 3
 PIECE_INPUTS = 4  # inputs whose codes lie together
@@ -91,32 +92,6 @@ class Cache(ctypes.Structure):
         ("layers_written", ctypes.c_void_p),
         ("num_blocks", ctypes.c_int64),
         ("block_size", ctypes.c_int32),
-    )
-
-
-class Batch(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("rows", "sequences", "num_logits")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "token_ids",
-                "positions",
-                "first_rows",
-                "tables",
-                "first_blocks",
-                "logits_rows",
-                "angles",
-                "logits",
-            )
-        ),
-    )
-
-
-class Guesses(ctypes.Structure):
-    _fields_ = (
-        ("most", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("counts", "thresholds", "token_ids", "found", "is_unsure")),
     )
 
 
@@ -218,15 +193,51 @@ class Engine:
             self._library.tandem_engine_delete(self._handle)
             self._handle = None
 
-    def forward(self, model: Model, cache: Cache, batch: Batch) -> None:
-        """Fill the cache and the logits. Other threads run meanwhile."""
+    def forward(
+        self,
+        model: Model,
+        cache: Cache,
+        batch: array[int],
+        angles: int,
+        logits: int | None = None,
+        chosen: array[int] | None = None,
+    ) -> None:
+        """Fill the cache, and `logits` (an address) and `chosen` if given. Other threads run meanwhile."""
         self._library.tandem_forward(
-            self._handle, ctypes.byref(model), ctypes.byref(cache), ctypes.byref(batch)
+            self._handle,
+            ctypes.byref(model),
+            ctypes.byref(cache),
+            _address(batch),
+            angles,
+            logits,
+            None if chosen is None else _address(chosen),
         )
 
-    def guess(self, model: Model, cache: Cache, batch: Batch, guesses: Guesses) -> None:
-        """Forward by forward the most probable tokens; fills `guesses` and the cache."""
-        self._library.tandem_guess(self._handle, *map(ctypes.byref, (model, cache, batch, guesses)))
+    def guess(
+        self,
+        model: Model,
+        cache: Cache,
+        batch: array[int],
+        angles: int,
+        counts: array[int],
+        thresholds: array[float],
+    ) -> array[int]:
+        """Forward by forward the most probable tokens: `[sequences, most]` ids with room for the largest of
+        `counts`, then how many were found for each sequence, then 1 for each that is unsure."""
+        most = max(counts)
+        found = array("i", bytes(4 * len(counts) * (most + 2)))
+        self._library.tandem_guess(
+            self._handle,
+            ctypes.byref(model),
+            ctypes.byref(cache),
+            _address(batch),
+            angles,
+            most,
+            _address(counts),
+            _address(thresholds),
+            _address(found),
+        )
+        return found
 
     def linear(self, packed: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         """`x` [rows, in] float32 contiguous → [rows, out] float32."""
@@ -236,6 +247,10 @@ class Engine:
             self._handle, ctypes.byref(packed.struct), x.data_ptr(), x.shape[0], y.data_ptr()
         )
         return y[:, : packed.out_features]
+
+
+def _address(numbers: array[int] | array[float]) -> int:
+    return numbers.buffer_info()[0]
 
 
 _engines = threading.local()
@@ -259,9 +274,9 @@ def load(isa: str) -> ctypes.CDLL:
     found.tandem_engine_new.argtypes = (ctypes.c_int32,)
     found.tandem_engine_delete.argtypes = (handle,)
     found.tandem_engine_delete.restype = None
-    found.tandem_forward.argtypes = (handle, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+    found.tandem_forward.argtypes = (handle,) * 7
     found.tandem_forward.restype = None
-    found.tandem_guess.argtypes = (handle,) * 5
+    found.tandem_guess.argtypes = (*(handle,) * 5, ctypes.c_int32, *(handle,) * 3)
     found.tandem_guess.restype = None
     found.tandem_linear.argtypes = (handle, handle, handle, ctypes.c_int32, handle)
     found.tandem_linear.restype = None

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "choose.h"
 #include "guess.h"
 #include "linear.h"
 #include "model.h"
@@ -19,7 +20,7 @@ namespace tandem {
 
 // What a forward works in; grows to the largest batch seen.
 struct Buffers {
-    std::vector<float> x, normed, qkv, attended, projected, gate_up, activated, last;
+    std::vector<float> x, normed, qkv, attended, projected, gate_up, activated, last, logits;
     std::vector<std::vector<float>> scores;  // per member
 
     static float* grow(std::vector<float>& buffer, size_t size) {
@@ -283,7 +284,12 @@ class Forward {
         for (int i = mine.first; i < mine.last; i++)
             norm(x + size_t(b.logits_rows[i]) * hidden, m.norm, last + size_t(i) * hidden);
         team.barrier();
-        linear(m.head, last, hidden, b.num_logits, b.logits, round_up(m.vocab, PANEL), member);
+        const int width = round_up(m.vocab, PANEL);
+        linear(m.head, last, hidden, b.num_logits, b.logits, width, member);
+        if (!b.chosen) return;
+        team.barrier();
+        for (int i = mine.first; i < mine.last; i++)
+            b.chosen[i] = most_probable(b.logits + size_t(i) * width, m.vocab);
     }
 };
 
@@ -296,6 +302,14 @@ struct Engine {
         Forward forward(model, cache, batch, team, buffers);
         team.run([&](int member) { forward.run(member); });
     }
+
+    // `logits` null: somewhere, until the next call.
+    Batch unpack(const Model& model, const int32_t* numbers, const float* angles, float* logits, int32_t* chosen) {
+        Batch batch = tandem::unpack(numbers, angles, logits, chosen);
+        const size_t size = size_t(batch.num_logits) * round_up(model.vocab, PANEL);
+        if (!logits) batch.logits = Buffers::grow(buffers.logits, size);
+        return batch;
+    }
 };
 
 }  // namespace tandem
@@ -303,21 +317,28 @@ struct Engine {
 extern "C" {
 
 // Bumped with every change of a struct or function below.
-int32_t tandem_abi() { return 3; }
+int32_t tandem_abi() { return 4; }
 
 void* tandem_engine_new(int32_t threads) { return new tandem::Engine(threads); }
 void tandem_engine_delete(void* engine) { delete static_cast<tandem::Engine*>(engine); }
 
-// One forward at a time per engine. Arguments must be in range; nothing is checked here.
-void tandem_forward(void* engine, const tandem::Model* model, const tandem::Cache* cache, const tandem::Batch* batch) {
-    static_cast<tandem::Engine*>(engine)->forward(*model, *cache, *batch);
+// One forward at a time per engine. `logits` may be null, and `chosen`. Arguments must be in range; nothing is
+// checked here.
+void tandem_forward(void* engine, const tandem::Model* model, const tandem::Cache* cache, const int32_t* numbers,
+                    const float* angles, float* logits, int32_t* chosen) {
+    auto& e = *static_cast<tandem::Engine*>(engine);
+    e.forward(*model, *cache, e.unpack(*model, numbers, angles, logits, chosen));
 }
 
-// Forwards until every sequence has its guesses; the first takes `batch`, with one row of logits per sequence.
-void tandem_guess(void* engine, const tandem::Model* model, const tandem::Cache* cache, const tandem::Batch* batch,
-                  const tandem::Guesses* guesses) {
+// Forwards until every sequence has its guesses; the first takes a batch with one row of logits per sequence.
+// `found` is [sequences, most] token ids, then how many were found for each sequence, then 1 for each that is unsure.
+void tandem_guess(void* engine, const tandem::Model* model, const tandem::Cache* cache, const int32_t* numbers,
+                  const float* angles, int32_t most, const int32_t* counts, const float* thresholds, int32_t* found) {
     auto& e = *static_cast<tandem::Engine*>(engine);
-    tandem::guess(*batch, *guesses, model->vocab, [&](const tandem::Batch& next) { e.forward(*model, *cache, next); });
+    const tandem::Batch batch = e.unpack(*model, numbers, angles, nullptr, nullptr);
+    int32_t* num_found = found + size_t(batch.sequences) * most;
+    const tandem::Guesses guesses{most, counts, thresholds, found, num_found, num_found + batch.sequences};
+    tandem::guess(batch, guesses, model->vocab, [&](const tandem::Batch& next) { e.forward(*model, *cache, next); });
 }
 
 // y [rows, out rounded up to a panel] = x [rows, in] · weightsᵀ + bias.

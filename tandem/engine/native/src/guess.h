@@ -6,6 +6,7 @@
 #include <numeric>
 #include <vector>
 
+#include "choose.h"
 #include "linear.h"
 #include "model.h"
 #include "simd.h"
@@ -21,22 +22,7 @@ struct Guesses {
     int32_t* is_unsure;       // [sequences] 1 where the threshold ended it
 };
 
-// The first of the largest logits; token 0 if none is a number.
-inline int most_probable(const float* logits, int vocab) {
-    float best = -INFINITY;
-    int found = 0;
-    for (int begin = 0; begin < vocab; begin += PANEL) {
-        const int end = std::min(begin + PANEL, vocab);
-        float most = -INFINITY;
-        for (int i = begin; i < end; i++) most = logits[i] > most ? logits[i] : most;
-        if (!(most > best)) continue;
-        best = most;
-        for (found = begin; logits[found] != most;) found++;
-    }
-    return found;
-}
-
-// Its share of the softmax.
+// The share of a token of the softmax.
 inline float confidence(const float* logits, int vocab, int token_id) {
     const f8 most = set1(logits[token_id]);
     f8 total = zero();
@@ -64,13 +50,13 @@ struct NextRows {
             first_rows.push_back(row + 1);
         }
         return {count, count, count, token_ids.data(), positions.data(), first_rows.data(), first.tables,
-                first_blocks.data(), logits_rows.data(), first.angles, first.logits};
+                first_blocks.data(), logits_rows.data(), first.angles, first.logits, nullptr};
     }
 };
 
 // One more token, if the model is sure enough of it; whether the sequence goes on.
 inline bool extend(const Guesses& g, int s, const float* logits, int vocab) {
-    const int token_id = most_probable(logits, vocab);
+    const int token_id = std::max(most_probable(logits, vocab), 0);
     const float threshold = g.thresholds[s];
     g.is_unsure[s] = threshold > 0 && !(confidence(logits, vocab, token_id) >= threshold);
     if (g.is_unsure[s]) return false;

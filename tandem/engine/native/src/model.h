@@ -44,6 +44,21 @@ struct Batch {
     const int32_t* logits_rows;    // [num_logits]
     const float* angles;           // [positions, 2, dim / 2]: cosines, then sines
     float* logits;                 // [num_logits, vocab rounded up to a panel]
+    int32_t* chosen;               // [num_logits] for their most probable tokens, or null
 };
+
+// A batch as Python packs it: its three counts and the length of all tables, then its arrays in their order.
+inline Batch unpack(const int32_t* numbers, const float* angles, float* logits, int32_t* chosen) {
+    Batch b{numbers[0], numbers[1], numbers[2]};
+    const int32_t num_tables = numbers[3];
+    b.token_ids = numbers + 4;
+    b.positions = b.token_ids + b.rows;
+    b.first_rows = b.positions + b.rows;
+    b.tables = b.first_rows + b.sequences + 1;
+    b.first_blocks = b.tables + num_tables;
+    b.logits_rows = b.first_blocks + b.sequences;
+    b.angles = angles, b.logits = logits, b.chosen = chosen;
+    return b;
+}
 
 }  // namespace tandem
