@@ -41,6 +41,7 @@ class Plan:
     store: str  # which start of the store
     decision: Decision = SPLIT  # where the prompt is computed
     waiting_tokens: int = 0  # at the prefill worker when it was admitted, its own included
+    num_kept: int = 0  # tokens of its prompt that its decode worker is thought to have
 
     def blamed(self, stage: str, error: TandemError) -> set[str]:
         """Who may be the cause of an error in that stage."""
@@ -170,13 +171,13 @@ class Admission:
         pool = self._pool_of(plan.prefill)
         return pool.queued_tokens if pool else plan.needs.prefill_tokens
 
-    def place(self, plan: Plan, decision: Decision) -> Plan:
+    def place(self, plan: Plan, decision: Decision, num_kept: int = 0) -> Plan:
         """The plan as decided; a prompt that stays with its decode worker gives the other credits back."""
         waiting_tokens = self.waiting_tokens(plan)
         if decision.is_local:
             self.release_prefill(plan)
             self.release_store(plan)
-        return replace(plan, decision=decision, waiting_tokens=waiting_tokens)
+        return replace(plan, decision=decision, waiting_tokens=waiting_tokens, num_kept=num_kept)
 
     def release_prefill(self, plan: Plan) -> None:
         """The prefill worker's blocks are free again."""

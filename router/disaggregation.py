@@ -2,16 +2,17 @@
 
 The split pays by keeping long prompts out of the way of running sequences. A short prompt may cost less
 where it will be decoded: no other queue, no hand-off. What each way costs is learnt from the requests that
-went it, so the first ones are split. Both costs are seconds of somebody's time until the sequence runs:
+went it, so the first ones are split. Both costs are seconds of somebody's time until the sequence runs, and
+neither side computes what it has cached:
 
-    split: (tokens that wait at the prefill worker, these included) · s per token + hand-off
-    local: tokens · s per token · (1 + sequences that run there and wait meanwhile)
+    split: (tokens that wait at the prefill worker, these included, less cached ones) · s per token + hand-off
+    local: (tokens, less kept ones) · s per token · (1 + sequences that run there and wait meanwhile)
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from tandem.request import Timings
@@ -25,10 +26,13 @@ class Why(Enum):
 
     ALWAYS = "always"  # router.disaggregate
     NEVER = "never"
-    LONG = "long"  # the prompt has more tokens than router.local_prefill_tokens
-    CACHED = "cached"  # its beginning may be in the store, which decode workers do not ask
+    LONG = "long"  # more tokens to compute there than router.local_prefill_tokens
+    CACHEABLE = (
+        "cacheable"  # its beginning is nowhere yet, and only the split leaves it in the store for others
+    )
     UNMEASURED = "unmeasured"  # nothing to compare yet
     CHEAPER = "cheaper"  # this way
+    CACHED = "cached"  # cheaper this way for what is cached there, and otherwise not
     STORE_DOWN = "store-down"  # there is no other way
 
 
@@ -51,12 +55,35 @@ UNSPLIT = Decision(True, Why.NEVER)
 
 
 @dataclass(frozen=True, slots=True)
+class Cached:
+    """How much of a prompt's beginning is thought to be where, in tokens."""
+
+    in_store: int = 0
+    at_decode: int = 0  # in blocks that the decode worker kept
+    wanted: int = 0  # in the store, for later prompts
+
+    @property
+    def is_nowhere(self) -> bool:
+        """Whether some of what later prompts might use is in neither place."""
+        return max(self.in_store, self.at_decode) < self.wanted
+
+
+NOTHING = Cached()
+
+
+@dataclass(frozen=True, slots=True)
 class Situation:
     """What is known when a request is admitted."""
 
-    tokens: int  # to be prefilled
+    tokens: int  # to be prefilled, or to be found
     waiting_tokens: int  # at the prefill worker, these included
     num_running: int  # sequences on the decode worker, without this one
+    cached: Cached = NOTHING
+
+    @property
+    def local_tokens(self) -> int:
+        """To be computed on the decode worker: the last one always is."""
+        return max(self.tokens - self.cached.at_decode, 1)
 
 
 @dataclass(slots=True)
@@ -68,44 +95,47 @@ class Costs:
     local_s_per_token: float = 0.0
 
     def split_s(self, situation: Situation) -> float:
-        return situation.waiting_tokens * self.split_s_per_token + self.handoff_s
+        tokens = situation.waiting_tokens - min(situation.cached.in_store, situation.tokens - 1)
+        return tokens * self.split_s_per_token + self.handoff_s
 
     def local_s(self, situation: Situation) -> float:
         per_token = self.local_s_per_token or self.split_s_per_token
-        return situation.tokens * per_token * (1 + situation.num_running)
+        return situation.local_tokens * per_token * (1 + situation.num_running)
+
+    def prefer_local(self, situation: Situation) -> bool:
+        return self.local_s(situation) < self.split_s(situation)
 
 
-def decide(
-    situation: Situation, costs: Costs, num_measured: int, most_tokens: int, cacheable_tokens: float
-) -> Decision:
-    """`most_tokens` has the longest prompt that may stay; one above `cacheable_tokens` may be cached."""
-    if situation.tokens > most_tokens:
+def decide(situation: Situation, costs: Costs, num_measured: int, most_tokens: int) -> Decision:
+    """At most `most_tokens` are computed on a decode worker."""
+    if situation.local_tokens > most_tokens:
         return Decision(False, Why.LONG)
-    if situation.tokens > cacheable_tokens:
-        return Decision(False, Why.CACHED)
+    if situation.cached.is_nowhere:
+        return Decision(False, Why.CACHEABLE)
     if num_measured < MIN_MEASURED:
         return Decision(False, Why.UNMEASURED)
-    return Decision(costs.local_s(situation) < costs.split_s(situation), Why.CHEAPER)
+    is_local = costs.prefer_local(situation)
+    without = costs.prefer_local(replace(situation, cached=NOTHING))
+    return Decision(is_local, Why.CHEAPER if is_local == without else Why.CACHED)
 
 
 class Disaggregation:
-    """Decides for one router, and learns. `mode` is always, auto or never; longer prompts than
-    `cacheable_tokens` may be cached in the store."""
+    """Decides for one router, and learns. `mode` is always, auto or never."""
 
-    def __init__(self, mode: str, most_tokens: int, cacheable_tokens: float) -> None:
+    def __init__(self, mode: str, most_tokens: int) -> None:
         self._fixed = {"always": SPLIT, "never": UNSPLIT}.get(mode)
         self._most_tokens = most_tokens
-        self._cacheable_tokens = cacheable_tokens
         self._costs = Costs()
         self._num_measured = 0
         self._running: Counter[str] = Counter()  # by decode worker
 
-    def decide(self, tokens: int, waiting_tokens: int, decode_worker: str) -> Decision:
+    def decide(
+        self, tokens: int, waiting_tokens: int, decode_worker: str, cached: Cached = NOTHING
+    ) -> Decision:
         if self._fixed is not None:
             return self._fixed
-        situation = Situation(tokens, waiting_tokens, self._running[decode_worker])
-        limits = self._most_tokens, self._cacheable_tokens
-        return decide(situation, self._costs, self._num_measured, *limits)
+        situation = Situation(tokens, waiting_tokens, self._running[decode_worker], cached)
+        return decide(situation, self._costs, self._num_measured, self._most_tokens)
 
     def begin(self, decode_worker: str) -> None:
         """A request is admitted to this worker."""
@@ -118,7 +148,8 @@ class Disaggregation:
             del self._running[decode_worker]
 
     def note(self, decision: Decision, tokens: int, timings: Timings) -> None:
-        """A request that went this way has ended; its first token came after that many, waiting ones too."""
+        """A request that went this way has ended; its first token came after that many were computed, those
+        that waited before it too."""
         costs, per_token = self._costs, timings.prefill_ms / 1e3 / tokens
         if decision.is_local:
             costs.local_s_per_token = _mixed(costs.local_s_per_token, per_token)

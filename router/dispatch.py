@@ -75,9 +75,8 @@ class Dispatcher:
                 entry.request.needs, self._avoidable(entry.request.exclude)
             ),
         )
-        cacheable = config.kvstore.prefix_tokens if config.cache.prefix_bytes else float("inf")
-        mode, most_tokens = config.router.disaggregate, config.router.local_prefill_tokens
-        self._disaggregation = Disaggregation(mode, most_tokens, cacheable)
+        router = config.router
+        self._disaggregation = Disaggregation(router.disaggregate, router.local_prefill_tokens)
         self._flights: dict[str, Flight] = {}
         self._quota = TenantQuota(config.router.max_requests_per_tenant)
         self._background: set[asyncio.Task[None]] = set()
@@ -188,11 +187,15 @@ class Dispatcher:
         self._admission.release_all(plan)
         self.pump()
 
-    def learn(self, plan: Plan, timings: Timings) -> None:
-        """An attempt has gone well, and this is what its stages took."""
-        tokens = plan.needs.prefill_tokens if plan.decision.is_local else plan.waiting_tokens
-        if plan.decision.is_local or timings.kv_read_ms:  # and not ended by its first token
-            self._disaggregation.note(plan.decision, tokens, timings)
+    def learn(self, plan: Plan, timings: Timings, num_restored: int) -> None:
+        """An attempt has gone well, and this is what its stages took. Prefill has restored so many tokens."""
+        if plan.decision.is_local:
+            tokens = plan.needs.prefill_tokens - plan.num_kept
+        elif timings.kv_read_ms:
+            tokens = plan.waiting_tokens - num_restored
+        else:  # ended by its first token
+            return
+        self._disaggregation.note(plan.decision, max(tokens, 1), timings)
 
     def release_prefill(self, plan: Plan) -> None:
         self._admission.release_prefill(plan)
@@ -252,20 +255,22 @@ class Dispatcher:
         route = self._routes.route(ticket.traits)
         plan = self._admission.try_admit(ticket.request_id, ticket.epoch, ticket.needs, exclude, route)
         if plan is not None:
-            self._routes.note(ticket.traits, plan)
-            ticket.plan.set_result(self._place(plan, has_store=STORE not in ticket.exclude))
+            placed = self._place(ticket, plan)
+            self._routes.note(ticket.traits, placed)
+            ticket.plan.set_result(placed)
             self.replans.note_admitted()
         return plan is not None
 
-    def _place(self, plan: Plan, *, has_store: bool) -> Plan:
+    def _place(self, ticket: Ticket, plan: Plan) -> Plan:
         """Split, or stay with the decode worker."""
         waiting, worker = self._admission.waiting_tokens(plan), plan.decode.worker_id
-        decision = self._disaggregation.decide(plan.needs.prefill_tokens, waiting, worker)
-        if self._config.router.store_fallback and not has_store:
+        cached = self._routes.cached(ticket.traits, worker)
+        decision = self._disaggregation.decide(plan.needs.prefill_tokens, waiting, worker, cached)
+        if self._config.router.store_fallback and STORE in ticket.exclude:
             decision = STAY
         self._disaggregation.begin(worker)
         self.metrics.note_placed(decision.name)
-        return self._admission.place(plan, decision)
+        return self._admission.place(plan, decision, cached.at_decode)
 
     def _avoidable(self, exclude: Collection[str]) -> frozenset[str]:
         """The workers to avoid, as far as there are others of their kind now."""

@@ -178,7 +178,7 @@ class Flight:
             try:
                 last = await self._attempt(plan)
                 if self._num_admitted == 1:
-                    self._dispatcher.learn(plan, self.request.lifecycle.timings())
+                    self._dispatcher.learn(plan, self.request.lifecycle.timings(), self._hit.num_tokens)
                 return last
             except WORTH_ANOTHER_PLAN as error:
                 self._replan_or_raise(plan, error)

@@ -1,4 +1,4 @@
-"""Which decode workers met which beginnings of prompts of late: the router's guess at what they hold.
+"""Who met which beginnings of prompts of late: the router's guess at what decode workers or a store hold.
 
 A prompt is cut into pieces as the store's prefixes are, and each beginning is named by a hash chain over
 tenant and tokens. The map is bounded: what was met longest ago is forgotten. It is never told what a worker

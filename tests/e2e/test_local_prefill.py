@@ -9,6 +9,7 @@ import pytest
 
 from router.disaggregation import MIN_MEASURED
 from tests.e2e.harness import (
+    MIB,
     Result,
     ask,
     complete,
@@ -125,3 +126,31 @@ async def test_without_any_split_long_prompts_are_computed_there_too(cluster):
             assert placement(found) == "local/never"
             assert found.token_ids == (await complete(cluster, ask(prompt, **MORE))).token_ids
         assert store_of(other).counters.reserved == 0
+
+
+async def test_what_each_side_has_cached_decides(cluster):
+    """A prompt that is new goes where others find it again; known ones where most of it is."""
+    prompt = "abcdefg" * 9
+    wanted = (await complete(cluster, ask(prompt, **MORE))).token_ids
+    kvstore = {"prefix_tokens": 16}
+    async with learnt(cache={"prefix_bytes": 4 * MIB}, kvstore=kvstore) as other:
+        costs = other.router.dispatcher._disaggregation._costs
+        costs.handoff_s, costs.split_s_per_token, costs.local_s_per_token = 0.5, 1.0, 1.0
+        places = []
+        for _ in range(2):
+            found = await complete(other, ask(prompt, **MORE))
+            places.append(placement(found))
+            assert found.token_ids == wanted
+            await until(lambda: not other.prefills[0].worker.num_running)
+            costs.handoff_s, costs.split_s_per_token, costs.local_s_per_token = 0.5, 1.0, 1.0
+        assert places == ["split/cacheable", "split/cached"]
+        assert found.finished.usage.cached == 48
+    async with learnt(cache={"keep_blocks": True}, kvstore=kvstore) as other:
+        costs = other.router.dispatcher._disaggregation._costs
+        places = []
+        for _ in range(2):
+            costs.handoff_s, costs.split_s_per_token, costs.local_s_per_token = 0.01, 1.0, 1.5
+            found = await complete(other, ask(prompt, **MORE))
+            places.append(placement(found))
+            assert found.token_ids == wanted
+        assert places == ["split/cheaper", "local/cached"]
