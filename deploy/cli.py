@@ -45,6 +45,7 @@ def serve(
     host: o.Host = "127.0.0.1",
     port: o.Port = 50051,
     http_port: o.HttpPort = 8000,
+    batch_dir: o.BatchDir = None,
     api_key_file: o.ApiKeyFile = None,
     tls_cert: o.TlsCert = None,
     tls_key: o.TlsKey = None,

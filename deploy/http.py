@@ -34,7 +34,9 @@ class HttpFront:
         if self._server:
             from router.http.app import build_app
 
-            await self._server.start(build_app(self._config, router.intake, router.dispatcher))
+            await self._server.start(
+                build_app(self._config, router.intake, router.dispatcher, router.batches)
+            )
 
     async def stop(self) -> None:
         """Hang up on everybody. Call when the router has drained."""

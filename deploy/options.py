@@ -34,6 +34,10 @@ LogLevel = Annotated[str, typer.Option(help="Log level of the service's processe
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]
 HttpPort = Annotated[int, typer.Option(help="Port of the OpenAI API; 0 takes a free one.")]
+BatchDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder to keep clients' batches in; without one /v1/batches and /v1/files are off."),
+]
 ApiKeyFile = Annotated[
     Path | None,
     typer.Option(help="Bearer tokens that callers must show, one a line, each with tenant=NAME or not."),

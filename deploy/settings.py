@@ -28,6 +28,7 @@ def load_config(
     port: int = 0,
     http_port: int | None = None,
     policy: str = "least-loaded",
+    batch_dir: Path | None = None,
     **security: Path | bool | None,
 ) -> ClusterConfig:
     """The file's settings, overridden by what the command line names. Raises `ConfigError`.
@@ -50,6 +51,8 @@ def load_config(
     router.setdefault("port", port)
     router.setdefault("http_port", http_port)
     router.setdefault("policy", policy)
+    if batch_dir is not None:
+        values.setdefault("batches", {})["dir"] = str(batch_dir.resolve())
     values.setdefault("security", {}).update({name: value for name, value in security.items() if value})
     config = ClusterConfig.from_dict(values)
     return replace(config, model=settle(config.model))

@@ -11,6 +11,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -19,6 +20,7 @@ from prometheus_client.registry import Collector
 
 from router.admission import Admission
 from router.balance import Demand
+from router.batch_front import BatchServicer
 from router.dispatch import Dispatcher
 from router.gauges import RouterGauges
 from router.grpc_front import GenerationServicer, ModelServicer
@@ -34,11 +36,21 @@ from tandem.fingerprint import model_fingerprint
 from tandem.geometry import ModelGeometry
 from tandem.ledger import PoolAudit
 from tandem.metrics import RouterMetrics
-from tandem.pb.v1 import generation_pb2, generation_pb2_grpc, model_pb2, model_pb2_grpc
+from tandem.pb.v1 import (
+    batch_pb2,
+    batch_pb2_grpc,
+    generation_pb2,
+    generation_pb2_grpc,
+    model_pb2,
+    model_pb2_grpc,
+)
 from tandem.pb.worker.v1 import worker_pb2_grpc
 from tandem.rpc import bind, server
 from tandem.security import check_exposure, is_loopback, server_credentials, tokens_of
 from tandem.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from router.batches.service import Batches
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +58,7 @@ TICK_S = 0.1
 SERVICES = (
     generation_pb2.DESCRIPTOR.services_by_name["GenerationService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    batch_pb2.DESCRIPTOR.services_by_name["BatchService"].full_name,
 )
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -75,6 +88,12 @@ class Router:
         self._admission.follow(self.registry)
         self._admission.set_store(config.cache.store_bytes)
         self._links = WorkerLinks(self.registry, f"router-{secrets.token_hex(4)}")
+        self.batches: Batches | None = None
+        if config.batches.dir is not None:
+            from router.batches.opening import open_batches
+
+            fingerprint = self._fingerprint.hex()
+            self.batches = open_batches(config, fingerprint, self.intake, lambda: self.dispatcher)
         self._public = server(public=True, tokens=tokens_of(config.security))
         self._internal = server(public=False)
         self.port = bind(
@@ -95,6 +114,8 @@ class Router:
         self.dispatcher = Dispatcher(
             self._config, self._geometry, self._admission, self._links, self._store, self._metrics
         )
+        if self.batches is not None:
+            self.batches.start()
         for collector in (RouterGauges(self.dispatcher, self._admission, self.registry), *collectors):
             self._metrics.add(collector)
         self._add_public_services()
@@ -140,6 +161,8 @@ class Router:
     async def stop(self, drain_s: float | None = None) -> None:
         """Not serving first, then let running requests finish, then end the rest. Workers may still leave."""
         await self._health.enter_graceful_shutdown()
+        if self.batches is not None:
+            await self.batches.stop()
         await self.dispatcher.drain(self._config.router.drain_s if drain_s is None else drain_s)
         await self._public.stop(grace=1.0)
         await self._links.close()
@@ -161,6 +184,7 @@ class Router:
             GenerationServicer(self.dispatcher, self.intake), self._public
         )
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(self._model()), self._public)
+        batch_pb2_grpc.add_BatchServiceServicer_to_server(BatchServicer(self.batches), self._public)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._public)
         if is_loopback(self._config.router.host):  # what there is, is nobody else's business
             names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)

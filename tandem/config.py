@@ -8,7 +8,8 @@ ClusterConfig
     ├── speculation SpeculationConfig  what drafts, and how far ahead
 ├── kvstore   KvStoreConfig    leases and limits of the store
 ├── router    RouterConfig     queue, deadlines, heartbeats
-└── security  SecurityConfig   tokens and TLS of the public listeners
+├── security  SecurityConfig   tokens and TLS of the public listeners
+└── batches   BatchConfig      files of requests that clients leave here
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from tandem.config_door import POLICIES as POLICIES
+from tandem.config_door import BatchConfig as BatchConfig
 from tandem.config_door import RouterConfig as RouterConfig
 from tandem.config_door import SecurityConfig as SecurityConfig
+from tandem.config_index import IndexConfig as IndexConfig
 from tandem.config_values import build, check, check_positive
 from tandem.geometry import DTYPE_BYTES, KV_CODECS
-from tandem.config_index import IndexConfig as IndexConfig
 
 MIB = 1 << 20
 DRAFTS = ("none", "ngram", "model", "self", "qspec")
@@ -190,9 +192,9 @@ class KvStoreConfig:
     sweep_s: float = 0.5
     tenant_share: float = 1.0  # of the store's bytes that one tenant's objects may hold
     writer_share: float = 1.0  # that one connection may have reserved and not written yet
+    index: IndexConfig = field(default_factory=IndexConfig)  # of the prefixes that several stores hold
 
     def __post_init__(self) -> None:
-    index: IndexConfig = field(default_factory=IndexConfig)  # of the prefixes that several stores hold
         check_positive(self, "chunk_bytes", "put_deadline_s", "lease_s", "prefix_s", "sweep_s")
         check_positive(self, "prefix_tokens")
         check(self.overlap_tokens >= 0, "kvstore overlap_tokens must be 0 or more")
@@ -221,6 +223,7 @@ class ClusterConfig:
     kvstore: KvStoreConfig = field(default_factory=KvStoreConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
+    batches: BatchConfig = field(default_factory=BatchConfig)
 
     def __post_init__(self) -> None:
         check(
@@ -237,12 +240,12 @@ class ClusterConfig:
             "kvstore publish all needs room for what is published: set cache.prefix_bytes",
         )
         check(
-            self.speculation.draft != "qspec" or self.model.quantization in FOUR_BITS,
-            f"draft qspec shares the target's four-bit weights: set model.quantization to one of "
-        check(
             not self.kvstore.index.url or self.cache.prefix_bytes > 0,
             "kvstore index needs prefixes to tell of: set cache.prefix_bytes",
         )
+        check(
+            self.speculation.draft != "qspec" or self.model.quantization in FOUR_BITS,
+            f"draft qspec shares the target's four-bit weights: set model.quantization to one of "
             f"{', '.join(FOUR_BITS)}",
         )
 

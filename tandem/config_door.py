@@ -1,4 +1,5 @@
-"""Settings of the router: where it listens, whom it lets in, how much may wait. Part of `tandem.config`."""
+"""Settings of the router: where it listens, whom it lets in, how much may wait, what clients may leave here.
+Part of `tandem.config`."""
 
 from __future__ import annotations
 
@@ -67,3 +68,19 @@ class SecurityConfig:
         check(has_pair, "a TLS certificate needs its key, and a key its certificate")
         needs_pair = self.tls_client_ca is not None
         check(not needs_pair or self.tls_cert is not None, "a client CA needs a TLS certificate and key")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchConfig:
+    """Files of requests that clients leave here to be run: /v1/files, /v1/batches and BatchService."""
+
+    dir: Path | None = None  # where files, results and their state are kept; without one there are none
+    max_in_flight: int = 64  # lines of one tenant sent at once
+    max_attempts: int = 3  # times a line may fail by itself before it is a failure
+    max_file_bytes: int = 200 << 20
+    max_tenant_bytes: int = 4 << 30  # files and results of one tenant; what is beyond is refused
+    max_tenant_files: int = 1000  # and as many batches; the oldest that have ended are forgotten
+
+    def __post_init__(self) -> None:
+        check_positive(self, "max_in_flight", "max_attempts", "max_file_bytes", "max_tenant_bytes")
+        check_positive(self, "max_tenant_files")

@@ -4,9 +4,9 @@
     ├── ConfigError            a setting is unusable; raised at start, never over the wire
     ├── InvalidRequest         BAD_MESSAGE, BAD_PARAM, BAD_REQUEST_ID, PROMPT_TOO_LONG, NEVER_FITS
     ├── Unauthenticated        NO_TOKEN, BAD_TOKEN
-    ├── NotFound               NO_SUCH_MODEL, NO_SUCH_REQUEST, NO_SUCH_HANDLE
+    ├── NotFound               NO_SUCH_MODEL, NO_SUCH_REQUEST, NO_SUCH_HANDLE, NO_SUCH_FILE, NO_SUCH_BATCH
     ├── AlreadyExists          ID_IN_USE, ID_REUSED_DIFFERENT_BODY
-    ├── FailedPrecondition     FINGERPRINT_MISMATCH, STALE_HANDLE
+    ├── FailedPrecondition     FINGERPRINT_MISMATCH, STALE_HANDLE, NO_BATCHES, BATCH_ENDED
     ├── Overloaded             QUEUE_FULL, NO_MEMORY_FIT_NOW, TENANT_QUOTA   (carries a retry hint)
     ├── Unavailable            NO_PREFILL, NO_DECODE, STORE_DOWN, DRAINING
     ├── StreamBroken           STREAM_BROKEN
@@ -123,7 +123,8 @@ class AlreadyExists(TandemError):
 
 
 class FailedPrecondition(TandemError):
-    """Two sides disagree about a build, an epoch or a handle. The router re-plans; clients never see it."""
+    """Two sides disagree about a build, an epoch or a handle: then the router re-plans, and clients never
+    see it. Or what is asked for cannot be done with a batch as it stands."""
 
     code = Code.FAILED_PRECONDITION
 
@@ -214,9 +215,13 @@ _BY_REASON: dict[str, type[TandemError]] = {
         ("BAD_MESSAGE", "BAD_PARAM", "BAD_REQUEST_ID", "PROMPT_TOO_LONG", "NEVER_FITS"), InvalidRequest
     ),
     **dict.fromkeys(("NO_TOKEN", "BAD_TOKEN"), Unauthenticated),
-    **dict.fromkeys(("NO_SUCH_MODEL", "NO_SUCH_REQUEST", "NO_SUCH_HANDLE"), NotFound),
+    **dict.fromkeys(
+        ("NO_SUCH_MODEL", "NO_SUCH_REQUEST", "NO_SUCH_HANDLE", "NO_SUCH_FILE", "NO_SUCH_BATCH"), NotFound
+    ),
     **dict.fromkeys(("ID_IN_USE", "ID_REUSED_DIFFERENT_BODY"), AlreadyExists),
-    **dict.fromkeys(("FINGERPRINT_MISMATCH", "STALE_HANDLE"), FailedPrecondition),
+    **dict.fromkeys(
+        ("FINGERPRINT_MISMATCH", "STALE_HANDLE", "NO_BATCHES", "BATCH_ENDED"), FailedPrecondition
+    ),
     **dict.fromkeys(("QUEUE_FULL", "NO_MEMORY_FIT_NOW", "TENANT_QUOTA", "CLIENT_TOO_SLOW"), Overloaded),
     **dict.fromkeys(("NO_PREFILL", "NO_DECODE", "STORE_DOWN", "DRAINING"), Unavailable),
     **dict.fromkeys(("NUMERICS", "BUG"), Internal),

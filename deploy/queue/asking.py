@@ -7,17 +7,16 @@ import time
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
 
 from router.ask import Ask
-from router.http.generation import Generation, parse_chat, parse_completion
+from router.batches.entries import check_entry, metrics_of, read_entry
+from router.http.generation import Generation
 from router.http.logprobs import Logprobs, LogprobsReader
 from router.http.shapes import Part, usage_json
-from router.intake import Intake
 from tandem.chat_template import ChatTemplate
 from tandem.client import TandemClient
-from tandem.errors import InvalidRequest, NotFound
-from tandem.offline.lines import CHAT_COMPLETIONS, BadLine, Entry
+from tandem.errors import NotFound
+from tandem.offline.lines import Entry
 from tandem.offline.members import Answer
 from tandem.output import FINISH_FROM_PB, OutputDelta, TokenLogprobs
 from tandem.pb.v1 import generation_pb2 as pb
@@ -25,8 +24,6 @@ from tandem.prefix_usage import PrefixHit
 from tandem.request import Timings, Usage
 from tandem.sampling import bad_param
 from tandem.tokenizer import Tokenizer
-
-LOWEST_PRIORITY = -20  # of the router's queue: everything else goes first
 
 
 class Texts:
@@ -60,30 +57,20 @@ class LineReader:
 
     def check(self, entry: Entry) -> None:
         """Raises `BadLine` for what can never be answered."""
-        try:
-            self.read(entry)
-        except InvalidRequest as error:
-            raise BadLine(error.reason, error.message, entry.custom_id) from error
+        check_entry(entry, self.read)
 
     def read(self, entry: Entry) -> Generation:
         """Raises `BAD_PARAM`. Prompts of chats become token ids, as their template wrote them."""
-        if entry.url == CHAT_COMPLETIONS:
-            generation = parse_chat(entry.body, self._texts.template)
-        else:
-            generation = parse_completion(entry.body, cast(Intake, self._texts))  # of it, only this
-        if generation.stream:
-            raise bad_param("`stream` has no meaning in a queue; leave it out")
+        generation = read_entry(entry, lambda: self._texts.template, self._texts)
         if generation.has_logprobs:
             _ = self._texts.tokenizer
-        return replace(generation, asks=[self._settle(ask, entry) for ask in generation.asks])
+        return replace(generation, asks=[self._settle(ask) for ask in generation.asks])
 
-    def _settle(self, ask: Ask, entry: Entry) -> Ask:
-        """Without a seed, one that is the entry's own: done again after a crash, the text is the same."""
+    def _settle(self, ask: Ask) -> Ask:
         prompt = ask.prompt
         if isinstance(prompt, str) and not ask.add_special_tokens:
             prompt = self._texts.tokenizer.encode(prompt, add_special_tokens=False)
-        seed = int(entry.fingerprint[:15], 16) if ask.sampling.seed is None else ask.sampling.seed
-        return replace(ask, prompt=prompt, sampling=replace(ask.sampling, seed=seed))
+        return replace(ask, prompt=prompt)
 
 
 class ServiceAsker:
@@ -115,7 +102,7 @@ class ServiceAsker:
         }
         slowest = max((completion.finished.timings for completion in completions), key=lambda t: t.total_ms)
         output_tokens = sum(usage.completion for usage in usages)
-        return Answer(responses[0].request_id, body, _metrics(slowest), output_tokens)
+        return Answer(responses[0].request_id, body, metrics_of(Timings.from_pb(slowest)), output_tokens)
 
     async def _ask(self, ask: Ask) -> pb.GenerateResponse:
         if ask.model not in ("", self._model):
@@ -123,7 +110,7 @@ class ServiceAsker:
         return await self._client.generate(
             ask.prompt,
             ask.sampling,
-            priority=LOWEST_PRIORITY,
+            priority=ask.priority,
             speculation=ask.speculation,
             timeout_s=ask.timeout_s,
         )
@@ -148,9 +135,3 @@ class ServiceAsker:
 
 def _usage(usage: pb.Usage) -> Usage:
     return Usage(usage.prompt, usage.completion, PrefixHit.from_pb(usage), usage.drafted, usage.accepted)
-
-
-def _metrics(timings: pb.Timings) -> dict[str, Any]:
-    """Milliseconds by stage, and the time to the first token, as the service measured them."""
-    ttft_ms = round(timings.queue_ms + timings.prefill_ms, 3)
-    return {"ttft_ms": ttft_ms, **Timings.from_pb(timings).milliseconds(), "placement": timings.placement}

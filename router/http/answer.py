@@ -7,7 +7,6 @@ its own. From then on an error is an event of the stream. A caller that hangs up
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -15,16 +14,13 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from router.dispatch import Dispatcher
-from router.flight import Admitted, Completed, Flight, FlightEvent
+from router.flight import Flight
+from router.http.choices import Choices
 from router.http.errors import Json, as_tandem_error, error_object, json_bytes
 from router.http.generation import Generation
-from router.http.logprobs import Logprobs, LogprobsReader
-from router.http.shapes import Part, usage_json
 from router.intake import Intake
 from router.interleave import interleave
 from tandem.errors import Cancelled
-from tandem.output import OutputDelta
-from tandem.request import Usage
 
 STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -41,12 +37,10 @@ class Answer:
         self._generation = generation
         self._dispatcher = dispatcher
         self._intake = intake
-        self._created = int(time.time())
-        self._choices: list[_Choice] = []
+        self._choices = Choices(generation, intake)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._flying(receive) as flights:
-            self._choices = [_Choice(index, self._generation, self._intake) for index in range(len(flights))]
             if self._generation.stream:
                 await self._stream(flights, send)
             else:
@@ -74,13 +68,8 @@ class Answer:
     async def _whole(self, flights: Sequence[Flight]) -> dict[str, Any]:
         async with aclosing(interleave(flights)) as events:
             async for index, event in events:
-                self._choices[index].take(event)
-        shape = self._generation.shape
-        return {
-            **self._head(shape.whole),
-            "choices": [shape.choice(choice.whole()) for choice in self._choices],
-            "usage": self._usage(),
-        }
+                self._choices.take(index, event)
+        return self._choices.whole()
 
     async def _stream(self, flights: Sequence[Flight], send: Send) -> None:
         has_begun = False
@@ -100,85 +89,15 @@ class Answer:
     async def _events(self, flights: Sequence[Flight]) -> AsyncGenerator[bytes]:
         """Content as it comes, each choice's end by itself, the usage if asked for, the end."""
         shape, no_usage = self._generation.shape, {"usage": None} if self._generation.include_usage else {}
-        head = self._head(shape.chunk)
+        head = self._choices.head(shape.chunk)
         async with aclosing(interleave(flights)) as events:
             async for index, event in events:
-                part = self._choices[index].take(event)
+                part = self._choices.take(index, event)
                 if part is not None:
                     yield _event({**head, "choices": [shape.delta(part)], **no_usage})
         if self._generation.include_usage:
-            yield _event({**head, "choices": [], "usage": self._usage()})
+            yield _event({**head, "choices": [], "usage": self._choices.usage()})
         yield DONE
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": self._generation.request_id,
-            "object": kind,
-            "created": self._created,
-            "model": self._intake.model_name,
-        }
-
-    def _usage(self) -> dict[str, Any]:
-        return usage_json([choice.usage for choice in self._choices], self._generation.num_choices)
-
-
-class _Choice:
-    """One completion: what it adds with each event, and what it is in the end."""
-
-    def __init__(self, index: int, generation: Generation, intake: Intake) -> None:
-        self.usage = Usage()
-        self._index = index
-        self._echo = generation.echoes[index // generation.num_choices]
-        self._reader = LogprobsReader(intake.token_bytes) if generation.has_logprobs else None
-        self._keeps_ids = generation.return_token_ids
-        self._texts: list[str] = []
-        self._token_ids: list[int] = []
-        self._logprobs: list[Logprobs] = []
-        self._end: Completed | None = None
-        self._has_begun = False
-
-    def take(self, event: FlightEvent) -> Part | None:
-        """What a stream says of this event; None if that is nothing."""
-        if isinstance(event, Admitted):
-            return None
-        is_first, self._has_begun = not self._has_begun, True
-        if isinstance(event, Completed):
-            self.usage, self._end = event.usage, event
-            return Part(
-                index=self._index,
-                finish=event.delta.finish,
-                matched_stop=event.delta.matched_stop,
-                is_first=is_first,
-            )
-        part = self._added(event, is_first)
-        # A character that is not complete, or what may become a stop string, is told with what follows.
-        return part if is_first or part.text or self._reader or self._keeps_ids else None
-
-    def whole(self) -> Part:
-        """Everything; the completion is over."""
-        assert self._end is not None
-        return Part(
-            index=self._index,
-            text="".join(self._texts),
-            token_ids=self._token_ids if self._keeps_ids else None,
-            logprobs=self._logprobs if self._reader else None,
-            finish=self._end.delta.finish,
-            matched_stop=self._end.delta.matched_stop,
-        )
-
-    def _added(self, delta: OutputDelta, is_first: bool) -> Part:
-        text = self._echo + delta.text if is_first else delta.text
-        logprobs = self._reader.read(delta) if self._reader else None
-        self._texts.append(text)
-        self._token_ids += delta.token_ids
-        self._logprobs += logprobs or ()
-        return Part(
-            index=self._index,
-            text=text,
-            token_ids=delta.token_ids if self._keeps_ids else None,
-            logprobs=logprobs,
-            is_first=is_first,
-        )
 
 
 async def _hung_up(receive: Receive) -> None:

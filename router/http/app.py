@@ -16,8 +16,10 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from router.ask import SESSION_HEADER
+from router.batches.service import Batches
 from router.dispatch import Dispatcher
 from router.http.answer import Answer
+from router.http.batches import BatchFront
 from router.http.body import Fields, read_object
 from router.http.door import TENANT, Door
 from router.http.errors import Json
@@ -31,7 +33,9 @@ from tandem.sampling import bad_param
 from tandem.security import tokens_of
 
 
-def build_app(config: ClusterConfig, intake: Intake, dispatcher: Dispatcher) -> ASGIApp:
+def build_app(
+    config: ClusterConfig, intake: Intake, dispatcher: Dispatcher, batches: Batches | None
+) -> ASGIApp:
     """The app of one router. Raises `ConfigError` if the tokens' file or the chat template is unusable."""
     front = _Front(intake, dispatcher, ChatTemplate.from_dir(config.model.path))
     routes = [
@@ -45,6 +49,7 @@ def build_app(config: ClusterConfig, intake: Intake, dispatcher: Dispatcher) -> 
         Route("/health/live", front.live, methods=["GET"]),
         Route("/version", front.version, methods=["GET"]),
         Route("/metrics", front.metrics, methods=["GET"]),
+        *BatchFront(batches).routes(),
     ]
     return Door(Router(routes, redirect_slashes=False), tokens_of(config.security))
 

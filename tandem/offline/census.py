@@ -19,6 +19,15 @@ from tandem.offline.lines import BadLine, Check, LineParser, read_entries
 MAX_EXAMPLES = 5  # of bad lines, for people
 
 
+class DuplicateError(ConfigError):
+    """A `custom_id` that occurs twice: which, and in which lines."""
+
+    def __init__(self, path: Path, custom_id: str, first: int, line: int) -> None:
+        self.line = line
+        self.told = f"custom_id {custom_id[:64]!r} is that of line {first} too; make every custom_id unique"
+        super().__init__(f"{path}:{line}: {self.told}")
+
+
 @dataclass(frozen=True, slots=True)
 class Census:
     """What a file holds. `bad` are the first few bad lines: line, column, what is wrong."""
@@ -38,7 +47,7 @@ def file_digest(path: Path) -> str:
 
 
 def take_census(path: Path, parser: LineParser, check: Check = lambda entry: None) -> Census:
-    """Read and check every line. Raises `ConfigError` if a `custom_id` occurs twice."""
+    """Read and check every line. Raises `DuplicateError`."""
     hashes = array("Q")
     num_bad = 0
     bad: list[tuple[int, int, str]] = []
@@ -72,8 +81,5 @@ def _refuse_duplicates(path: Path, parser: LineParser, suspects: set[int]) -> No
         if _hash(name) not in suspects:
             continue
         if name in first_line:
-            raise ConfigError(
-                f"{path}:{line}: custom_id {name[:64]!r} is that of line {first_line[name]} too; "
-                "make every custom_id unique"
-            )
+            raise DuplicateError(path, name, first_line[name], line)
         first_line[name] = line

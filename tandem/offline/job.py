@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import ConfigError
-from tandem.offline.journal import fsync_folder
+from tandem.offline.journal import replace_file
 
 VERSION = 1
 LOCK_TRIES = 5
@@ -89,14 +89,7 @@ def load_job(output: Path) -> Job | None:
 
 def save_job(output: Path, job: Job) -> None:
     """Replace the state as a whole, on disk before it is seen."""
-    path = state_path(output)
-    fresh = path.with_name(path.name + ".new")
-    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
-        json.dump(asdict(job), file)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-    fsync_folder(path)
+    replace_file(state_path(output), json.dumps(asdict(job)))
 
 
 def check_paths(input_: Path, output: Path) -> None:

@@ -92,6 +92,17 @@ def sealed_records(path: Path) -> Iterator[tuple[int, bytes]]:
                 offset += len(data)
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Put a new text in the place of a file as a whole; it is on disk before anybody sees it."""
+    fresh = path.with_name(path.name + ".new")
+    with _create(fresh) as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)
+    fsync_folder(path)
+
+
 def fsync_folder(path: Path) -> None:
     """Put a file's name on disk, too."""
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)

@@ -40,8 +40,16 @@ def of_bad_line(line: int, bad: BadLine) -> dict[str, Any]:
     }
 
 
+def of_expired(found: Entry | BadLine, line: int) -> dict[str, Any]:
+    """Of a line that was not run before its batch's time was over."""
+    if isinstance(found, BadLine):
+        return of_bad_line(line, found)
+    message = "this request could not be run before the completion window was over"
+    return _members(found, None, {"code": "batch_expired", "message": message}, {"attempts": 0})
+
+
 def _members(
-    entry: Entry, response: dict[str, Any], error: dict[str, Any] | None, metrics: dict[str, Any]
+    entry: Entry, response: dict[str, Any] | None, error: dict[str, Any] | None, metrics: dict[str, Any]
 ) -> dict[str, Any]:
     return {
         "id": f"batch_req_{entry.fingerprint}",

@@ -7,6 +7,7 @@ says what is finished, so that none can disagree.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +35,9 @@ class Results:
     commit), so nobody waits for longer than two of them.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, on_written: Callable[[], None] = lambda: None) -> None:
         self.finished = FinishedLines()
+        self._on_written = on_written
         self.num_failed = 0
         self._output = Journal(output, lambda sealed: self._note(line_of(sealed), False))
         self._errors = Journal(error_path(output), lambda sealed: self._note(line_of(sealed), True))
@@ -83,6 +85,7 @@ class Results:
                 self._note(waiting.line, waiting.is_failure)
                 if not waiting.written.cancelled():
                     waiting.written.set_result(None)
+            self._on_written()
 
     def _commit(self, group: list[_Waiting]) -> None:
         for journal, is_failure in ((self._output, False), (self._errors, True)):

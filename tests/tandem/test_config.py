@@ -52,7 +52,7 @@ def test_the_default_tree_is_the_empty_mapping():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"modle": {}}, "unknown setting modle; known: cache, decode, "),
+        ({"modle": {}}, "unknown setting modle; known: batches, cache, "),
         ({"router": {"max_queues": 1}}, "unknown setting router.max_queues; known: aging_s, "),
         ({"router": 5}, "router must be a mapping"),
         ([], "the configuration must be a mapping"),
