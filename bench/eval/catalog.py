@@ -6,7 +6,11 @@ from importlib import import_module
 
 from bench.eval.experiment import Experiment
 
-MODULES = {"speculation": "speculation"}  # by the name of the command
+MODULES = {  # by the name of the command
+    "speculation": "speculation",
+    "quantized-pairs": "quantized_pairs",
+    "quantization": "quantization",
+}
 
 
 def experiment(name: str) -> Experiment:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 BARS_SHARE = 0.8  # of the room of one place
 GREY = "#777777"
+BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # where a line crosses a figure
+WORD_WIDTH = 13  # letters under a bar
 SMALL = 8  # points of the legend's letters
 
 
@@ -34,7 +37,7 @@ def _draw(file: Path, chart: Chart) -> Path:
         else:
             _line(axes, series, places, number)
     if words:
-        axes.set_xticks(range(len(words)), [word.replace(" ", "\n", 1) for word in words])
+        axes.set_xticks(range(len(words)), [textwrap.fill(word, WORD_WIDTH) for word in words])
     else:
         axes.set_xticks(sorted({place for series in chart.series for place in series.places}))
     label_axes(axes, chart.title, chart.below, chart.beside)
@@ -56,7 +59,7 @@ def _bars(axes: Axes, series: Series, places: Sequence[float], number: int, coun
     lefts = [place - BARS_SHARE / 2 + (number + 0.5) * width for place in places]
     color = GREY if series.is_expected else COLORS[number % len(COLORS)]
     bars = axes.bar(lefts, series.values, width, color=color, label=series.name)
-    axes.bar_label(bars, fmt="%.2f", fontsize=SMALL, padding=1)
+    axes.bar_label(bars, fmt="%.2f", fontsize=SMALL, padding=2, bbox=BACKGROUND)
 
 
 def _scale(axes: Axes, chart: Chart) -> None:

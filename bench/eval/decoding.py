@@ -31,6 +31,19 @@ class Arm:
     decoder: Decoder
     asked: SpeculationParams = EXACT
 
+    @classmethod
+    def of(cls, rig: Rig, k: int, tau: float) -> Arm:
+        """Always k draft tokens unless the draft is less sure than tau; plain decoding where k is 0.
+
+        Samples are accepted by speculative sampling.
+        """
+        asked = SpeculationParams(
+            policy=SpeculationPolicy.AUTO,
+            num_assistant_tokens=k or None,
+            assistant_confidence_threshold=tau,
+        )
+        return cls(rig, rig.constant, asked) if k else cls(rig, rig.plain)
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -73,16 +86,6 @@ class Row:
     speedup: Spread  # within rounds
     utilization: float
     identical: bool | None  # to the baseline's tokens; None where they need not be
-
-
-def asking(k: int, tau: float) -> SpeculationParams:
-    """Always k draft tokens, unless the draft gives none of them the probability tau.
-
-    Samples are accepted by speculative sampling.
-    """
-    return SpeculationParams(
-        policy=SpeculationPolicy.AUTO, num_assistant_tokens=k, assistant_confidence_threshold=tau
-    )
 
 
 def sampling_params(sampling: str) -> SamplingParams:

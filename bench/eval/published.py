@@ -74,10 +74,12 @@ SPECULATION = (
     Speculated("3B", 0.2, "sampled", 7, 15.475, 64.6, 2170, 0.556, 1.010, 90),
 )
 QUANTIZED_PAIRS = (
+    QuantizedPair("1B", "none", "none", 0.609, 1.351),
     QuantizedPair("1B", "int8", "none", 0.602, 0.834),
     QuantizedPair("1B", "nf4", "none", 0.539, 0.938),
     QuantizedPair("1B", "none", "int8", 0.601, 0.954),
     QuantizedPair("1B", "nf4", "int8", 0.537, 0.717),
+    QuantizedPair("3B", "none", "none", 0.673, 1.112),
     QuantizedPair("3B", "int8", "none", 0.663, 0.609),
     QuantizedPair("3B", "nf4", "none", 0.637, 0.691),
     QuantizedPair("3B", "none", "int8", 0.661, 0.833),

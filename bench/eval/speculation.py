@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from bench.eval import published
+from bench.eval.attempt import attempt
 from bench.eval.decoding import (
     OUTPUT_TOKENS,
     PROMPT_TOKENS,
     Arm,
     Row,
-    asking,
     measure,
     num_runs,
     per_round,
@@ -48,17 +48,19 @@ def run(settings: Settings) -> Findings:
         PROMPT_TOKENS + OUTPUT_TOKENS,
         settings.threads,
     )
-    found: list[Row] = []
     with Meter(NAME, len(SAMPLINGS) * num_runs(len(CELLS), count, 1, settings.rounds)) as meter:
-        for sampling in SAMPLINGS:
-            if not settings.is_over:
-                found += _rows(rig, subject.name, samples.prompts, sampling, settings, meter)
+        found, skipped = attempt(
+            {sampling: sampling for sampling in SAMPLINGS},
+            lambda sampling: _rows(rig, subject.name, samples.prompts, sampling, settings, meter),
+            settings,
+            meter,
+        )
     remarks = [f"{subject.label}; {source.name}. {samples.remark}", REMARK, published.SPECULATION_SETTING]
     return Findings(
         tables={"rows": found},
         sheets=[_sheet(found)],
         charts=list(_charts(found)),
-        remarks=remarks,
+        remarks=remarks + skipped,
         published=published.SPECULATION,
     )
 
@@ -66,10 +68,7 @@ def run(settings: Settings) -> Findings:
 def _rows(
     rig: Rig, pair: str, prompts: Sequence[Tokens], sampling: str, settings: Settings, meter: Meter
 ) -> Iterator[Row]:
-    meter.say(f"{NAME}: {sampling}")
-    arms = {
-        str(cell): Arm(rig, rig.constant, asking(*cell)) if cell[0] else Arm(rig, rig.plain) for cell in CELLS
-    }
+    arms = {str(cell): Arm.of(rig, *cell) for cell in CELLS}
     outcomes = measure(arms, prompts, 1, sampling_params(sampling), settings.rounds, meter.step)
     for cell in CELLS:
         theirs, ours = outcomes[str(PLAIN)], outcomes[str(cell)]

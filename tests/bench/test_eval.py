@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -12,17 +13,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
-from bench.eval import charts, decoding, samples, speculation
+from bench.eval import charts, decoding, quantization, quantized_pairs, samples, speculation
+from bench.eval.attempt import attempt
 from bench.eval.catalog import MODULES, experiment
-from bench.eval.decoding import PROMPT_TOKENS, Arm, asking, measure, num_runs, per_round
+from bench.eval.decoding import PROMPT_TOKENS, Arm, measure, num_runs, per_round
 from bench.eval.experiment import Chart, Series, Settings
 from bench.eval.models import pair_of, target_of
+from bench.eval.perplexity import read
 from bench.eval.report import Report
 from bench.eval.texts import Source, docstrings, read_texts, sources
 from bench.inflate import BUNDLED, Pair
+from bench.measure import Meter
 from bench.speculation.rig import Rig, Run, Setup
 from deploy.eval_app import HELP
+from tandem.engine.model_runner import ModelRunner
 from tandem.errors import ConfigError
 from tandem.sampling import SamplingParams
 from tests.checkpoints import save_llama, tiny_llama
@@ -63,7 +69,7 @@ def settings(pair, texts, monkeypatch):
 
 def test_every_arm_decodes_every_sample_and_rounds_add_up(pair) -> None:
     rig = Rig(pair, Setup(), 3, 40, 1)
-    arms = {"plain": Arm(rig, rig.plain), "3": Arm(rig, rig.constant, asking(3, 0.0))}
+    arms = {"plain": Arm.of(rig, 0, 0.0), "3": Arm.of(rig, 3, 0.0)}
     calls: list[int] = []
     found = measure(arms, PROMPTS, 1, GREEDY, 2, lambda: calls.append(1))
     assert len(calls) == num_runs(2, 5, 1, 2) == 2 * (1 + 2)
@@ -181,6 +187,66 @@ def written(module, settings, found, folder) -> set[str]:
     return {file.name for file in files}
 
 
+def test_quantized_pairs(settings, tmp_path) -> None:
+    found = quantized_pairs.run(settings)
+    rows = {quantized_pairs.name_of(row): row for row in found.tables["rows"]}
+    assert set(rows) == {*quantized_pairs.SETUPS, "16-bit target alone", "8-bit target alone"}
+    assert (rows["16-bit target alone"].speedup.median, rows["16-bit target alone"].identical) == (1, True)
+    for name, row in rows.items():
+        assert row.identical is (None if "8-bit target" in name or "both" in name[:10] else True), name
+    (line,) = [row for row in found.sheets[0].rows if row[0] == "8-bit target, 4-bit draft"]
+    assert line[-2:] == ("0.72x, 54%", "0.56x, 63%")
+    assert "quantized-pairs-speedup.png" in written(quantized_pairs, settings, found, tmp_path)
+
+
+def test_quantization_alone(settings, tmp_path) -> None:
+    found = quantization.run(settings)
+    rows = {row.precision: row for row in found.tables["rows"]}
+    assert list(rows) == ["none", "int8", "nf4", "int4"]
+    assert (rows["none"].agreement, rows["none"].speedup.median) == (1, 1)
+    assert rows["none"].perplexity != rows["nf4"].perplexity
+    assert rows["int8"].agreement > rows["nf4"].agreement
+    assert "windows of 512" in found.remarks[1]
+    assert "quantization-perplexity.png" in written(quantization, settings, found, tmp_path)
+
+
+def test_perplexity_is_that_of_windows_scored_by_transformers() -> None:
+    """The recipe of its documentation: labels of tokens that were scored before are left out."""
+    tokens = torch.tensor([(5 * i * i + i) % 250 for i in range(1100)])
+    reference = AutoModelForCausalLM.from_pretrained(tiny_llama(), dtype=torch.float32).eval()
+    nats, scored = 0.0, 1
+    for begin in range(0, 1100, 256):
+        end = min(begin + 512, 1100)
+        with torch.inference_mode():
+            logits = reference(tokens[None, begin:end]).logits[0]
+        new = range(scored, end)
+        nats += torch.nn.functional.cross_entropy(
+            logits[scored - 1 - begin : end - 1 - begin], tokens[new.start : new.stop], reduction="sum"
+        ).item()
+        scored = end
+        if end == 1100:
+            break
+    model = ModelRunner.load(tiny_llama(), num_blocks=32, block_size=16)
+    found = read(model, tokens.tolist())
+    assert found.perplexity == pytest.approx(math.exp(nats / 1099), rel=1e-4)
+    assert len(found.choices) == 1099
+    assert found.agreement(found) == 1
+
+
+def test_what_cannot_be_measured_is_said(settings) -> None:
+    def measure(what):
+        if what == 2:
+            raise ConfigError("no kernel")
+        return [what]
+
+    with Meter("any", 1) as meter:
+        wanted = {"a": 1, "b": 2, "c": 3}
+        assert attempt(wanted, measure, settings, meter) == ([1, 3], ["Not measured: b: no kernel."])
+        rows, remarks = attempt(wanted, measure, replace(settings, deadline_s=0), meter)
+    assert not rows
+    assert remarks[2] == "Not measured: c: no time left."
+
+
 def test_samples_that_loop_are_left_out(settings, monkeypatch) -> None:
     subject = pair_of(settings)
     source = next(sources(settings, subject.pair.target))
@@ -194,7 +260,9 @@ def test_samples_that_loop_are_left_out(settings, monkeypatch) -> None:
 
 
 def test_nothing_is_begun_when_the_time_is_over(settings) -> None:
-    assert speculation.run(replace(settings, deadline_s=0.0)).tables["rows"] == []
+    found = speculation.run(replace(settings, deadline_s=0.0))
+    assert found.tables["rows"] == []
+    assert found.remarks[-1] == "Not measured: sampled: no time left."
 
 
 def test_charts_without_values_are_not_drawn(tmp_path) -> None:
