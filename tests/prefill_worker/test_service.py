@@ -105,11 +105,18 @@ async def test_what_the_worker_says_reaches_the_router():
 
 async def test_a_failed_hand_off_comes_after_its_token():
     """A client drops what it has not read when a failure arrives: the put waits for the token's reader."""
-    held = Held()
-    async with serving(store_bytes=1000, client={"put": held.put}) as (_, stub):
+    was_read = asyncio.Event()
+
+    @asynccontextmanager
+    async def put(make, header):
+        await was_read.wait()
+        async with make(header) as writer:
+            yield writer
+
+    async with serving(store_bytes=1000, client={"put": put}) as (_, stub):
         call = stub.Prefill(request())
         assert (await call.read()).WhichOneof("event") == "first_token"
-        held.may_go.set()
+        was_read.set()
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call.read()
         assert rpc.to_tandem_error(caught.value).reason == "NEVER_FITS"
