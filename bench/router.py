@@ -86,6 +86,7 @@ class Job:
     output_tokens: int
     session: str = ""
     beginnings: tuple[bytes, ...] = ()
+    tenant: str = ""
     priority: int = 0
     deadline_s: float = float("inf")
 

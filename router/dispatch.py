@@ -40,6 +40,7 @@ class Ticket:
     """A request's place in the queue."""
 
     request_id: str
+    tenant: str
     priority: int
     deadline_s: float
     epoch: int
@@ -152,7 +153,7 @@ class Dispatcher:
         since_s = request.lifecycle.received_s if len(request.lifecycle.stamps) > 1 else None
         needs = self.needs(request)
         self._admission.check_fits_ever(needs)
-        named = request.request_id, request.priority, request.deadline_s
+        named = request.request_id, request.tenant, request.priority, request.deadline_s
         ticket = Ticket(*named, epoch, needs, exclude, self._routes.traits(request))
         self._queue.put(ticket, needs.decode_blocks, since_s=since_s)
         self.pump()

@@ -1,18 +1,20 @@
-"""Requests that wait for memory: a bounded priority queue without head-of-line blocking.
+"""Requests that wait for memory: a bounded, fair priority queue without head-of-line blocking.
 
-**Order.** An entry's rank is the time it was put minus `aging_s` for each step of its priority, and
-lower ranks go first. So a higher priority goes first, and waiting `aging_s` is worth one step. As
-priorities end at ±`MAX_PRIORITY`, what comes much later than an entry never ranks before it.
+**Order.** Tenants that wait take turns, by what they were given (`router.fair_shares`): one that floods the
+queue waits behind its own requests only. Within a tenant lower ranks go first. An entry's rank is the time it
+was put minus `aging_s` for each step of its priority. So a higher priority goes first, and waiting `aging_s`
+is worth one step. As priorities end at ±`MAX_PRIORITY`, what comes much later than an entry never ranks
+before it. Order below means both: turn, then rank.
 
 **What does not fit stops nobody.** `constrained_get` is asked with a condition, "does this fit now?".
-Entries lie in geometric size buckets (need 1, 2–3, 4–7, …), and each bucket offers its first entry by rank
+Entries lie in geometric size buckets (need 1, 2–3, 4–7, …), and each bucket offers its first entry in order
 and its smallest. If the condition is monotone (what fits a bigger need fits a smaller one) and any
 entry meets it, one is returned, because the smallest entry of all is among those offered. Offered are
 at most two per bucket, so a get costs the same in a queue of a hundred and of a hundred thousand.
 
 **Nor is it passed for ever.** Small entries could keep memory so busy that a big one never fits. So once
-the first of a bucket has been passed by an entry ranked behind it, a clock runs for all of the bucket
-that was passed, and after `starvation_s` nothing ranked behind that first one is offered until it goes.
+the first of a bucket has been passed by an entry that came behind it in order, a clock runs for all of the
+bucket that was passed, and after `starvation_s` nothing behind that first one is offered until it goes.
 The trade: memory then idles while room for it gathers, for as long as the requests in its way run on.
 So a big entry waits longer than its turn by about `starvation_s` and one drain, and small ones are
 held up only then. An entry no worker could hold even when idle (`can_ever_fit`) holds up nobody.
@@ -32,7 +34,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic
 
-from router.size_bucket import Bucket, Entry, LazyHeap, T
+from router.fair_shares import FairShares
+from router.size_bucket import Bucket, Entry, LazyHeap, T, Turn
 from tandem.errors import AlreadyExists, Overloaded
 
 MAX_PRIORITY = 20  # beyond it a priority counts as this much, so that nobody waits for ever
@@ -71,6 +74,7 @@ class RequestQueue(Generic[T]):
         self._numbers = itertools.count()
         self._entries: dict[str, Entry[T]] = {}
         self._buckets: dict[int, Bucket[T]] = {}
+        self._shares = FairShares()
         self._by_age: LazyHeap[T] = LazyHeap(lambda e: e.put_s, self._is_alive)
         self._by_deadline: LazyHeap[T] = LazyHeap(lambda e: e.request.deadline_s, self._is_alive)
         self._drain = _DrainClock()
@@ -108,10 +112,13 @@ class RequestQueue(Generic[T]):
         now_s = self._clock()
         for entry in self._offers(now_s):
             if condition(entry):
+                turn = self._turn(entry)
                 self._discard(entry)
                 self._drain.note_get(now_s)
                 for bucket in self._buckets.values():
-                    bucket.note_passed(entry.rank, now_s)
+                    bucket.note_passed(turn, now_s)
+                self._shares.serve(entry.request.tenant, max(entry.need, 1))
+                self._shares.leave(entry.request.tenant)
                 return entry
         return None
 
@@ -119,7 +126,7 @@ class RequestQueue(Generic[T]):
         """Take one out, because it was cancelled; None if it does not wait here."""
         entry = self._entries.get(request_id)
         if entry is not None:
-            self._discard(entry)
+            self._drop(entry)
         return entry
 
     def expired(self, now_s: float | None = None) -> list[Entry[T]]:
@@ -127,7 +134,7 @@ class RequestQueue(Generic[T]):
         now_s = self._clock() if now_s is None else now_s
         found = []
         while (entry := self._by_deadline.first()) and entry.request.deadline_s <= now_s:
-            self._discard(entry)
+            self._drop(entry)
             found.append(entry)
         return found
 
@@ -151,11 +158,11 @@ class RequestQueue(Generic[T]):
         )
 
     def _offers(self, now_s: float) -> list[Entry[T]]:
-        """Candidates by rank, cut off behind an entry that has been passed for too long."""
-        offers = sorted((e for b in self._buckets.values() for e in b.offers()), key=lambda e: e.rank)
+        """Candidates in order, cut off behind an entry that has been passed for too long."""
+        offers = sorted((e for b in self._buckets.values() for e in b.offers()), key=self._turn)
         starving = [e for b in self._buckets.values() if (e := self._starving(b, now_s)) is not None]
-        last = min((entry.rank for entry in starving), default=None)
-        return offers if last is None else [entry for entry in offers if entry.rank <= last]
+        last = min(map(self._turn, starving), default=None)
+        return offers if last is None else [entry for entry in offers if self._turn(entry) <= last]
 
     def _starving(self, bucket: Bucket[T], now_s: float) -> Entry[T] | None:
         if bucket.passed_for_s(now_s) <= self.starvation_s:
@@ -169,12 +176,21 @@ class RequestQueue(Generic[T]):
         if not self._entries:
             self._drain.note_busy(self._clock())
         self._entries[entry.request.request_id] = entry
+        self._shares.enter(entry.request.tenant)
         digits = entry.need.bit_length()
         if digits not in self._buckets:
-            self._buckets[digits] = Bucket(self._is_alive)
+            self._buckets[digits] = Bucket(self._turn, self._is_alive)
         self._buckets[digits].push(entry)
         self._by_age.push(entry)
         self._by_deadline.push(entry)
+
+    def _drop(self, entry: Entry[T]) -> None:
+        """It goes without having been given anything."""
+        self._discard(entry)
+        self._shares.leave(entry.request.tenant)
+
+    def _turn(self, entry: Entry[T]) -> Turn:
+        return self._shares.start(entry.request.tenant), entry.rank
 
     def _discard(self, entry: Entry[T]) -> None:
         del self._entries[entry.request.request_id]

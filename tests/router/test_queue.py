@@ -23,6 +23,7 @@ class Waiting:
     request_id: str
     priority: int = 0
     deadline_s: float = math.inf
+    tenant: str = ""
 
 
 @pytest.fixture
@@ -139,16 +140,18 @@ def test_a_condition_that_raises_changes_nothing(clock):
 RUN_S = 3.0
 
 
-def wait_of_a_big_request(starvation_s: float, gap_s: float) -> float | None:
+def wait_of_a_big_request(starvation_s: float, gap_s: float, num_others: int = 0) -> float | None:
     """How long a request for all 100 blocks waits when one for 10 blocks comes every `gap_s` and runs
-    `RUN_S`, so that the pool is never empty by itself; None if it waits for more than a minute."""
+    `RUN_S`, so that the pool is never empty by itself; None if it waits for more than a minute. The small
+    ones are of the same tenant, or of so many others."""
     clock = ManualClock()
     queue = make_queue(clock, starvation_s=starvation_s)
     free, running = 100, deque()
     for number in range(int(60 / gap_s)):
         while running and running[0][0] <= clock():
             free += running.popleft()[1]
-        queue.put(Waiting(f"small-{number}"), 10)
+        tenant = str(number % num_others) if num_others else ""
+        queue.put(Waiting(f"small-{number}", tenant=tenant), 10)
         if number == 1:
             big = queue.put(Waiting("big"), 100)
         while entry := queue.constrained_get(fits(free)):
@@ -160,10 +163,11 @@ def wait_of_a_big_request(starvation_s: float, gap_s: float) -> float | None:
     return None
 
 
+@pytest.mark.parametrize("num_others", [0, 1, 7])
 @pytest.mark.parametrize("gap_s", [0.1, 0.25, 1.0])
-def test_a_big_request_waits_no_longer_than_the_bound_and_one_drain(gap_s):
-    assert wait_of_a_big_request(math.inf, gap_s) is None, "it would starve without the rule"
-    waited_s = wait_of_a_big_request(4.0, gap_s)
+def test_a_big_request_waits_no_longer_than_the_bound_and_one_drain(gap_s, num_others):
+    assert wait_of_a_big_request(math.inf, gap_s, num_others) is None, "it would starve without the rule"
+    waited_s = wait_of_a_big_request(4.0, gap_s, num_others)
     assert waited_s is not None
     assert waited_s <= 4.0 + RUN_S + 3 * gap_s
 
@@ -265,7 +269,9 @@ def test_nobody_is_passed_for_longer_than_the_bound(arrivals):
 
 
 ACTIONS = st.one_of(
-    st.tuples(st.just("put"), st.integers(0, 70), st.integers(-2, 2), st.floats(0.1, 9)),
+    st.tuples(
+        st.just("put"), st.integers(0, 70), st.integers(-2, 2), st.floats(0.1, 9), st.sampled_from("abc")
+    ),
     st.tuples(st.just("get"), st.integers(0, 70)),
     st.tuples(st.just("put_back"), st.integers(0, 30)),
     st.tuples(st.just("remove"), st.integers(0, 30)),
@@ -281,8 +287,9 @@ def test_everything_put_comes_out_exactly_once(actions):
     outside: list[Entry[Waiting]] = []
     for number, (action, *values) in enumerate(actions):
         if action == "put":
-            need, priority, timeout_s = values
-            inside[str(number)] = queue.put(Waiting(str(number), priority, clock() + timeout_s), need)
+            need, priority, timeout_s, tenant = values
+            request = Waiting(str(number), priority, clock() + timeout_s, tenant)
+            inside[str(number)] = queue.put(request, need)
         elif action == "put_back" and values[0] < len(outside):
             entry = outside.pop(values[0])
             again = queue.put(entry.request, entry.need, since_s=entry.put_s)
@@ -389,11 +396,13 @@ def test_idle_time_does_not_count_as_slow_draining(clock):
 # --- cost ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("num_tenants", [1, 1_000])
 @pytest.mark.parametrize("length", [100, 1_000, 10_000, 100_000])
-def test_a_get_asks_the_same_few_questions_however_long_the_queue(clock, length):
+def test_a_get_asks_the_same_few_questions_however_long_the_queue(clock, length, num_tenants):
     queue = make_queue(clock)
     for number in range(length):
-        queue.put(Waiting(str(number), priority=number % 3), 64 + number * 37 % 960)
+        waiting = Waiting(str(number), priority=number % 3, tenant=str(number % num_tenants))
+        queue.put(waiting, 64 + number * 37 % 960)
     asked = 0
 
     def refuse(entry) -> bool:
@@ -412,5 +421,7 @@ def test_entries_removed_behind_a_blocked_head_leave_no_debris(clock):
         clock.advance(0.001)
         queue.put(Waiting(str(number), deadline_s=1e9), 41)
         queue.remove(str(number))
-    heaps = (queue._by_age, queue._by_deadline, queue._buckets[6]._by_rank, queue._buckets[6]._by_need)
+    bucket = queue._buckets[6]
+    heaps = (queue._by_age, queue._by_deadline, bucket._by_turn._lines[""], bucket._by_need)
+    assert len(bucket._by_turn._heads) <= 65
     assert max(len(heap._heap) for heap in heaps) <= 65
