@@ -42,6 +42,16 @@ Prefixes = Annotated[int, typer.Option(help="How many such beginnings there are.
 CancelShare = Annotated[float, typer.Option(help="Share of requests the client cancels.", min=0, max=1)]
 CancelAfter = Annotated[float, typer.Option(help="Seconds after which it does.", min=0)]
 Limit = Annotated[float | None, typer.Option(help="A limit in ms for goodput; ITL at a request's p99.")]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option("--slo", help="ttft=500ms,itl=50ms; of one class batch:e2e=30s. May be repeated."),
+]
+Classes = Annotated[
+    list[str] | None,
+    typer.Option(help="Synthetic: interactive:share=0.8,input=uniform:16-512,output=64. May be repeated."),
+]
+Turns = Annotated[str, typer.Option(help="Of each conversation: 4, uniform:2-6. Synthetic, or ShareGPT's.")]
+ThinkTime = Annotated[float, typer.Option(help="Seconds between turns, on average.", min=0)]
 WarmUp = Annotated[int, typer.Option(help="Requests before the run that do not count.", min=0)]
 Seed = Annotated[int, typer.Option(help="Of prompts, arrivals and cancellations.")]
 Search = Annotated[bool, typer.Option("--max-goodput", help="Search the highest rate within the limits.")]
@@ -78,6 +88,10 @@ def serve(
     num_prefixes: Prefixes = 1,
     cancel_share: CancelShare = 0.0,
     cancel_after: CancelAfter = 1.0,
+    request_class: Classes = None,
+    turns: Turns = "1",
+    think_time: ThinkTime = 1.0,
+    slo: Limits = None,
     slo_ttft_ms: Limit = None,
     slo_itl_ms: Limit = None,
     slo_tpot_ms: Limit = None,

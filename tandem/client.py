@@ -21,6 +21,7 @@ from tandem.sampling import SamplingParams
 from tandem.speculation import SpeculationParams
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
+SESSION_HEADER = "x-session-id"  # metadata: whose requests a session policy keeps together
 RETRY_S = 0.05
 RESUME_S = 30.0
 
@@ -60,6 +61,7 @@ class TandemClient:
         speculation: SpeculationParams | None = None,
         timeout_s: float | None = None,
         resume_s: float = RESUME_S,
+        session: str = "",
     ) -> AsyncGenerator[pb.StreamGenerateResponse]:
         """Events as they happen: Admitted, TokenChunks, one Finished per completion.
 
@@ -73,7 +75,7 @@ class TandemClient:
         progress = StreamProgress(message, timeout_s, resume_s)
         while True:
             try:
-                async with aclosing(self._events(progress)) as events:
+                async with aclosing(self._events(progress, session)) as events:
                     async for event in events:
                         if (new := progress.take(event)) is not None:
                             yield new
@@ -82,12 +84,14 @@ class TandemClient:
                 wait_s = progress.wait_after(error)
             await asyncio.sleep(wait_s)
 
-    async def _events(self, progress: StreamProgress) -> AsyncGenerator[pb.StreamGenerateResponse]:
+    async def _events(
+        self, progress: StreamProgress, session: str
+    ) -> AsyncGenerator[pb.StreamGenerateResponse]:
         """One call."""
         call = self._generation.StreamGenerate(
             pb.StreamGenerateRequest(input=progress.rest()),
             timeout=progress.time_left_s,
-            metadata=self._metadata,
+            metadata=(*self._metadata, (SESSION_HEADER, session)) if session else self._metadata,
         )
         try:
             async for event in call:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.serve.metrics import Slo
+from bench.serve.metrics import Limits, Slo
 from bench.serve.record import Outcome, RequestRecord
+from bench.serve.slo import Slos
 from tandem.errors import ConfigError
 
 RESAMPLES = 2000
@@ -73,7 +74,7 @@ def compare(a: dict[str, Any], b: dict[str, Any], margin: float) -> Comparison:
     is_paired = a["options"] == b["options"] and len(ours) == len(theirs)
     judge = _Judge(is_paired, margin)
     changes = [judge.latency(name, figure, ours, theirs) for name, figure in LATENCIES.items()]
-    changes.append(judge.outside_limits(Slo(**a["options"]["slo"]), ours, theirs))
+    changes.append(judge.outside_limits(_limits(a["options"]), ours, theirs))
     late = [name for name, run in (("A", a), ("B", b)) if run["summary"]["client_bottleneck"]]
     return Comparison(
         is_paired,
@@ -106,7 +107,7 @@ class _Judge:
         change, low, high = (float(np.expm1(value)) for value in logs)
         return self._judged(name, float(np.median(first)), float(np.median(second)), change, low, high)
 
-    def outside_limits(self, slo: Slo, ours: Records, theirs: Records) -> Change:
+    def outside_limits(self, slo: Limits, ours: Records, theirs: Records) -> Change:
         a, b = (np.array([float(not slo.is_met(record)) for record in side]) for side in (ours, theirs))
         change = self._bootstrap(a, b, np.mean)
         return self._judged("outside_limits", float(a.mean()), float(b.mean()), *change)
@@ -134,6 +135,11 @@ class _Judge:
     def _judged(self, name: str, a: float, b: float, change: float, low: float, high: float) -> Change:
         verdict = "worse" if low > self.margin else "better" if high < -self.margin else "same"
         return Change(name, a, b, change, low, high, verdict)
+
+
+def _limits(options: dict[str, Any]) -> Slos:
+    by_class = {name: Slo(**limits) for name, limits in options.get("class_slos", {}).items()}
+    return Slos(Slo(**options["slo"]), by_class)
 
 
 def _value(figure: Callable[[RequestRecord], float | None], record: RequestRecord) -> float | None:

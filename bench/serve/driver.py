@@ -8,12 +8,13 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from bench.serve.record import Outcome, RequestRecord
 from bench.serve.target import Reply, SendError, Target
 from bench.serve.workload import LoadRequest
 
+NOT_SENT = "NOT_SENT (an earlier turn did not end well)"
 TICK_S = 0.01  # of the clock that shows how late this process is
 
 
@@ -52,26 +53,51 @@ class Driver:
 
     async def _open(self, requests: Sequence[LoadRequest], times_s: Sequence[float]) -> list[RequestRecord]:
         tasks = []
-        for index, (request, at_s) in enumerate(zip(requests, times_s, strict=True)):
+        for index, request, at_s in zip(_first_indices(requests), requests, times_s, strict=True):
             if (left_s := at_s - self._now()) > 0:
                 await asyncio.sleep(left_s)
-            tasks.append(asyncio.create_task(self._one(index, request, at_s)))
-        return list(await asyncio.gather(*tasks))
+            tasks.append(asyncio.create_task(self._turns(index, request, at_s)))
+        return [record for records in await asyncio.gather(*tasks) for record in records]
 
     async def _closed(self, requests: Sequence[LoadRequest], concurrency: int) -> list[RequestRecord]:
-        """Each of `concurrency` users sends the next request when the last one ended."""
-        left = iter(enumerate(requests))
+        """Each of `concurrency` users sends the next request when the last one and its turns ended."""
+        left = zip(_first_indices(requests), requests, strict=True)
         records: list[RequestRecord] = []
 
         async def user() -> None:
             for index, request in left:
-                records.append(await self._one(index, request, self._now()))
+                records.extend(await self._turns(index, request, self._now()))
 
         await asyncio.gather(*(user() for _ in range(concurrency)))
         return sorted(records, key=lambda record: record.index)
 
-    async def _one(self, index: int, request: LoadRequest, scheduled_s: float) -> RequestRecord:
-        reply, record = Reply(), RequestRecord(index, scheduled_s, self._now(), max_tokens=request.max_tokens)
+    async def _turns(self, index: int, request: LoadRequest, scheduled_s: float) -> list[RequestRecord]:
+        """A request and, in a conversation, all after it, each with all before it as its context.
+
+        A turn is due when its user has thought since the end of the last. If one fails, so do the rest.
+        """
+        records = [await self._one(index, request, scheduled_s, reply := Reply())]
+        while request.then is not None:
+            request, last = _in_context(request, request.then, reply), records[-1]
+            reply, due_s = Reply(), last.end_s + request.think_s
+            if last.outcome is Outcome.OK:
+                await asyncio.sleep(max(due_s - self._now(), 0))
+                record = await self._one(index + len(records), request, due_s, reply)
+            else:
+                record = self._record(index + len(records), request, last.end_s)
+                record.end_s, record.error = record.sent_s, NOT_SENT
+                self.on_end(record)
+            record.turn = len(records)
+            records.append(record)
+        return records
+
+    def _record(self, index: int, request: LoadRequest, scheduled_s: float) -> RequestRecord:
+        record = RequestRecord(index, scheduled_s, self._now(), max_tokens=request.max_tokens)
+        record.request_class, record.session = request.request_class, request.session
+        return record
+
+    async def _one(self, index: int, request: LoadRequest, scheduled_s: float, reply: Reply) -> RequestRecord:
+        record = self._record(index, request, scheduled_s)
         leaves = random.Random(f"{self.seed}/{index}").random() < self.cancelling.share
         try:
             async with asyncio.timeout(self.cancelling.after_s if leaves else None):
@@ -91,6 +117,7 @@ class Driver:
         record.prompt_tokens, record.output_tokens = reply.prompt_tokens, reply.output_tokens
         record.stages_ms = reply.stages_ms
         record.drafted, record.accepted = reply.drafted, reply.accepted
+        record.cached_tokens = reply.cached_tokens
         record.digest = reply.text.hexdigest()[:16]
 
     async def _tick(self) -> None:
@@ -102,6 +129,23 @@ class Driver:
 
     def _now(self) -> float:
         return time.perf_counter() - self._began_s
+
+
+def _first_indices(requests: Sequence[LoadRequest]) -> Iterator[int]:
+    """Of each request's first record: turns follow it."""
+    total = 0
+    for request in requests:
+        yield total
+        total += request.num_turns
+
+
+def _in_context(before: LoadRequest, turn: LoadRequest, reply: Reply) -> LoadRequest:
+    """The turn with its prompt behind all that was said, as text or as token ids."""
+    if isinstance(before.prompt, str):
+        assert isinstance(turn.prompt, str)
+        return replace(turn, prompt=before.prompt + "".join(reply.texts) + turn.prompt)
+    assert not isinstance(turn.prompt, str)
+    return replace(turn, prompt=[*before.prompt, *reply.token_ids, *turn.prompt])
 
 
 @contextmanager

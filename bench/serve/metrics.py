@@ -16,13 +16,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from bench.serve.record import Outcome, RequestRecord
 
 PERCENTILES = (50, 90, 99)
 MAX_LAG_MS = 10.0  # of a client that keeps its schedule, at p99
 ITL_PERCENTILE = 99  # of one request's own gaps, against the limit
+
+
+class Limits(Protocol):
+    """What requests have to meet: the same for all, or by class."""
+
+    def is_met(self, record: RequestRecord) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,7 @@ def distribution(values: Sequence[float]) -> dict[str, float | int | None]:
 
 
 def summarize(
-    records: Sequence[RequestRecord], slo: Slo, loop_lags_ms: Sequence[float], *, is_closed: bool = False
+    records: Sequence[RequestRecord], slo: Limits, loop_lags_ms: Sequence[float], *, is_closed: bool = False
 ) -> dict[str, Any]:
     """All figures of a run. `loop_lags_ms` are how late the client's own clock ticks were.
 
@@ -105,12 +111,14 @@ def summarize(
         "tpot_ms": distribution([r.tpot_ms for r in ok if r.tpot_ms is not None]),
         "e2e_ms": distribution([record.e2e_ms for record in ok]),
         "tokens_per_arrival": _ratio(sum(r.output_tokens for r in ok), num_arrivals),
+        "cached_share": _ratio(sum(r.cached_tokens for r in ok), sum(r.prompt_tokens for r in ok)),
         "acceptance_rate": _ratio(sum(r.accepted for r in records), sum(r.drafted for r in records)),
         "most_in_flight": most_in_flight(records),
         "dispatch_lag_ms": distribution([record.lag_ms for record in records]),
         "loop_lag_ms": distribution(loop_lags_ms),
         "client_bottleneck": bool(own_lags_ms) and nearest_rank(own_lags_ms, 99) > MAX_LAG_MS,
         "errors_by_reason": _by_reason(counted),
+        "classes": _by_class(counted, slo, per_s),
     }
 
 
@@ -127,6 +135,27 @@ def most_in_flight(records: Sequence[RequestRecord]) -> int:
 def _by_reason(records: Sequence[RequestRecord]) -> dict[str, int]:
     reasons = [record.error for record in records if record.outcome is Outcome.FAILED]
     return {reason: reasons.count(reason) for reason in sorted(set(reasons))}
+
+
+def _by_class(records: Sequence[RequestRecord], slo: Limits, per_s: float) -> dict[str, dict[str, Any]]:
+    """Figures of each class, where requests have classes. Rates are over the whole run."""
+    names = sorted({record.request_class for record in records})
+    found: dict[str, dict[str, Any]] = {}
+    for name in names if any(names) else ():
+        own = [record for record in records if record.request_class == name]
+        ok = [record for record in own if record.outcome is Outcome.OK]
+        num_good = sum(slo.is_met(record) for record in own)
+        found[name] = {
+            "requests": len(own),
+            "ok": len(ok),
+            "goodput_rps": _rounded(num_good * per_s),
+            "attainment": _ratio(num_good, len(own)),
+            "ttft_ms": distribution([r.ttft_ms for r in ok if r.ttft_ms is not None]),
+            "itl_ms": distribution([gap for record in ok for gap in record.itl_ms]),
+            "tpot_ms": distribution([r.tpot_ms for r in ok if r.tpot_ms is not None]),
+            "e2e_ms": distribution([record.e2e_ms for record in ok]),
+        }
+    return found
 
 
 def _ratio(part: float, whole: float) -> float | None:

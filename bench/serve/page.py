@@ -42,6 +42,7 @@ def page(document: dict[str, Any], records: Sequence[RequestRecord]) -> str:
         "<h2>Latencies</h2>",
         _table(summary),
         f'<div class="pair">{_latencies(records)}</div>',
+        _classes(summary["classes"], document["options"]),
         "<h2>Over time</h2>",
         f'<div class="pair">{_over_time(records)}</div>',
         "<h2>Where the time of each request went</h2>",
@@ -68,7 +69,24 @@ def describe(options: dict[str, Any]) -> str:
         "ramp": f"ramp {arrival['rate']:g} to {arrival['ramp_to']:g}/s",
     }.get(arrival["kind"], f"{arrival['kind']} {arrival['rate']:g}/s")
     lengths = f"{options['input_lengths']} → {options['output_lengths']} tokens"
-    return f"{options['num_requests']} requests, {how}, {options['input'] or lengths}, seed {options['seed']}"
+    kinds = [
+        f"{one['name']} {one['share']:g} of {one['input_lengths']} → {one['output_lengths']} tokens"
+        for one in options["classes"]
+    ]
+    what = options["input"] or "; ".join(kinds) or lengths
+    turns = "" if options["turns"] == "1" else f", {options['turns']} turns {options['think_s']:g} s apart"
+    return f"{options['num_requests']} requests{turns}, {how}, {what}, seed {options['seed']}"
+
+
+def limits_of(name: str, options: dict[str, Any]) -> str:
+    """The limits of a class, as words."""
+    limits = options["class_slos"].get(name, options["slo"])
+    stated = [
+        f"{key.removesuffix('_ms').upper()} ≤ {value:g} ms"
+        for key, value in limits.items()
+        if value is not None
+    ]
+    return ", ".join(stated) or "none"
 
 
 def _verdict(summary: dict[str, Any]) -> str:
@@ -90,6 +108,7 @@ def _tiles(summary: dict[str, Any]) -> str:
         ("answered", f"{summary['ok']} of {summary['requests']}"),
         ("failed", f"{summary['errors']}"),
         ("most in flight", f"{summary['most_in_flight']}"),
+        ("prompt tokens cached", _percent(summary["cached_share"])),
     )
     cells = (f'<div class="tile"><b>{escape(value)}</b><span>{name}</span></div>' for name, value in tiles)
     return f'<div class="tiles">{"".join(cells)}</div>'
@@ -107,6 +126,38 @@ def _table(summary: dict[str, Any]) -> str:
         for key, (name, formula) in FORMULAS.items()
     ]
     return f"<table>{head}{''.join(rows)}</table><p>– : too few samples for this percentile</p>"
+
+
+def _classes(classes: dict[str, Any], options: dict[str, Any]) -> str:
+    """A row for each class, where there are any."""
+    if not classes:
+        return ""
+    titles = (
+        "class",
+        "requests",
+        "answered",
+        "goodput, req/s",
+        "within limits",
+        "TTFT p50",
+        "TPOT p50",
+        "limits",
+    )
+    head = f"<tr>{''.join(f'<th>{title}</th>' for title in titles)}</tr>"
+    rows = []
+    for name, one in classes.items():
+        medians = (f"{_figure(one[key]['p50'])} ms" for key in ("ttft_ms", "tpot_ms"))
+        cells = (
+            one["requests"],
+            one["ok"],
+            _figure(one["goodput_rps"]),
+            _percent(one["attainment"]),
+            *medians,
+        )
+        rows.append(
+            f"<tr><td>{escape(name or 'others')}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}"
+            f"<td>{escape(limits_of(name, options))}</td></tr>"
+        )
+    return f"<h2>By class</h2><table>{head}{''.join(rows)}</table>"
 
 
 def _latencies(records: Sequence[RequestRecord]) -> str:
@@ -195,6 +246,10 @@ def _search(found: dict[str, Any] | None) -> str:
     )
     chart = charts.lines("Share within the limits, by rate", "requests per second", [series])
     return f'<h2>Search for the most goodput</h2><p>{said}</p><div class="pair">{chart}</div>'
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f} %"
 
 
 def _figure(value: float | None) -> str:

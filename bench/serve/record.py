@@ -32,6 +32,10 @@ class RequestRecord:
     drafted: int = 0
     accepted: int = 0
     digest: str = ""  # of the text
+    cached_tokens: int = 0  # of the prompt, that were not computed again
+    request_class: str = ""
+    session: str = ""  # the conversation it is a turn of
+    turn: int = 0
 
     @property
     def first_s(self) -> float | None:
@@ -86,6 +90,10 @@ class RequestRecord:
             "drafted": self.drafted,
             "accepted": self.accepted,
             "digest": self.digest,
+            "cached_tokens": self.cached_tokens,
+            "request_class": self.request_class,
+            "session": self.session,
+            "turn": self.turn,
         }
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.measure import table, write_csv, write_json
-from bench.serve.page import FORMULAS, describe, page
+from bench.serve.page import FORMULAS, describe, limits_of, page
 from bench.serve.record import RequestRecord
 from bench.serve.search import Found
 from bench.serve.session import Options, Run
@@ -71,6 +71,12 @@ def show(content: dict[str, Any], console: Console) -> None:
         f"{summary['cancelled']} cancelled in {summary['duration_s']:.1f} s; "
         f"{summary['output_tokens_per_s']:.0f} output tokens/s, goodput {summary['goodput_rps']:.2f} req/s"
     )
+    for name, one in summary["classes"].items():
+        met = "–" if one["attainment"] is None else f"{one['attainment']:.1%}"
+        console.print(
+            f"{name or 'others'}: {one['ok']} of {one['requests']} answered, {met} within the limits "
+            f"({limits_of(name, content['options'])}), goodput {one['goodput_rps']:.2f} req/s"
+        )
     for reason, count in summary["errors_by_reason"].items():
         console.print(f"[yellow]{count} × {reason}[/]")
     if summary["client_bottleneck"]:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,12 +18,21 @@ from rich.console import Console
 
 from bench.measure import Meter
 from bench.serve.arrivals import Arrival, Schedule
+from bench.serve.conversation import RequestClass, Talk, chained, first_turns, of_classes, synthetic
 from bench.serve.driver import Cancelling, Driver
 from bench.serve.metrics import Slo, summarize
 from bench.serve.record import RequestRecord
 from bench.serve.search import Found, Trial, search
+from bench.serve.slo import Slos
 from bench.serve.target import Target
-from bench.serve.workload import Lengths, LoadRequest, Synthetic, read_workload
+from bench.serve.workload import (
+    Lengths,
+    LoadRequest,
+    Synthetic,
+    is_sharegpt,
+    read_sharegpt,
+    read_workload,
+)
 from tandem.errors import ConfigError
 
 WARM_UP_SEED = 987_654
@@ -42,7 +52,11 @@ class Options:
     prefix_share: float = 0.0
     num_prefixes: int = 1
     cancelling: Cancelling = field(default_factory=Cancelling)
-    slo: Slo = field(default_factory=Slo)
+    slo: Slo = field(default_factory=Slo)  # of classes that have none of their own
+    class_slos: tuple[tuple[str, Slo], ...] = ()
+    classes: tuple[RequestClass, ...] = ()  # of synthetic requests
+    turns: str = "1"  # of a conversation
+    think_s: float = 1.0  # between turns, on average
     warm_up: int = 4
     seed: int = 0
     trials: int = 3  # at each rate of a search
@@ -52,7 +66,16 @@ class Options:
         values = asdict(self)
         values["arrival"]["kind"] = self.arrival.kind.value
         values["input"] = str(self.input) if self.input else None
+        values["class_slos"] = dict(values["class_slos"])
         return values
+
+    @property
+    def limits(self) -> Slos:
+        return Slos(self.slo, dict(self.class_slos))
+
+    @property
+    def talk(self) -> Talk:
+        return Talk(Lengths(self.turns), self.think_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,13 +115,15 @@ class LoadTest:
         await self._warm_up()
         options = self.options
         requests = self._requests(options.num_requests, options.seed)
-        with Meter("load test", len(requests)) as meter:
+        with Meter("load test", sum(request.num_turns for request in requests)) as meter:
             return await self._once(requests, self._times(requests), options.seed, meter.step)
 
     async def search(self) -> Found:
         """The highest Poisson rate at which enough requests meet the limits. Raises `ConfigError`."""
-        if self.options.slo == Slo():
-            raise ConfigError("a search for the most goodput needs a limit: --slo-ttft-ms, --slo-itl-ms, …")
+        if self.options.limits == Slos():
+            raise ConfigError(
+                "a search for the most goodput needs a limit: --slo-ttft-ms, --slo ttft=500ms, …"
+            )
         await self._warm_up()
         say = Console(stderr=True, highlight=False).print
 
@@ -128,21 +153,18 @@ class LoadTest:
     ) -> Run:
         driver = Driver(self._target, self.options.cancelling, seed, lambda record: step())
         records = await driver.run(requests, times, self.options.concurrency)
-        lags_ms, slo = driver.loop_lags_ms, self.options.slo
-        return Run(records, summarize(records, slo, lags_ms, is_closed=times is None))
+        lags_ms, limits = driver.loop_lags_ms, self.options.limits
+        return Run(records, summarize(records, limits, lags_ms, is_closed=times is None))
 
     async def _warm_up(self) -> None:
-        requests = self._requests(self.options.warm_up, WARM_UP_SEED)[: self.options.warm_up]
+        requests = [replace(one, then=None) for one in self._requests(self.options.warm_up, WARM_UP_SEED)]
         await Driver(self._target).run(requests, None, 2)
 
     def _requests(self, count: int, seed: int) -> list[LoadRequest]:
         options, model = self.options, self._model
         if options.input is not None:
-            found = read_workload(options.input, model.vocab_size, model.max_context, options.max_tokens)
-            if not found:
-                raise ConfigError(f"{options.input} has no requests")
-            return found[:count]
-        synthetic = Synthetic(
+            return first_turns(self._of_file(options.input), count)
+        made = Synthetic(
             Lengths(options.input_lengths),
             Lengths(options.output_lengths),
             model.vocab_size,
@@ -150,7 +172,25 @@ class LoadTest:
             options.prefix_share,
             options.num_prefixes,
         )
-        return synthetic.requests(count, seed)
+        if options.classes:
+            return of_classes(made, options.classes, options.talk, count, seed)
+        return synthetic(made, options.talk, count, seed)
+
+    def _of_file(self, file: Path) -> list[LoadRequest]:
+        options, model = self.options, self._model
+        if options.talk.is_one:
+            found = read_workload(file, model.vocab_size, model.max_context, options.max_tokens)
+        elif is_sharegpt(file):
+            rng = random.Random(f"{options.seed}/turns")
+            found = [
+                chained(turns[: options.talk.turns.draw(rng)], options.talk, rng, f"{options.seed}-{number}")
+                for number, turns in enumerate(read_sharegpt(file, model.max_context))
+            ]
+        else:
+            raise ConfigError(f"{file} has no conversations: --turns needs ShareGPT JSON or no --input")
+        if not found:
+            raise ConfigError(f"{file} has no requests")
+        return found
 
     def _times(self, requests: Sequence[LoadRequest]) -> list[float] | None:
         schedule = self.options.arrival

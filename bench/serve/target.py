@@ -15,7 +15,7 @@ import grpc
 
 from bench.serve.sse import post_events
 from bench.serve.workload import LoadRequest
-from tandem.client import TandemClient
+from tandem.client import SESSION_HEADER, TandemClient
 from tandem.errors import ConfigError, TandemError
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.request import Timings
@@ -34,12 +34,16 @@ class Reply:
     stages_ms: dict[str, float] = field(default_factory=dict)
     drafted: int = 0
     accepted: int = 0
+    cached_tokens: int = 0
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)  # where the service says them
     text: Any = field(default_factory=hashlib.sha256)  # the digest of what came
 
     def note(self, num_tokens: int, text: str) -> None:
         """Tokens have just come."""
         self.arrivals.append((time.perf_counter(), num_tokens))
         self.output_tokens += num_tokens
+        self.texts.append(text)
         self.text.update(text.encode("utf-8", "surrogatepass"))
 
 
@@ -71,11 +75,12 @@ class GrpcTarget:
         client = self._clients[self._num_sent % len(self._clients)]
         sampling = SamplingParams(max_tokens=request.max_tokens, ignore_eos=request.ignore_eos)
         try:
-            async with aclosing(client.stream(request.prompt, sampling)) as events:
+            async with aclosing(client.stream(request.prompt, sampling, session=request.session)) as events:
                 async for event in events:
                     match event.WhichOneof("event"):
                         case "token_chunk":
                             reply.note(len(event.token_chunk.token_ids), event.token_chunk.text)
+                            reply.token_ids.extend(event.token_chunk.token_ids)
                         case "finished":
                             _finish(reply, event.finished)
         except TandemError as error:
@@ -106,6 +111,8 @@ class HttpTarget:
         self._model = model
 
     async def send(self, request: LoadRequest, reply: Reply) -> None:
+        if request.then is not None and not isinstance(request.prompt, str):
+            raise ConfigError("over HTTP answers are text: conversations need --input with text, or gRPC")
         body = {
             "model": self._model,
             "prompt": request.prompt,
@@ -118,7 +125,8 @@ class HttpTarget:
         usage: dict[str, Any] = {}
         try:
             where = (self._host, self._port, self._path)
-            async with aclosing(post_events(*where, body, self._headers, self._tls)) as events:
+            headers = self._headers | ({SESSION_HEADER: request.session} if request.session else {})
+            async with aclosing(post_events(*where, body, headers, self._tls)) as events:
                 async for event in events:
                     if "error" in event:
                         raise SendError(str(event["error"].get("code") or event["error"].get("type")))
@@ -130,6 +138,7 @@ class HttpTarget:
             raise SendError(f"NO_CONNECTION ({type(error).__name__})") from error
         if usage:  # an event may bring several tokens, or a piece of one
             reply.prompt_tokens, reply.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+            reply.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
 
     async def close(self) -> None:
         """Every request has a connection of its own, which ended with it."""
@@ -138,4 +147,5 @@ class HttpTarget:
 def _finish(reply: Reply, finished: pb.Finished) -> None:
     reply.prompt_tokens, reply.output_tokens = finished.usage.prompt, finished.usage.completion
     reply.drafted, reply.accepted = finished.usage.drafted, finished.usage.accepted
+    reply.cached_tokens = finished.usage.cached
     reply.stages_ms = Timings.from_pb(finished.timings).milliseconds()

@@ -3,17 +3,16 @@
 | file | taken from it |
 |---|---|
 | Mooncake trace, JSONL | `timestamp` (ms), `input_length`, `output_length`, `hash_ids`, of equal blocks |
-| ShareGPT, JSON | the first human turn of each conversation; the answer's length bounds the output |
+| ShareGPT, JSON | the human turns of each conversation, or the first; the answers' lengths bound the output |
 | requests, JSONL | OpenAI Batch lines, `{"prompt": …}`, `{"token_ids": […]}` |
 | plain text | one prompt a line |
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,20 @@ CHARS_PER_TOKEN = 4  # of a ShareGPT answer, whose tokens nobody has counted
 
 @dataclass(frozen=True, slots=True)
 class LoadRequest:
-    """One request to send. `at_s` is when a trace says it came."""
+    """One request to send, and what follows it. `at_s` is when a trace says it came."""
 
     prompt: Prompt
     max_tokens: int
     at_s: float | None = None
     ignore_eos: bool = True
+    request_class: str = ""
+    session: str = ""  # the conversation that it is a turn of
+    then: LoadRequest | None = None  # the next turn: its prompt is only what is said anew
+    think_s: float = 0.0  # from the end of the turn before
+
+    @property
+    def num_turns(self) -> int:
+        return 1 + (self.then.num_turns if self.then else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +103,20 @@ class Synthetic:
         return rng.choices(range(self.vocab_size), k=count)
 
 
+def is_sharegpt(path: Path) -> bool:
+    """Whether the file is one JSON list. Raises `ConfigError` if it cannot be read."""
+    is_plain_text(path)
+    with path.open("rb") as file:
+        return file.readline(SNIFFED_BYTES).lstrip().startswith(b"[")
+
+
 def read_workload(path: Path, vocab_size: int, max_context: int, max_tokens: int) -> list[LoadRequest]:
     """The requests of a file, in its order. Raises `ConfigError` naming what cannot be read."""
     is_text = is_plain_text(path)
     with path.open("rb") as file:
         begin = file.readline(SNIFFED_BYTES).lstrip()
     if begin.startswith(b"["):
-        return _sharegpt(path)
+        return [turns[0] for turns in read_sharegpt(path, max_context)]
     if b'"hash_ids"' in begin:
         return list(_mooncake(path, vocab_size, max_context))
     parser = LineParser(is_text, {"max_tokens": max_tokens})
@@ -114,8 +128,22 @@ def read_workload(path: Path, vocab_size: int, max_context: int, max_tokens: int
             raise ConfigError(f"{path}:{line}: load tests take prompts, not chats")
         body = entry.body
         limit = int(body.get("max_tokens") or max_tokens)
-        found.append(LoadRequest(body.get("prompt", ""), limit, ignore_eos=bool(body.get("ignore_eos"))))
+        found.append(
+            LoadRequest(
+                body.get("prompt", ""),
+                limit,
+                ignore_eos=bool(body.get("ignore_eos")),
+                request_class=_class_of(body),
+            )
+        )
     return found
+
+
+def _class_of(values: Mapping[str, Any]) -> str:
+    """What a line names as its `class`, or in `metadata`, where OpenAI's API has a place for it."""
+    metadata = values.get("metadata")
+    found = values.get("class") or (metadata.get("class") if isinstance(metadata, dict) else None)
+    return str(found or "")
 
 
 def _mooncake(path: Path, vocab_size: int, max_context: int) -> Iterator[LoadRequest]:
@@ -139,21 +167,32 @@ def _mooncake(path: Path, vocab_size: int, max_context: int) -> Iterator[LoadReq
             tokens += random.Random(f"block {hash_id}").choices(range(vocab_size), k=MOONCAKE_BLOCK)
         num_own = max(num_prompt - len(tokens), 0)  # what the ids do not cover is this line's alone
         tokens += random.Random(f"line {number}").choices(range(vocab_size), k=num_own)
-        yield LoadRequest(tokens[:num_prompt], num_output, (timestamp_ms - first_ms) / 1e3)
+        at_s = (timestamp_ms - first_ms) / 1e3
+        yield LoadRequest(tokens[:num_prompt], num_output, at_s, request_class=_class_of(row))
 
 
-def _sharegpt(path: Path) -> list[LoadRequest]:
+def read_sharegpt(path: Path, max_context: int) -> list[list[LoadRequest]]:
+    """The human turns of each conversation, up to the first that is empty or has no answer.
+
+    Lengths are in characters, which nobody has tokenized: what is likely to exceed the context is left out.
+    Raises `ConfigError`.
+    """
     try:
         conversations = [entry["conversations"] for entry in json.loads(path.read_text())]
-        turns = [
-            (turn["value"], answer["value"])
-            for conversation in conversations
-            for turn, answer in itertools.pairwise(conversation[:2])
-        ]
+        told = [[str(turn["value"]) for turn in conversation] for conversation in conversations]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} is not ShareGPT JSON ({type(error).__name__}: {error})") from error
-    pairs = [(prompt, answer) for prompt, answer in turns if prompt and answer]
-    return [
-        LoadRequest(prompt, max(len(answer) // CHARS_PER_TOKEN, 1), ignore_eos=False)
-        for prompt, answer in pairs
-    ]
+    found = [_human_turns(turns, max_context) for turns in told]
+    return [turns for turns in found if turns]
+
+
+def _human_turns(told: Sequence[str], max_context: int) -> list[LoadRequest]:
+    turns: list[LoadRequest] = []
+    num_chars = 0
+    for said, answer in zip(told[::2], told[1::2], strict=False):
+        num_chars += len(said) + len(answer)
+        if not said or not answer or (turns and num_chars > CHARS_PER_TOKEN * max_context):
+            break
+        num_output = max(len(answer) // CHARS_PER_TOKEN, 1)
+        turns.append(LoadRequest(said, num_output, ignore_eos=False))
+    return turns

@@ -13,9 +13,11 @@ from bench.measure import console, table
 from bench.serve import report
 from bench.serve.arrivals import Schedule, arrival_named
 from bench.serve.compare import compare
+from bench.serve.conversation import parse_class
 from bench.serve.driver import Cancelling
 from bench.serve.metrics import Slo
 from bench.serve.session import LoadTest, Model, Options
+from bench.serve.slo import parse_slos
 from bench.serve.target import GrpcTarget, HttpTarget, Target
 from deploy.access import Access, access_of
 from tandem.config import ClusterConfig
@@ -77,14 +79,18 @@ def _options(params: dict[str, Any]) -> Options:
     """From the command's parameters. Raises `ConfigError`."""
     arrival = arrival_named(params["arrival"])
     slo = Slo(**{name: params[f"slo_{name}"] for name in ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms")})
-    same = ("num_requests", "concurrency", "prefix_share", "num_prefixes", "warm_up", "seed")
+    slos = parse_slos(params["slo"] or (), slo)
+    same = ("num_requests", "concurrency", "prefix_share", "num_prefixes", "warm_up", "seed", "turns")
     return Options(
         arrival=Schedule(arrival, params["rate"], params["burstiness"], params["ramp_to"]),
         input=params["input_file"],
         input_lengths=params["input_tokens"],
         output_lengths=params["output_tokens"],
         cancelling=Cancelling(params["cancel_share"], params["cancel_after"]),
-        slo=slo,
+        slo=slos.default,
+        class_slos=tuple(slos.by_class.items()),
+        classes=tuple(parse_class(text) for text in params["request_class"] or ()),
+        think_s=params["think_time"],
         trials=params["trials"],
         attainment=params["attainment"],
         **{name: params[name] for name in same},
