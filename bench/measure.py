@@ -14,7 +14,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 WIDTH = 140  # of tables that go to a file
 LIMIT_FLOATS, LIMIT_SIZE = 1 << 26, 2048  # of the tensor that is summed; of the matrices multiplied
 PLAIN_LINE_EVERY_S = 10.0  # without a terminal: one line of progress this often at most
@@ -54,17 +55,17 @@ class Spread:
 
 
 def interleave(
-    arms: Mapping[str, Callable[[], T]],
+    arms: Mapping[K, Callable[[], T]],
     rounds: int,
     *,
     warm_ups: int = 1,
     after: Callable[[], None] | None = None,
-) -> dict[str, list[T]]:
+) -> dict[K, list[T]]:
     """Run all arms `rounds` times in turns; what each returned, by name, without the warm-ups.
 
     `after` is called after every run of an arm, `(rounds + warm_ups) * len(arms)` times.
     """
-    results: dict[str, list[T]] = {name: [] for name in arms}
+    results: dict[K, list[T]] = {name: [] for name in arms}
     names = list(arms)
     for number in range(warm_ups + rounds):
         for name in names if number % 2 == 0 else reversed(names):

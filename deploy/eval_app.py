@@ -29,6 +29,8 @@ HELP = {
     "speculation": "Speculation by k and τ: throughput, latency, rollbacks, acceptance, speed-up.",
     "quantized-pairs": "Target and draft in 8 and 4 bits: the same figures at k = 3, τ = 0.2.",
     "quantization": "A target in 16, 8 and 4 bits without a draft: speed and perplexity.",
+    "gamma": "γ draft tokens per step: speed-up beside theory from measured costs; by data source.",
+    "qspec": "Four-bit weights that draft with 4- and 8-bit activations: speed, acceptance, fidelity.",
 }
 FOLDER = Path("bench-results/eval")
 

@@ -10,6 +10,8 @@ MODULES = {  # by the name of the command
     "speculation": "speculation",
     "quantized-pairs": "quantized_pairs",
     "quantization": "quantization",
+    "gamma": "gamma",
+    "qspec": "qspec",
 }
 
 

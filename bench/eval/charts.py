@@ -17,7 +17,8 @@ BARS_SHARE = 0.8  # of the room of one place
 GREY = "#777777"
 BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # where a line crosses a figure
 WORD_WIDTH = 13  # letters under a bar
-SMALL = 8  # points of the legend's letters
+SMALL, SMALLEST = 8, 6  # points of letters
+MANY = 4  # bars side by side
 
 
 def draw(folder: Path, stem: str, charts: Sequence[Chart]) -> Iterator[Path]:
@@ -30,12 +31,14 @@ def draw(folder: Path, stem: str, charts: Sequence[Chart]) -> Iterator[Path]:
 def _draw(file: Path, chart: Chart) -> Path:
     figure, (axes,) = new_figure()
     words = list(dict.fromkeys(p for series in chart.series for p in series.places if isinstance(p, str)))
+    seen = {True: 0, False: 0}  # of what is expected and of what was measured: pairs share a colour
     for number, series in enumerate(chart.series):
         places = [words.index(place) if isinstance(place, str) else place for place in series.places]
         if chart.is_bars:
             _bars(axes, series, places, number, len(chart.series))
         else:
-            _line(axes, series, places, number)
+            _line(axes, series, places, seen[series.is_expected])
+        seen[series.is_expected] += 1
     if words:
         axes.set_xticks(range(len(words)), [textwrap.fill(word, WORD_WIDTH) for word in words])
     else:
@@ -59,7 +62,7 @@ def _bars(axes: Axes, series: Series, places: Sequence[float], number: int, coun
     lefts = [place - BARS_SHARE / 2 + (number + 0.5) * width for place in places]
     color = GREY if series.is_expected else COLORS[number % len(COLORS)]
     bars = axes.bar(lefts, series.values, width, color=color, label=series.name)
-    axes.bar_label(bars, fmt="%.2f", fontsize=SMALL, padding=2, bbox=BACKGROUND)
+    axes.bar_label(bars, fmt="%.2f", fontsize=SMALL if count < MANY else SMALLEST, padding=2, bbox=BACKGROUND)
 
 
 def _scale(axes: Axes, chart: Chart) -> None:

@@ -7,9 +7,10 @@ timed; prompts are prefilled before.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 from bench.measure import Spread, interleave
 from bench.speculation.rig import EXACT, Rig, Run
@@ -18,6 +19,7 @@ from decode_worker.decoder import Decoder
 from tandem.sampling import SamplingParams
 from tandem.speculation import SpeculationParams, SpeculationPolicy
 
+K = TypeVar("K", bound=Hashable)
 PROMPT_TOKENS = OUTPUT_TOKENS = 128
 TEMPERATURE = 0.7  # of sampling
 AT_ONCE = 32  # samples whose KV is kept
@@ -101,17 +103,17 @@ def per_round(samples: int, batch: int, rounds: int) -> int:
 
 
 def measure(
-    arms: Mapping[str, Arm],
+    arms: Mapping[K, Arm],
     samples: Sequence[Tokens],
     batch: int,
     sampling: SamplingParams,
     rounds: int,
     after: Callable[[], None],
-) -> dict[str, Outcome]:
+) -> dict[K, Outcome]:
     """All arms on all samples. `after` is called `num_runs` times."""
     outcomes = {name: Outcome() for name in arms}
 
-    def run(name: str, some: Sequence[Tokens]) -> tuple[Run, float]:
+    def run(name: K, some: Sequence[Tokens]) -> tuple[Run, float]:
         arm, began_s = arms[name], time.process_time()
         found = arm.rig.run(arm.decoder, some, batch, sampling, arm.asked)
         after()

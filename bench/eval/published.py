@@ -15,6 +15,15 @@ QUANTIZATION_SETTING = (
     "stride 512 and windows of 2,048 tokens."
 )
 
+GAMMA_SETTING = (
+    "Published (CMU 11-664/763, autumn 2025): transformers on an A100 of 80 GB, where all three pairs lost. "
+    "Its α falls with γ, as our acceptance does."
+)
+QSPEC_SETTING = (
+    "Published (QSpec, Zhao et al.): A100 of 40 GB, Atom's kernels, γ = 3, greedy, means over six datasets; "
+    "fidelity of Atom's formats. Its latencies replay traces of emulated quantization on real kernels."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Speculated:
@@ -53,6 +62,36 @@ class Quantized:
     gpu_percent: float
 
 
+@dataclass(frozen=True, slots=True)
+class Gamma:
+    """Speculation at batch 1 with γ draft tokens per step."""
+
+    pair: str
+    gamma: int
+    speedup: float
+    alpha_percent: float
+
+
+@dataclass(frozen=True, slots=True)
+class QSpec:
+    """QSpec over W4A16 at a batch size."""
+
+    model: str
+    batch: int
+    speedup: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """One figure of W4A16, QSpec and W4A4."""
+
+    formats: str
+    figure: str
+    w4a16: float
+    qspec: float
+    w4a4: float
+
+
 SPECULATION = (
     Speculated("1B", 0.0001, "greedy", 3, 19.995, 50.013, 2502, 0.547, 1.301, 89.08),
     Speculated("1B", 0.0001, "greedy", 5, 18.653, 53.611, 2700, 0.440, 1.214, 86.79),
@@ -89,6 +128,35 @@ QUANTIZATION = (
     Quantized(16, 15.499, 5.563, 97.97),
     Quantized(8, 9.028, 5.640, 48.93),
     Quantized(4, 21.036, 6.242, 70.37),
+)
+GAMMA = tuple(
+    Gamma(pair, gamma, speedup, alpha)
+    for pair, speedups, alphas in (
+        ("Qwen3 8B + 0.6B", (0.52, 0.54, 0.51, 0.47), (68.5, 62.0, 52.5, 46.7)),
+        ("Qwen3 8B + 1.7B", (0.52, 0.56, 0.55, 0.53), (75.2, 70.9, 59.1, 53.6)),
+        ("Llama 3.1 8B + 1B", (0.52, 0.60, 0.64, 0.64), (70.0, 68.0, 58.1, 53.1)),
+    )
+    for gamma, speedup, alpha in zip((2, 3, 5, 7), speedups, alphas, strict=True)
+)
+QSPEC = tuple(
+    QSpec(model, batch, speedup)
+    for model, speedups in (
+        ("3B", (1.50, 1.24, 1.23)),
+        ("Llama 2 7B", (1.57, 1.33, 1.31)),
+        ("Llama 3 8B", (1.48, 1.25, 1.20)),
+        ("13B", (1.71, 1.45, 1.31)),
+    )
+    for batch, speedup in zip((8, 16, 32), speedups, strict=True)
+)
+FIDELITY = (
+    Fidelity("Atom", "WikiText-2 perplexity", 7.87, 7.87, 8.6),
+    Fidelity("Atom", "GSM8K", 73.4, 73.4, 54.7),
+    Fidelity("Atom", "MATH", 24.3, 24.3, 15.5),
+    Fidelity("Atom", "MBPP", 41.5, 39.0, 30.5),
+    Fidelity("Atom", "HumanEval", 52.4, 52.4, 31.7),
+    Fidelity("QuaRot", "WikiText-2 perplexity", 8.58, 8.58, 10.2),
+    Fidelity("QuaRot", "GSM8K", 70.5, 71.0, 42.0),
+    Fidelity("QuaRot", "HumanEval", 45.7, 47.6, 28.0),
 )
 
 

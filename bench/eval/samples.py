@@ -15,6 +15,11 @@ from bench.speculation.text import Tokens, batches
 from tandem.errors import ConfigError
 
 CANDIDATES = 3  # for each sample that is wanted
+RULE = (
+    f"Samples are texts of at least {PROMPT_TOKENS} tokens, clipped to {PROMPT_TOKENS}, and get "
+    f"{OUTPUT_TOKENS} new tokens; those whose greedy continuation ends in a loop are left out. Decoding "
+    "alone is timed."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +30,14 @@ class Samples:
     looping_share: float
 
     @property
+    def count(self) -> str:
+        """How many, and how many were not taken."""
+        return f"{len(self.prompts)} samples ({self.looping_share:.0%} of those tried loop and are left out)"
+
+    @property
     def remark(self) -> str:
-        return (
-            f"{len(self.prompts)} samples of at least {PROMPT_TOKENS} tokens, clipped to {PROMPT_TOKENS}; "
-            f"{OUTPUT_TOKENS} new tokens; those whose greedy continuation ends in a loop are left out "
-            f"({self.looping_share:.0%} of those tried). Decoding alone is timed."
-        )
+        """The same, and what samples are."""
+        return f"{self.count}. {RULE}"
 
 
 class Writer:

@@ -45,6 +45,7 @@ class Setup:
     draft: str = "model"  # none | ngram | model | self | qspec
     draft_precision: str = "none"  # a quantization, of the target's weights for a self-draft
     target_precision: str = "none"
+    activation_bits: int = 0  # of a draft by the target's own weights; 0: the faster of 8 and 32
 
     @property
     def label(self) -> str:
@@ -53,6 +54,8 @@ class Setup:
             parts.append(self.draft_precision)
         if self.target_precision != "none":
             parts.append(f"target {self.target_precision}")
+        if self.activation_bits:
+            parts.append(f"{self.activation_bits}-bit activations")
         return " ".join(parts)
 
     def config(self, pair: Pair) -> ClusterConfig:
@@ -63,6 +66,7 @@ class Setup:
                 draft=self.draft,
                 draft_path=pair.draft if self.draft == "model" else None,
                 draft_quantization=self.draft_precision,
+                draft_activation_bits=self.activation_bits,
             ),
         )
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from bench.eval import charts, decoding, quantization, quantized_pairs, samples, speculation
+from bench.eval import charts, decoding, gamma, qspec, quantization, quantized_pairs, samples, speculation
 from bench.eval.attempt import attempt
 from bench.eval.catalog import MODULES, experiment
 from bench.eval.decoding import PROMPT_TOKENS, Arm, measure, num_runs, per_round
@@ -26,6 +26,7 @@ from bench.eval.report import Report
 from bench.eval.texts import Source, docstrings, read_texts, sources
 from bench.inflate import BUNDLED, Pair
 from bench.measure import Meter
+from bench.speculation.formula import StepCosts
 from bench.speculation.rig import Rig, Run, Setup
 from deploy.eval_app import HELP
 from tandem.engine.model_runner import ModelRunner
@@ -208,6 +209,55 @@ def test_quantization_alone(settings, tmp_path) -> None:
     assert rows["int8"].agreement > rows["nf4"].agreement
     assert "windows of 512" in found.remarks[1]
     assert "quantization-perplexity.png" in written(quantization, settings, found, tmp_path)
+
+
+def test_the_gamma_study(settings, texts, tmp_path) -> None:
+    other = tmp_path / "upper.txt"
+    other.write_text(texts.read_text().upper())
+    chosen = replace(settings, texts=(texts, other))
+    found = gamma.run(chosen)
+    rows = found.tables["rows"]
+    assert [(r.source, r.gamma) for r in rows] == [(s, g) for s in ("letters", "upper") for g in (2, 3, 5, 7)]
+    for row in rows:
+        assert row.omega == pytest.approx(sum(row.alpha**i for i in range(row.gamma + 1)))
+        cost = (row.gamma * row.draft_ms + row.verify_ms) / row.target_ms
+        assert row.expected_speedup == pytest.approx(row.omega / cost)
+        assert row.expected_ms_per_token == pytest.approx(row.target_ms * cost / row.omega)
+    assert found.sheets[1].rows[0] == ("2", "0.52x, α 68.5%", "0.52x, α 75.2%", "0.52x, α 70.0%")
+    assert "gamma-speedup.png" in written(gamma, chosen, found, tmp_path)
+
+
+@given(st.floats(0, 1), st.floats(0.01, 1), st.floats(0, 1))
+def test_the_recommended_gamma_is_the_fastest_or_none(alpha, draft, extra) -> None:
+    """By the formula written out: time of γ drafts and γ + 1 rows, for 1 + α + … + α^γ tokens."""
+    costs = {g: StepCosts(draft, 1.0, 1.0 + extra * g) for g in gamma.CANDIDATES}
+
+    def speed(g: int) -> float:
+        return sum(alpha**i for i in range(g + 1)) / (g * draft + 1 + extra * g)
+
+    best = gamma.recommended(alpha, costs)
+    assert max(speed(best), 1) == pytest.approx(max(1, *(speed(g) for g in costs)))
+
+
+def test_qspec_tables(settings, tmp_path) -> None:
+    found = qspec.run(replace(settings, rounds=1))
+    rows = found.tables["rows"]
+    methods = ["QSpec, W4A4 drafts (emulated)", "QSpec, W4A8 drafts", "W4A4 alone (emulated)", "W4A8 alone"]
+    assert [(r.batch, r.method) for r in rows] == [(b, m) for b in (8, 16, 32) for m in ("W4A16", *methods)]
+    for row in rows:
+        if row.method.startswith("QSpec"):
+            assert row.identical
+            assert 0 < row.draft_share + row.verify_share < 1
+        else:
+            assert row.acceptance_rate is None
+    assert not all(row.identical for row in rows if row.method == methods[2])
+    accepted = {(row.draft, row.gamma): row.acceptance_rate for row in found.tables["acceptance"]}
+    assert set(accepted) == {(d, g) for d in ("W4A4 (emulated)", "W4A8") for g in range(2, 8)}
+    assert accepted["W4A8", 3] > accepted["W4A4 (emulated)", 3]
+    fidelity = {row.method: row for row in found.tables["fidelity"]}
+    assert (fidelity["16-bit"].agreement_16_bit, fidelity["W4A16"].agreement) == (1, 1)
+    assert fidelity["W4A8 alone"].agreement > fidelity["W4A4 alone (emulated)"].agreement
+    assert {"qspec-fidelity.csv", "qspec-speed.png"} <= written(qspec, settings, found, tmp_path)
 
 
 def test_perplexity_is_that_of_windows_scored_by_transformers() -> None:
