@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 
-from router.disaggregation import SPLIT, Decision
+from router.disaggregation import ALONE, SPLIT, Decision
 from router.fleet import Fleet, Pool
 from router.needs import Needs
 from router.policy import ANY, Candidate, LeastLoaded, Route, RoutingPolicy
@@ -36,7 +36,7 @@ class Plan:
     request_id: str
     epoch: int
     needs: Needs
-    prefill: WorkerInfo
+    prefill: WorkerInfo | None  # None: there is none, and `decision` is local
     decode: WorkerInfo
     store: str  # which start of the store
     decision: Decision = SPLIT  # where the prompt is computed
@@ -46,8 +46,8 @@ class Plan:
     def blamed(self, stage: str, error: TandemError) -> set[str]:
         """Who may be the cause of an error in that stage."""
         is_split = stage == "prefill" and not self.decision.is_local
-        worker = (self.prefill if is_split else self.decode).worker_id
-        return {worker, STORE} if error.reason == "STORE_DOWN" else {worker}
+        worker = self.prefill if is_split and self.prefill else self.decode
+        return {worker.worker_id, STORE} if error.reason == "STORE_DOWN" else {worker.worker_id}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +61,18 @@ class Occupancy:
 
 
 class Admission:
-    """The credits of one router."""
+    """The credits of one router. With `prefill_fallback` requests go without a prefill worker while all that
+    there were are lost: their prompts are computed where they are decoded."""
 
     def __init__(
-        self, policy: RoutingPolicy | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        policy: RoutingPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        prefill_fallback: bool = False,
     ) -> None:
         self._clock = clock
+        self._prefill_fallback = prefill_fallback
         self._fleet = Fleet(policy or LeastLoaded())
         self._store: Ledger | None = None
         self._store_incarnation = ""
@@ -106,14 +112,10 @@ class Admission:
             self._store_incarnation = incarnation
             self._largest_store = max(self._largest_store, total_bytes)
 
-    def remove_store(self) -> None:
-        """The store is gone; nothing is admitted until `set_store`."""
-        self._store = None
-
     def check_available(self) -> None:
         """Raise `NO_PREFILL`, `NO_DECODE` or `STORE_DOWN` if a part is missing altogether."""
         roles = {pool.info.role for pool in self._fleet if pool.accepting}
-        if WorkerRole.PREFILL not in roles:
+        if WorkerRole.PREFILL not in roles and not self._lacks_prefill:
             raise Unavailable("NO_PREFILL", "no prefill worker is available")
         if WorkerRole.DECODE not in roles:
             raise Unavailable("NO_DECODE", "no decode worker is available")
@@ -136,6 +138,8 @@ class Admission:
 
     def fits_when_idle(self, needs: Needs, exclude: Collection[str] = NOBODY) -> bool:
         """Whether the workers present now could hold the request if nothing else ran."""
+        if self._lacks_prefill:
+            return self._fleet.fits_when_idle(None, needs.decode_blocks, exclude)
         has_store = self._store is not None and self._store.total >= needs.store_bytes
         return has_store and self._fleet.fits_when_idle(needs.prefill_blocks, needs.decode_blocks, exclude)
 
@@ -149,6 +153,8 @@ class Admission:
     ) -> Plan | None:
         """Take all credits for one attempt, or none. `exclude` names workers that refused before."""
         store = self._store
+        if self._lacks_prefill:
+            return self._try_admit_alone(request_id, epoch, needs, exclude, route)
         if store is None or store.free < needs.store_bytes:
             return None
         pair = self._fleet.best_pair(needs.prefill_blocks, needs.decode_blocks, exclude, route)
@@ -174,7 +180,7 @@ class Admission:
     def place(self, plan: Plan, decision: Decision, num_kept: int = 0) -> Plan:
         """The plan as decided; a prompt that stays with its decode worker gives the other credits back."""
         waiting_tokens = self.waiting_tokens(plan)
-        if decision.is_local:
+        if decision.is_local and plan.prefill is not None:
             self.release_prefill(plan)
             self.release_store(plan)
         return replace(plan, decision=decision, waiting_tokens=waiting_tokens, num_kept=num_kept)
@@ -231,15 +237,32 @@ class Admission:
         """The workers of one role that accept work, as the policy sees them."""
         return [p.candidate() for p in self._fleet if p.info.role is role and p.accepting]
 
+    @property
+    def _lacks_prefill(self) -> bool:
+        """Whether requests go without a prefill worker now."""
+        was_there = self._largest[WorkerRole.PREFILL] > 0
+        return self._prefill_fallback and was_there and not self._fleet.num_workers(WorkerRole.PREFILL)
+
+    def _try_admit_alone(
+        self, request_id: str, epoch: int, needs: Needs, exclude: Collection[str], route: Route
+    ) -> Plan | None:
+        """Take credits on a decode worker only."""
+        decode = self._fleet.best_decode(needs.decode_blocks, exclude, route)
+        if decode is None:
+            return None
+        _reserve_all(request_id, epoch, [(decode.ledger, needs.decode_blocks)])
+        self._fleet.changed(decode)
+        return Plan(request_id, epoch, needs, None, decode.info, self._store_incarnation, ALONE)
+
     @staticmethod
     def _check_largest(needed: int, largest: int, unit: str, where: str) -> None:
         # Nothing known yet is not a reason to refuse for good.
         if 0 < largest < needed:
             raise InvalidRequest("NEVER_FITS", f"request needs {needed} {unit}; the {where} has {largest}")
 
-    def _pool_of(self, info: WorkerInfo) -> Pool | None:
-        pool = self._fleet.get(info.worker_id)
-        return pool if pool is not None and pool.info.incarnation == info.incarnation else None
+    def _pool_of(self, info: WorkerInfo | None) -> Pool | None:
+        pool = self._fleet.get(info.worker_id) if info else None
+        return pool if pool and info and pool.info.incarnation == info.incarnation else None
 
     def _store_of(self, plan: Plan) -> Ledger | None:
         return self._store if self._store_incarnation == plan.store else None

@@ -34,6 +34,7 @@ class Why(Enum):
     CHEAPER = "cheaper"  # this way
     CACHED = "cached"  # cheaper this way for what is cached there, and otherwise not
     STORE_DOWN = "store-down"  # there is no other way
+    NO_PREFILL = "no-prefill"  # nor here: every prefill worker is lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Decision:
 
 
 STAY = Decision(True, Why.STORE_DOWN)
+ALONE = Decision(True, Why.NO_PREFILL)
 SPLIT = Decision(False, Why.ALWAYS)
 UNSPLIT = Decision(True, Why.NEVER)
 

@@ -267,7 +267,9 @@ class Dispatcher:
         waiting, worker = self._admission.waiting_tokens(plan), plan.decode.worker_id
         cached = self._routes.cached(ticket.traits, worker)
         decision = self._disaggregation.decide(plan.needs.prefill_tokens, waiting, worker, cached)
-        if self._config.router.store_fallback and STORE in ticket.exclude:
+        if plan.prefill is None:
+            decision = plan.decision
+        elif self._config.router.store_fallback and STORE in ticket.exclude:
             decision = STAY
         self._disaggregation.begin(worker)
         self.metrics.note_placed(decision.name)

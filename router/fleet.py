@@ -7,6 +7,7 @@ exchange KV (same build, same block size) are kept together; a pair is always of
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -86,6 +87,7 @@ class Fleet:
     def __init__(self, policy: RoutingPolicy) -> None:
         self._policy = policy
         self._pools: dict[str, Pool] = {}
+        self._roles: Counter[WorkerRole] = Counter()
         self._sides: dict[WorkerRole, dict[Build, _Side]] = {role: {} for role in WorkerRole}
 
     def __iter__(self) -> Iterator[Pool]:
@@ -99,12 +101,18 @@ class Fleet:
         """An earlier start of the same worker is forgotten."""
         self.remove(pool.info.worker_id)
         self._pools[pool.info.worker_id] = pool
+        self._roles[pool.info.role] += 1
         self.changed(pool)
 
     def remove(self, worker_id: str) -> None:
         pool = self._pools.pop(worker_id, None)
         if pool is not None:
+            self._roles[pool.info.role] -= 1
             self._leave(pool)
+
+    def num_workers(self, role: WorkerRole) -> int:
+        """That are known, whether they accept work or not."""
+        return self._roles[role]
 
     def changed(self, pool: Pool) -> None:
         """Its books, or whether it accepts work, are other than before."""
@@ -137,16 +145,30 @@ class Fleet:
         _, decode, prefill = min(pairs)
         return self._pools[prefill], self._pools[decode]
 
-    def fits_when_idle(self, prefill_blocks: int, decode_blocks: int, exclude: Collection[str]) -> bool:
-        """Whether some pair could hold so much if nothing else ran."""
+    def best_decode(self, decode_blocks: int, exclude: Collection[str], route: Route = ANY) -> Pool | None:
+        """The same without a prefill worker."""
+        found = []
+        for side in self._sides[WorkerRole.DECODE].values():
+            decodes = self._with_room(side, decode_blocks, exclude)
+            if decode := decodes and self._policy.decode(decodes, route):
+                found.append((side.by_load.key(decode), decode))
+        return self._pools[min(found)[1]] if found else None
+
+    def fits_when_idle(
+        self, prefill_blocks: int | None, decode_blocks: int, exclude: Collection[str]
+    ) -> bool:
+        """Whether some pair could hold so much if nothing else ran; some decode worker, if no prefill blocks
+        are asked for."""
         usable = [p for p in self._pools.values() if p.accepting and p.info.worker_id not in exclude]
         builds = {
-            role: {p.build for p in usable if p.info.role is role and p.ledger.total >= blocks}
+            role: {p.build for p in usable if p.info.role is role and p.ledger.total >= (blocks or 0)}
             for role, blocks in (
                 (WorkerRole.PREFILL, prefill_blocks),
                 (WorkerRole.DECODE, decode_blocks),
             )
         }
+        if prefill_blocks is None:
+            return bool(builds[WorkerRole.DECODE])
         return bool(builds[WorkerRole.PREFILL] & builds[WorkerRole.DECODE])
 
     def _with_room(self, side: _Side | None, blocks: int, exclude: Collection[str]) -> _Workers | None:

@@ -204,7 +204,7 @@ class Flight:
 
     async def _prefill(self, plan: Plan) -> tuple[OutputDelta, kv_pb2.KvHandle | None]:
         """The first token, delivered; and unless it was the last, where the KV is."""
-        work, lifecycle = self._work(plan.prefill), self.request.lifecycle
+        work, lifecycle = self._work(plan.decode), self.request.lifecycle
         first: OutputDelta | None = None
         handle: kv_pb2.KvHandle | None = None
         self._is_storing = True

@@ -145,7 +145,7 @@ def _admitted_to_pb(index: int, admitted: Admitted, flight: Flight) -> pb.Admitt
     return pb.Admitted(
         request_id=public_id(plan.request_id),
         index=index,
-        prefill_worker=plan.prefill.worker_id,
+        prefill_worker=plan.prefill.worker_id if plan.prefill else "",
         decode_worker=plan.decode.worker_id,
         reserved_bytes=plan.needs.decode_bytes,
         prompt_tokens=flight.request.num_prompt_tokens,

@@ -228,8 +228,8 @@ class WorkerLinks:
         self._closing: set[asyncio.Task[None]] = set()
         registry.subscribe(on_join=self._open, on_loss=self._close)
 
-    def prefill(self, info: WorkerInfo) -> PrefillLink:
-        link = self._links.get((info.worker_id, info.incarnation))
+    def prefill(self, info: WorkerInfo | None) -> PrefillLink:
+        link = self._links.get((info.worker_id, info.incarnation)) if info else None
         if not isinstance(link, PrefillLink):
             raise no_prefill()
         return link

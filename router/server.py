@@ -84,7 +84,9 @@ class Router:
         self.intake = Intake(config, self._geometry, self._tokenizer, self._metrics)
         self._ready = asyncio.Event()
         self.registry.subscribe(on_join=self._note_join)
-        self._admission = Admission(POLICIES[config.router.policy]())
+        self._admission = Admission(
+            POLICIES[config.router.policy](), prefill_fallback=config.router.prefill_fallback
+        )
         self._admission.follow(self.registry)
         self._admission.set_store(config.cache.store_bytes)
         self._links = WorkerLinks(self.registry, f"router-{secrets.token_hex(4)}")

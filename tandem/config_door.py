@@ -25,6 +25,7 @@ class RouterConfig:
     )
     local_prefill_tokens: int = 256  # with auto: the longest prompt that may stay with its decode worker
     store_fallback: bool = True  # prompts whose KV cannot be stored are computed where they are decoded
+    prefill_fallback: bool = True  # and so are all while every prefill worker is lost
     max_queue: int = 1024
     max_requests_per_tenant: int = 0  # completions waiting or running; 0: no limit
     default_timeout_s: float = 600.0

@@ -254,7 +254,7 @@ async def test_a_prefill_worker_lost_after_its_first_token():
 
 async def test_the_only_prefill_worker_restarts():
     """A broken connection is a lost worker, so the second plan waits for the next one."""
-    async with running() as cluster:
+    async with running(config(router={"prefill_fallback": False})) as cluster:
         wanted = await complete(cluster, ask("a story", **LONG))
         [lost] = cluster.prefills
         with gate(lost.worker._runner, "run") as held:

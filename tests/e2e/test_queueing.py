@@ -229,7 +229,7 @@ async def test_completions_that_find_the_queue_full_end_all_of_them(cluster):
 )
 async def test_without_a_worker_requests_wait_a_while_and_no_longer(monkeypatch, role, reason, message):
     monkeypatch.setattr(dispatch, "WORKER_WAIT_S", 1.0)
-    async with running() as cluster:
+    async with running(config(router={"prefill_fallback": False})) as cluster:
         [worker] = getattr(cluster, role)
         await crash(worker)
         await until(lambda: not cluster.router.is_ready)

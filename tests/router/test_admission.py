@@ -235,12 +235,40 @@ def test_never_is_not_said_because_of_load_or_a_lost_worker(admission):
     Admission().check_fits_ever(wanted)  # nothing is known yet
 
 
+def test_while_every_prefill_worker_is_lost_decode_workers_do_without():
+    admission = Admission(clock=ManualClock(), prefill_fallback=True)
+    admission.set_store(STORE_BYTES)
+    admission.add_worker(decode_worker("d0", 640))
+    with pytest.raises(Unavailable, match="NO_PREFILL"):  # none has come yet: the service starts
+        admission.check_available()
+    assert admission.try_admit("early", 0, needs()) is None
+    admission.add_worker(prefill_worker("p0", 256))
+    admission.set_accepting("p0", False)
+    assert admission.try_admit("later", 0, needs()) is None  # it is late, or drains: not lost
+    admission.remove_worker("p0")
+    admission.check_available()
+    assert admission.fits_when_idle(needs(decode_blocks=640))
+    assert not admission.fits_when_idle(needs(), exclude={"d0"})
+    assert admission.try_admit("r", 0, needs(decode_blocks=641)) is None
+    plan = admit(admission)
+    assert (plan.prefill, plan.decision.name) == (None, "local/no-prefill")
+    assert owned(admission) == {"decode:d0": 10, "store": 0}
+    admission.add_worker(prefill_worker("p0", 256))
+    assert admit(admission, "split").prefill is not None
+    for each in (admission.place(plan, plan.decision), plan):
+        admission.release_all(each)
+    assert owned(admission) == {"decode:d0": 10, "prefill:p0": 4, "store": 4096}
+    assert admission.releases_after_loss == 0
+
+
 def test_a_missing_part_is_named(admission):
     admission.check_available()
-    admission.remove_store()
-    assert admission.try_admit("r", 0, needs()) is None
+    without = Admission()
+    without.add_worker(prefill_worker("p0", 256))
+    without.add_worker(decode_worker("d0", 640))
+    assert without.try_admit("r", 0, needs()) is None
     with pytest.raises(Unavailable, match="STORE_DOWN"):
-        admission.check_available()
+        without.check_available()
     admission.set_accepting("d0", False)
     with pytest.raises(Unavailable, match="NO_DECODE"):
         admission.check_available()
