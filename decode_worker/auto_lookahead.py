@@ -69,9 +69,9 @@ class AutoLookahead:
     def observe(self, outcome: StepOutcome) -> None:
         """Learn acceptance, per sequence and overall."""
         for sequence, advance in zip(outcome.sequences, outcome.advances, strict=True):
-            if not advance.num_drafted:
+            if not advance.num_guessed:
                 continue
-            judged = min(advance.num_accepted + 1, advance.num_drafted)
+            judged = min(advance.num_accepted + 1, advance.num_guessed)  # none given: rejected
             accepted, seen = self._accepted.get(sequence, (0.0, 0.0))
             fade = (1 - 1 / MEMORY) ** judged
             self._accepted[sequence] = (accepted * fade + advance.num_accepted, seen * fade + judged)

@@ -22,6 +22,11 @@ class Advance:
     num_accepted: int = 0
     is_tau_stop: bool = False
 
+    @property
+    def num_guessed(self) -> int:
+        """Forwards of the draft: one that was not sure enough brought no token."""
+        return self.num_drafted + self.is_tau_stop
+
 
 def greedy_token(token_id: int) -> SampledToken | BadLogits:
     """What `ModelRunner.most_probable` found for a row."""

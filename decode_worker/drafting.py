@@ -10,12 +10,13 @@ from decode_worker.drafts.ngram import NgramDraft
 from decode_worker.drafts.shared import SharedDraft
 from decode_worker.lookahead import ConstantLookahead, HeuristicLookahead, Lookahead
 from decode_worker.speculative import SpeculativeDecoder
-from decode_worker.step_costs import StepCosts
+from decode_worker.step_costs import DraftCosts, StepCosts
 from tandem.config import SpeculationConfig
 from tandem.engine.costs import measure_costs
 from tandem.engine.loading import Engine
+from tandem.engine.model_runner import ModelRunner
 
-TYPICAL_DEPTH = 3  # draft tokens at which a draft's forward is timed
+DEEP = 5  # a guess of so many tokens, beside one of a single token, tells forwards from what each guess costs
 
 
 def make_decoder(config: SpeculationConfig, engine: Engine) -> Decoder:
@@ -30,9 +31,16 @@ def make_decoder(config: SpeculationConfig, engine: Engine) -> Decoder:
     else:
         return PlainDecoder(engine.model)
     # Costs are measured now, before anybody owns a block.
-    drafting = measure_costs(engine.draft, depth=TYPICAL_DEPTH) if engine.draft else None
-    costs = StepCosts(measure_costs(engine.model), drafting)
+    costs = StepCosts(measure_costs(engine.model), _draft_costs(engine.draft))
     return SpeculativeDecoder(engine.model, draft, _lookahead(config, costs), costs)
+
+
+def _draft_costs(draft: ModelRunner | None) -> DraftCosts | None:
+    if draft is None:
+        return None
+    if not draft.can_guess:  # Python steps from token to token: there is nothing to start
+        return DraftCosts(0.0, measure_costs(draft))
+    return DraftCosts.of(measure_costs(draft, depth=1), measure_costs(draft, depth=DEEP), DEEP)
 
 
 def _lookahead(config: SpeculationConfig, costs: StepCosts) -> Lookahead:

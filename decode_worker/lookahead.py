@@ -34,13 +34,13 @@ class StepOutcome:
 
     @property
     def num_drafting(self) -> int:
-        """Sequences that had draft tokens."""
-        return sum(advance.num_drafted > 0 for advance in self.advances)
+        """Sequences that the draft was asked about."""
+        return sum(advance.num_guessed > 0 for advance in self.advances)
 
     @property
     def depth(self) -> int:
-        """The most draft tokens of one sequence."""
-        return max(advance.num_drafted for advance in self.advances)
+        """Forwards of the draft."""
+        return max(advance.num_guessed for advance in self.advances)
 
 
 class Lookahead(Protocol):

@@ -19,11 +19,11 @@ from tandem.draft_checkpoint import usable_draft
 from tandem.engine.loading import Engine, load_engine
 from tandem.engine.paged_cache import PagedCache
 from tandem.fingerprint import model_fingerprint
+from tandem.internal import InternalPlane
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
 from tandem.prefix_usage import PrefixReport
 from tandem.registration import WorkerLoad
-from tandem.rpc import channel
 from tandem.tokenizer import Tokenizer
 from tandem.worker_host import WorkerHost
 
@@ -48,7 +48,8 @@ class DecodeServer:
         decoder = await asyncio.to_thread(make_decoder, config.speculation, engine)
         fingerprint = model_fingerprint(config)
         router_address = await router
-        store_channel = channel(router_address)
+        plane = InternalPlane.of(config)
+        store_channel = plane.channel(router_address)
         client = KvClient(store_channel, config.kvstore)
         reuse, report = _reuse(config, engine, client, fingerprint)
         worker = DecodeWorker(
@@ -62,7 +63,7 @@ class DecodeServer:
             decoder,
             reuse,
         )
-        host = WorkerHost(router_address)
+        host = WorkerHost(router_address, plane)
         servicer = DecodeServicer(worker, fingerprint)
         await host.start(
             engine.worker_info(worker_id, pb.WORKER_ROLE_DECODE, fingerprint),

@@ -117,7 +117,6 @@ class SpeculativeDecoder:
 
     def _learn(self, outcome: StepOutcome, draft_s: float) -> None:
         if self._costs is not None:
-            per_forward_s = outcome.draft_s / max(outcome.depth, 1)
-            self._costs.observe(outcome.num_rows, outcome.verify_s, outcome.num_drafting, per_forward_s)
+            self._costs.observe(outcome)
         self._lookahead.observe(outcome)
         self.earnings.observe(outcome, draft_s)

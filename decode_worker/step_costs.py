@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
 
-from tandem.engine.costs import ForwardCosts, LiveCosts
+from decode_worker.lookahead import StepOutcome
+from tandem.engine.costs import FOLLOW, MAX_SURPRISE, ForwardCosts, LiveCosts
 
+LEAST = 0.1  # of a guess of one token is its forward at least, whatever noise says
 MAX_ACCEPTANCE = 0.98  # a rate of 1 would promise too much of the places far ahead
 
 Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class DraftCosts:
+    """A guess of d tokens for n sequences takes `start_s` and d times `forward` of n rows."""
+
+    start_s: float
+    forward: ForwardCosts
+
+    @classmethod
+    def of(cls, single: ForwardCosts, deep: ForwardCosts, depth: int) -> DraftCosts:
+        """From guesses of one token and of `depth` tokens, per forward."""
+        forward_s = [(depth * d - s) / (depth - 1) for s, d in zip(single.seconds, deep.seconds, strict=True)]
+        sane = [min(max(f, LEAST * s), s) for s, f in zip(single.seconds, forward_s, strict=True)]
+        return cls(single.seconds[0] - sane[0], ForwardCosts(single.rows, tuple(accumulate(sane, max))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +43,26 @@ class Division:
 class StepCosts:
     """Follows the forwards of target and draft. No draft costs: guesses cost nothing that counts."""
 
-    def __init__(self, target: ForwardCosts, draft: ForwardCosts | None) -> None:
+    def __init__(self, target: ForwardCosts, draft: DraftCosts | None) -> None:
         self._target = LiveCosts(target)
-        self._draft = LiveCosts(draft) if draft else None
+        self._draft = LiveCosts(draft.forward) if draft else None
+        self._draft_start_s = draft.start_s if draft else 0.0
 
     def plain_s(self, num_sequences: int) -> float:
         """Seconds of a plain step."""
         return self._target.at(num_sequences)
 
-    def observe(self, num_rows: int, verify_s: float, num_drafting: int, draft_s: float) -> None:
-        """A forward of the target, and one of the draft if any sequence drafted."""
-        self._target.observe(num_rows, verify_s)
-        if self._draft is not None and num_drafting:
-            self._draft.observe(num_drafting, draft_s)
+    def observe(self, outcome: StepOutcome) -> None:
+        """A forward of the target, and a guess of the draft if any sequence drafted: what it took longer
+        than expected, its start and its forwards did in equal parts."""
+        self._target.observe(outcome.num_rows, outcome.verify_s)
+        count, depth = outcome.num_drafting, outcome.depth
+        if self._draft is None or not count:
+            return
+        forward_s = self._draft.at(count)
+        change = outcome.draft_s / (self._draft_start_s + depth * forward_s)
+        self._draft.observe(count, forward_s * change)
+        self._draft_start_s *= 1 + FOLLOW * (min(max(change, 1 / MAX_SURPRISE), MAX_SURPRISE) - 1)
 
     def best(self, rates: Floats, most: int) -> Division:
         """The division of draft tokens that brings the most, at acceptance `rates` [sequences] below 1.
@@ -76,10 +101,10 @@ class StepCosts:
         return high if high < 1.0 else 1.0
 
     def _draft_seconds(self, places: npt.NDArray[np.int64], num_sequences: int, most: int) -> Floats:
-        """Seconds of drafting when the first n of these places are filled: one forward per depth."""
+        """Seconds of drafting when the first n of these places are filled: a start, one forward per depth."""
         if self._draft is None:
             return np.zeros(len(places))
         forward_s = self._draft.table(0, num_sequences)
         filled = np.cumsum(places[:, None] == np.arange(most), axis=0)  # [n, depth]: rows of each forward
-        seconds: Floats = forward_s[filled].sum(1)
+        seconds: Floats = self._draft_start_s + forward_s[filled].sum(1)
         return seconds

@@ -22,6 +22,7 @@ FOLLOW = 0.2  # how far a timed forward moves the entry of its own row count
 FOLLOW_ALL = 0.002  # and the far ones: little, or costs that nobody sees would drift
 MAX_SURPRISE = 4.0  # a forward that took longer than this many times its cost was disturbed
 CONTEXT = 64  # tokens each row sees
+SWEEP_BYTES = 8 << 20  # read before a timed forward: in a step, too, another model has just run
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,30 +77,33 @@ class LiveCosts:
             self._seconds[index] *= 1 + change * max(weight, FOLLOW_ALL)
 
 
-def measure_costs(model: ModelRunner, rows: Sequence[int] = ROWS, depth: int = 1) -> ForwardCosts:
+def measure_costs(model: ModelRunner, rows: Sequence[int] = ROWS, depth: int = 0) -> ForwardCosts:
     """Best of a few forwards of one row per sequence. Writes to the first blocks: nobody may own them yet.
 
-    With a `depth` above 1 and a model that guesses in one call, of a forward in a guess of that many tokens.
+    With a `depth` and a model that guesses in one call: of a forward in a guess of that many tokens.
+    Caches are cold, as they are in a step.
     """
     size = model.cache.block_size
-    depth = min(depth, model.cache.num_blocks * size) if model.can_guess else 1
-    context = min(CONTEXT, model.cache.num_blocks * size) - depth
-    table = range(-(-(context + depth) // size))
+    depth = min(depth, model.cache.num_blocks * size) if model.can_guess else 0
+    context = min(CONTEXT, model.cache.num_blocks * size) - max(depth, 1)
+    table = range(-(-(context + max(depth, 1)) // size))
     batches = [[SequenceRows((0,), context, table)] * num_rows for num_rows in rows]
+    swept = np.zeros(SWEEP_BYTES, np.uint8)
     best_s = [float("inf")] * len(batches)
     began_s = time.perf_counter()
     for number in range(MOST_REPEATS):
         if number >= REPEATS and time.perf_counter() - began_s > PATIENCE_S:
             break
         for index, batch in enumerate(batches):  # in turns: a disturbance hits all sizes alike
+            swept.sum()
             best_s[index] = min(best_s[index], _seconds_per_forward(model, batch, depth))
     return ForwardCosts(tuple(rows), tuple(accumulate(best_s, max)))  # more rows never cost less
 
 
 def _seconds_per_forward(model: ModelRunner, batch: list[SequenceRows], depth: int) -> float:
     began_s = time.perf_counter()
-    if depth > 1:
+    if depth:
         model.guess(batch, [depth] * len(batch), [0.0] * len(batch))
     else:
-        model.forward(model.batch(batch))
-    return (time.perf_counter() - began_s) / depth
+        model.most_probable(batch)
+    return (time.perf_counter() - began_s) / max(depth, 1)

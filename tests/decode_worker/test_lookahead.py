@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from decode_worker.auto_lookahead import CALIBRATE_AT, CALIBRATE_EVERY, PAUSE, PROBE_AFTER, AutoLookahead
 from decode_worker.decoder import Advance
 from decode_worker.lookahead import ConstantLookahead, HeuristicLookahead, StepOutcome
-from decode_worker.step_costs import StepCosts
+from decode_worker.step_costs import DraftCosts, StepCosts
 from tandem.config import SpeculationConfig
 from tandem.engine.costs import ForwardCosts, LiveCosts
 from tandem.engine.sampler import SampledToken
@@ -40,8 +40,12 @@ class Sequence:
         return SimpleNamespace(num_tokens=0)
 
 
+def costs_of(target: ForwardCosts, draft: ForwardCosts | None, start_s: float = 0.0) -> StepCosts:
+    return StepCosts(target, DraftCosts(start_s, draft) if draft else None)
+
+
 def auto(most: int, target: ForwardCosts, draft: ForwardCosts | None) -> AutoLookahead:
-    return AutoLookahead(most, StepCosts(target, draft))
+    return AutoLookahead(most, costs_of(target, draft))
 
 
 def tell(lookahead: object, *outcomes: tuple[Sequence, int, int]) -> None:
@@ -58,7 +62,7 @@ def test_a_cheap_draft_beside_a_flat_target_drafts_far() -> None:
     ("target", "draft"), [(FLAT, FLAT), (LINEAR, CHEAP)], ids=["dear draft", "dear rows"]
 )
 def test_where_drafting_cannot_pay_nothing_is_drafted(target: ForwardCosts, draft: ForwardCosts) -> None:
-    costs = StepCosts(target, draft)
+    costs = costs_of(target, draft)
     assert AutoLookahead(8, costs).counts([Sequence() for _ in range(4)]) == [0] * 4
     assert costs.best_gain(0.6, 4, 8) == 1
     assert costs.needed_acceptance(4, 8) > 0.6
@@ -103,12 +107,42 @@ def test_rows_go_to_sequences_that_agree_with_their_draft() -> None:
 
 def test_costs_that_turn_out_higher_are_corrected() -> None:
     """The draft takes far longer than measured at start: drafting stops."""
-    costs = StepCosts(FLAT, CHEAP)
+    costs = costs_of(FLAT, CHEAP)
     lookahead = AutoLookahead(8, costs)
     assert lookahead.counts([Sequence()])[0] > 0
     for _ in range(50):
-        costs.observe(4, 1.0, 1, 2.0)
+        drafted = Advance(num_drafted=3, num_accepted=3)
+        costs.observe(StepOutcome([Sequence()], [drafted], draft_s=6.0, verify_s=1.0))
     assert lookahead.counts([Sequence()]) == [0]
+
+
+def test_a_guess_costs_a_start_and_its_forwards() -> None:
+    """Told apart by guesses of one and of five tokens; what a guess takes later moves both."""
+    single, deep = ForwardCosts((1, 4), (5.0, 6.0)), ForwardCosts((1, 4), (1.8, 2.0))
+    costs = DraftCosts.of(single, deep, 5)
+    assert (costs.start_s, costs.forward.seconds) == (4.0, (1.0, 1.0))
+    noisy = DraftCosts.of(single, ForwardCosts((1, 4), (7.0, 0.5)), 5)  # cannot be: a forward costs something
+    assert (noisy.start_s, noisy.forward.seconds) == (0.0, (5.0, 5.0))
+
+
+def test_a_dear_start_makes_guesses_deep_or_none() -> None:
+    target = ForwardCosts((1, 64), (1.0, 1.0))
+    cheap, dear, hopeless = (
+        AutoLookahead(8, costs_of(target, CHEAP, start_s)).counts([Sequence()])[0]
+        for start_s in (0.0, 0.5, 5.0)
+    )
+    assert 0 < cheap <= dear
+    assert hopeless == 0
+
+
+def test_an_unsure_draft_is_a_rejection_and_took_its_time() -> None:
+    """A token the draft did not give counts against it; the step is no plain one."""
+    lookahead, sequence = auto(8, FLAT, CHEAP), Sequence()
+    before = lookahead.acceptance
+    outcome = StepOutcome([sequence], [Advance(is_tau_stop=True)], 0.1, 1.0)
+    assert (outcome.depth, outcome.num_drafting, outcome.num_rows) == (1, 1, 1)
+    lookahead.observe(outcome)
+    assert lookahead.acceptance < before
 
 
 def test_plain_decoding_is_probed_ever_less_often_by_one_sequence() -> None:
@@ -128,18 +162,19 @@ def test_plain_decoding_is_probed_ever_less_often_by_one_sequence() -> None:
     alphas=st.lists(st.floats(0, 0.98), min_size=1, max_size=6),
     slope=st.floats(0, 1),
     draft=st.floats(0, 1),
+    start_s=st.floats(0, 1),
 )
 def test_no_constant_number_is_expected_to_bring_more(
-    alphas: list[float], slope: float, draft: float
+    alphas: list[float], slope: float, draft: float, start_s: float
 ) -> None:
     """The best division of the rows is at least as good as the same number for everybody."""
     target = ForwardCosts((1, 64), (1.0, 1 + 63 * slope))
-    costs = StepCosts(target, ForwardCosts((1, 64), (draft, draft)))
+    costs = costs_of(target, ForwardCosts((1, 64), (draft, draft)), start_s)
     best, count = max(1.0, costs.best(np.array(alphas), 8).gain), len(alphas)
     plain = count / LiveCosts(target).at(count)
     for depth in range(9):
         tokens = sum(sum(alpha**d for d in range(depth + 1)) for alpha in alphas)
-        seconds = LiveCosts(target).at(count * (1 + depth)) + depth * draft
+        seconds = LiveCosts(target).at(count * (1 + depth)) + depth * draft + (start_s if depth else 0)
         assert tokens / seconds / plain <= best * (1 + 1e-9)
 
 
