@@ -10,7 +10,7 @@ import typer
 from deploy import eval_app, kv_app, load_app
 from deploy import options as o
 from deploy.quality_app import quality
-from deploy.queue.app import queue
+from deploy.queue.app import app as queue
 from tandem.errors import ConfigError, TandemError
 
 app = typer.Typer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ def submit(
         raise ConfigError(
             f"{output} has a queue already; go on with: tandem queue resume {input_} --output {output}"
         )
-    return _run(Job(str(input_.resolve()), defaults, service, time.time()), output, limits, as_json)
+    return _run(_new_job(input_, service, defaults), output, limits, as_json)
 
 
 def resume(
@@ -56,12 +57,22 @@ def resume(
     as_json: bool,
 ) -> int:
     """Go on where a run ended, however it ended. A queue that had not begun begins."""
-    job = load_job(output) or Job(str(input_.resolve()), defaults, service, time.time())
+    job = load_job(output) or _new_job(input_, service, defaults)
     if job.is_cancelled:
         raise ConfigError(f"the queue of {output} was cancelled; give a new --output")
+    if service["queue"] and not job.queue:
+        raise ConfigError(f"the queue of {output} was started without --queue; leave it out")
     given = {name: value for name, value in service.items() if value not in (None, "none", "float32")}
     job = replace(job, input=str(input_.resolve()), service={**job.service, **given})
     return _run(job, output, limits, as_json)
+
+
+def _new_job(input_: Path, service: dict[str, Any], defaults: dict[str, Any]) -> Job:
+    job = Job(str(input_.resolve()), defaults, service, time.time())
+    if not service["queue"]:
+        return job
+    name = service["name"] or f"queue-{secrets.token_hex(4)}"
+    return replace(job, queue=name, owner=secrets.token_hex(16))
 
 
 def _run(job: Job, output: Path, limits: Limits, as_json: bool) -> int:
@@ -72,7 +83,7 @@ def _run(job: Job, output: Path, limits: Limits, as_json: bool) -> int:
     try:
         with locked(output):
             save_job(output, job)
-            code = asyncio.run(Session(job, output, _service(job.service), limits, err).run())
+            code = asyncio.run(Session(job, output, service_of(job.service), limits, err).run())
     except InUseError as error:
         err.print(f"error: {error}")
         return EXIT_IN_USE
@@ -84,8 +95,9 @@ def _run(job: Job, output: Path, limits: Limits, as_json: bool) -> int:
     return code
 
 
-def _service(options: dict[str, Any]) -> Any:
-    from deploy.queue.session import Service
+def service_of(options: dict[str, Any]) -> Any:
+    """The service that a command's options name."""
+    from deploy.queue.serving import Service
 
     access = access_of(options)
     if access.server is not None:
@@ -169,7 +181,12 @@ def cancel(output: Path, as_json: bool) -> None:
         while holder(output) is not None and time.monotonic() < deadline_s:
             time.sleep(LOOK_EVERY_S / 5)
     with locked(output):
-        save_job(output, replace(known_job(output), is_cancelled=True))
+        job = replace(known_job(output), is_cancelled=True)
+        save_job(output, job)
+    if job.queue:
+        from tandem.offline.shared.queue import SharedQueue
+
+        SharedQueue(job.service["queue"], job.queue).end("cancelled")
     status(output, as_json)
 
 

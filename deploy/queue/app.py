@@ -11,7 +11,7 @@ import typer
 from deploy import options as o
 from deploy.access import FILES
 
-queue = typer.Typer(no_args_is_help=True, help="Run a file of requests; every line gets one record.")
+app = typer.Typer(no_args_is_help=True, help="Run a file of requests; every line gets one record.")
 
 Requests = Annotated[
     Path, typer.Argument(help="OpenAI Batch JSONL, JSONL with prompt or messages, or plain text.")
@@ -19,6 +19,10 @@ Requests = Annotated[
 Output = Annotated[Path, typer.Option(help="File for the results; failures go to *.errors.jsonl beside it.")]
 Queue = Annotated[Path | None, typer.Argument(help="The file that was given as --output.")]
 SameOutput = Annotated[Path | None, typer.Option("--output", help="The same, by its name.")]
+RedisUrl = Annotated[
+    str | None, typer.Option(help="redis://… to share the queue with runners on other machines.")
+]
+QueueName = Annotated[str | None, typer.Option(help="What the queue is called there.")]
 Detach = Annotated[bool, typer.Option("--detach", help="Run in the background.")]
 InFlight = Annotated[int, typer.Option(help="Most requests at once; fewer when the service is full.", min=1)]
 Attempts = Annotated[int, typer.Option(help="Times a line may fail before it is a failure.", min=1)]
@@ -32,7 +36,7 @@ def _parts(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any
     """The options by what they are about: the service, lines that are prompts only, limits."""
     from tandem.offline.runner import Limits
 
-    named = ("server", "model", "draft", "dtype", "quantization", "draft_quantization")
+    named = ("server", "model", "draft", "dtype", "quantization", "draft_quantization", "queue", "name")
     files = {name: str(options[name].resolve()) if options[name] else None for name in FILES}
     defaults = {name: options[name] for name in ("max_tokens", "temperature")}
     limits = Limits(options["max_in_flight"], options["max_attempts"], options["patience"])
@@ -46,12 +50,20 @@ def _which(queue_file: Path | None, output: Path | None) -> Path:
     return chosen
 
 
-@queue.command()
+def _where(url: str | None, name: str | None) -> tuple[str, str]:
+    if url is None or name is None:
+        raise typer.BadParameter("name a queue in Redis by --queue URL and --name NAME")
+    return url, name
+
+
+@app.command()
 def submit(
     context: typer.Context,
     requests: Requests,
     output: Output,
     detach: Detach = False,
+    queue: RedisUrl = None,
+    name: QueueName = None,
     server: o.Server = None,
     api_key_file: o.ShownKeyFile = None,
     tls_ca: o.TlsCa = None,
@@ -77,12 +89,14 @@ def submit(
     sys.exit(command.submit(requests, output, *_parts(context.params), json_output))
 
 
-@queue.command()
+@app.command()
 def resume(
     context: typer.Context,
     requests: Requests,
     output: Output,
     detach: Detach = False,
+    queue: RedisUrl = None,
+    name: QueueName = None,
     server: o.Server = None,
     api_key_file: o.ShownKeyFile = None,
     tls_ca: o.TlsCa = None,
@@ -108,23 +122,71 @@ def resume(
     sys.exit(command.resume(requests, output, *_parts(context.params), json_output))
 
 
-@queue.command()
-def status(queue_file: Queue = None, output: SameOutput = None, json_output: o.Json = False) -> None:
+@app.command()
+def work(
+    context: typer.Context,
+    queue: RedisUrl = None,
+    name: QueueName = None,
+    server: o.Server = None,
+    api_key_file: o.ShownKeyFile = None,
+    tls_ca: o.TlsCa = None,
+    tls_cert: o.ShownCert = None,
+    tls_key: o.TlsKey = None,
+    model: o.Model = None,
+    draft: o.Draft = None,
+    dtype: o.Dtype = "float32",
+    quantization: o.Quantization = "none",
+    draft_quantization: o.DraftQuantization = "none",
+    max_in_flight: InFlight = 64,
+    max_attempts: Attempts = 3,
+    patience: Patience = 600.0,
+) -> None:
+    """Join a queue in Redis that another process was started with, and work on it to its end."""
+    from deploy.commands import shared_queue as command
+
+    options = {**context.params, "max_tokens": None, "temperature": None}
+    service, _, limits = _parts(options)
+    sys.exit(command.work(*_where(queue, name), service, limits))
+
+
+@app.command()
+def status(
+    queue_file: Queue = None,
+    output: SameOutput = None,
+    queue: RedisUrl = None,
+    name: QueueName = None,
+    json_output: o.Json = False,
+) -> None:
     """How far a queue is."""
+    if queue is not None:
+        from deploy.commands import shared_queue
+
+        shared_queue.status(*_where(queue, name), json_output)
+        return
     from deploy.commands import queue as command
 
     command.status(_which(queue_file, output), json_output)
 
 
-@queue.command()
-def watch(queue_file: Queue = None, output: SameOutput = None, json_output: o.Json = False) -> None:
-    """Follow a queue that runs in the background."""
+@app.command()
+def watch(
+    queue_file: Queue = None,
+    output: SameOutput = None,
+    queue: RedisUrl = None,
+    name: QueueName = None,
+    json_output: o.Json = False,
+) -> None:
+    """Follow a queue that runs in the background, or in Redis."""
+    if queue is not None:
+        from deploy.commands import shared_queue
+
+        sys.exit(shared_queue.watch(*_where(queue, name), json_output))
     from deploy.commands import queue as command
 
     sys.exit(command.watch(_which(queue_file, output), json_output))
 
 
-@queue.command()
+@app.command()
 def results(
     queue_file: Queue = None,
     output: SameOutput = None,
@@ -137,9 +199,20 @@ def results(
     command.results(_which(queue_file, output), errors, json_output)
 
 
-@queue.command()
-def cancel(queue_file: Queue = None, output: SameOutput = None, json_output: o.Json = False) -> None:
+@app.command()
+def cancel(
+    queue_file: Queue = None,
+    output: SameOutput = None,
+    queue: RedisUrl = None,
+    name: QueueName = None,
+    json_output: o.Json = False,
+) -> None:
     """Stop a queue for good; what is finished stays."""
+    if queue is not None:
+        from deploy.commands import shared_queue
+
+        shared_queue.cancel(*_where(queue, name), json_output)
+        return
     from deploy.commands import queue as command
 
     command.cancel(_which(queue_file, output), json_output)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Coroutine
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 
-from deploy.access import Access
 from deploy.queue.asking import LineReader, ServiceAsker, Texts
 from deploy.queue.display import Display, describe
-from tandem.config import ClusterConfig
+from deploy.queue.joining import open_queue, owned_run
+from deploy.queue.serving import Guard, Service, signals
 from tandem.errors import ConfigError
 from tandem.offline.census import Census, file_digest, take_census
 from tandem.offline.job import Job, save_job
@@ -23,21 +21,22 @@ from tandem.offline.lines import LineParser, is_plain_text
 from tandem.offline.progress import Progress, Snapshot
 from tandem.offline.results import Results, error_path
 from tandem.offline.runner import Limits, Runner
+from tandem.offline.source import FileSource
 
 SAVE_EVERY_S = 1.0
-SERVING_S = 30.0
 EXIT_FAILED, EXIT_BAD_LINES = 1, 2
 
-Guard = Callable[[Awaitable[None]], Awaitable[None]]
 
+class Run(Protocol):
+    """A `Runner` over files, or an `OwnedRun` over Redis."""
 
-@dataclass(frozen=True, slots=True)
-class Service:
-    """Where lines are sent: to a running service, or to an embedded one of `config`."""
+    @property
+    def progress(self) -> Progress: ...
 
-    access: Access
-    config: ClusterConfig | None
-    model_path: Path | None  # the checkpoint's folder, where it is known
+    @property
+    def stop(self) -> asyncio.Event: ...
+
+    def run(self) -> Coroutine[Any, Any, None]: ...
 
 
 @dataclass(slots=True)
@@ -61,9 +60,8 @@ class Session:
         parser = LineParser(is_plain_text(self.input), self.job.defaults)
         digest = await asyncio.to_thread(file_digest, self.input)
         census = None if self.job.is_checked else await self._census(parser, reader)
-        async with self._serving() as (address, guard), self.service.access.client(address) as client:
-            await client.wait_until_serving(SERVING_S)
-            model = (await client.models())[0]
+        async with self.service.serving(self.err) as serving:
+            model = serving.model
             if census is not None:
                 self.job = replace(
                     self.job,
@@ -75,16 +73,18 @@ class Session:
                 )
             self.job.check_same(digest, model.fingerprint)
             results = await asyncio.to_thread(Results, self.output)
-            runner = Runner(
-                input=self.input,
-                parser=replace(parser, model_fingerprint=model.fingerprint),
-                check=reader.check,
-                execute=ServiceAsker(client, reader, texts, model.name),
-                results=results,
-                progress=Progress(self.job.total, results.num_completed, results.num_failed),
-                limits=self.limits,
-            )
-            return await self._follow(runner, guard)
+            parser = replace(parser, model_fingerprint=model.fingerprint)
+            source = FileSource(self.input, parser, reader.check, results.finished)
+            asker = ServiceAsker(serving.client, reader, texts, model.name)
+            return await self._follow(self._run_of(source, asker, results), results, serving.guard)
+
+    def _run_of(self, source: FileSource, asker: ServiceAsker, results: Results) -> Run:
+        progress = Progress(self.job.total, results.num_completed, results.num_failed)
+        if not self.job.queue:
+            return Runner(source, asker, results, progress, self.limits)
+        queue = open_queue(self.job)
+        self.err.print(f"others join with: tandem queue work --queue URL --name {queue.name} --server …")
+        return owned_run(queue, source, asker, results, progress, self.limits)
 
     async def _census(self, parser: LineParser, reader: LineReader) -> Census:
         with self.err.status(f"checking {self.input} …"):
@@ -97,46 +97,29 @@ class Session:
             raise ConfigError(f"{self.input} has no lines; nothing to do")
         return census
 
-    @contextlib.asynccontextmanager
-    async def _serving(self) -> AsyncIterator[tuple[str, Guard]]:
-        """The service's address, and how to await something that needs it."""
-        if self.service.access.server is not None:
-            yield self.service.access.server, _unguarded
-            return
-        from deploy.embedded import EmbeddedService
-
-        assert self.service.config is not None
-        with self.err.status("starting an embedded service …"):
-            service = await EmbeddedService(self.service.config).__aenter__()
-        try:
-            yield service.address, lambda awaited: service.while_healthy(_coroutine(awaited))
-        finally:
-            await service.__aexit__(None, None, None)
-
-    async def _follow(self, runner: Runner, guard: Guard) -> int:
+    async def _follow(self, run: Run, results: Results, guard: Guard) -> int:
         """Run, save and show how far it is; a signal lets it end in order."""
-        results = runner.results
         if results.finished.count or results.num_dropped:
             torn = f", {results.num_dropped} torn" if results.num_dropped else ""
             self.err.print(f"going on: {results.finished.count} of {self.job.total} lines are finished{torn}")
-        self._save(runner)
-        with _signals(runner.stop) as received, Display(self.input.name, self.job.total, self.err) as display:
-            ticking = asyncio.create_task(self._tick(runner, display))
+        self._save(run)
+        with signals(run.stop) as received, Display(self.input.name, self.job.total, self.err) as display:
+            ticking = asyncio.create_task(self._tick(run, display))
             try:
-                await guard(runner.run())
+                await guard(run.run())
             finally:
                 ticking.cancel()
                 await results.close()
-                display.show(self._save(runner))
-        return self._say_end(runner.progress.snapshot(), received)
+                display.show(self._save(run))
+        return self._say_end(run.progress.snapshot(), received)
 
-    async def _tick(self, runner: Runner, display: Display) -> None:
+    async def _tick(self, run: Run, display: Display) -> None:
         while True:
             await asyncio.sleep(SAVE_EVERY_S)
-            display.show(self._save(runner))
+            display.show(self._save(run))
 
-    def _save(self, runner: Runner) -> Snapshot:
-        snapshot = runner.progress.snapshot()
+    def _save(self, run: Run) -> Snapshot:
+        snapshot = run.progress.snapshot()
         save_job(self.output, self.job.with_progress(asdict(snapshot)))
         return snapshot
 
@@ -149,29 +132,3 @@ class Session:
         if last.failed > self.job.num_bad:
             return EXIT_FAILED
         return EXIT_BAD_LINES if last.failed else 0
-
-
-async def _unguarded(awaited: Awaitable[None]) -> None:
-    await awaited
-
-
-async def _coroutine(awaited: Awaitable[None]) -> None:
-    await awaited
-
-
-@contextlib.contextmanager
-def _signals(stop: asyncio.Event) -> Any:
-    """Ctrl-C and SIGTERM set `stop`; yields the list of those that came."""
-    loop, received = asyncio.get_running_loop(), list[int]()
-
-    def note(number: int) -> None:
-        received.append(number)
-        stop.set()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, note, number)
-    try:
-        yield received
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)

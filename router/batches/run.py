@@ -20,7 +20,8 @@ from tandem.offline.census import DuplicateError, take_census
 from tandem.offline.lines import BadLine, Entry, LineParser, read_entries
 from tandem.offline.progress import Progress
 from tandem.offline.results import Results
-from tandem.offline.runner import READ_AHEAD, Limits, Runner
+from tandem.offline.runner import Limits, Runner
+from tandem.offline.source import READ_AHEAD, FileSource
 
 PATIENCE_S = float("inf")  # for workers that are away: what runs in the service waits with it
 GRACE_S = 5.0
@@ -123,9 +124,7 @@ class BatchRun:
             return False
         async with self._results() as results:
             runner = Runner(
-                input=self.book.input(self.batch),
-                parser=self._parser,
-                check=self._check,
+                source=FileSource(self.book.input(self.batch), self._parser, self._check, results.finished),
                 execute=self.ask,
                 results=results,
                 progress=self.progress,

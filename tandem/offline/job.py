@@ -44,6 +44,8 @@ class Job:
     num_bad: int = 0
     model: str = ""
     model_fingerprint: str = ""
+    queue: str = ""  # the name of its queue in Redis, if it is in one
+    owner: str = ""  # a secret that makes that queue this job's
     is_cancelled: bool = False
     progress: dict[str, Any] = field(default_factory=dict)  # the last that the runner said
     version: int = VERSION

@@ -1,6 +1,6 @@
 """From lines to records: many at once, each until it has exactly one record.
 
-1. A thread reads the input some lines ahead and passes over those that have a record already.
+1. The source (tandem/offline/source.py) is read some lines ahead; it has only lines without a record.
 2. A line waits for a place in the window and is sent; a bad one becomes an error record at once.
 3. What can be sent again is, after a while; a line that keeps failing becomes an error record.
 4. A record counts when it is on disk. Whatever ends this process, the next run goes on from there.
@@ -11,24 +11,28 @@ Knows nothing of the service: `execute` asks it, and raises `TandemError`.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any, Protocol
 
 from tandem.errors import TandemError, Unauthenticated, Unavailable
 from tandem.offline import members
-from tandem.offline.lines import BadLine, Check, Entry, LineParser, read_entries
+from tandem.offline.lines import BadLine, Entry
 from tandem.offline.members import Answer
 from tandem.offline.progress import Progress
-from tandem.offline.results import Results
 from tandem.offline.retries import Attempts, is_overload
+from tandem.offline.source import Source
 from tandem.offline.window import Window
 
-READ_AHEAD = 64  # lines
-
 Execute = Callable[[Entry], Awaitable[Answer]]
+
+
+class Sink(Protocol):
+    """Where records go."""
+
+    async def add(self, line: int, members: dict[str, Any], *, is_failure: bool = False) -> None:
+        """Returns when the record is safe. Raises what ends the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +47,11 @@ class Limits:
 
 @dataclass(slots=True)
 class Runner:
-    """One run over one input. `stop` may be set at any time; then it ends within the grace."""
+    """One run over one source. `stop` may be set at any time; then it ends within the grace."""
 
-    input: Path
-    parser: LineParser
-    check: Check
+    source: Source
     execute: Execute
-    results: Results
+    results: Sink
     progress: Progress
     limits: Limits = field(default_factory=Limits)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
@@ -85,8 +87,7 @@ class Runner:
             sending.result()
 
     async def _send_all(self) -> None:
-        lines = read_entries(self.input, self.parser, self.check, self.results.finished)
-        while chunk := await asyncio.to_thread(lambda: list(itertools.islice(lines, READ_AHEAD))):
+        async for chunk in self.source.chunks():
             for line, found in chunk:
                 generation = await self._window.enter()
                 self.progress.in_flight = self._window.in_flight

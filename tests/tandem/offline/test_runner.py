@@ -30,6 +30,7 @@ from tandem.offline.members import Answer
 from tandem.offline.progress import Progress
 from tandem.offline.results import Results, error_path
 from tandem.offline.runner import Limits, Runner
+from tandem.offline.source import FileSource
 from tandem.offline.window import Window
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -65,7 +66,8 @@ def runner(path: Path, execute: Callable = answer, check: Callable = lambda entr
     results = Results(path.with_name("results.jsonl"))
     progress = Progress(10, results.num_completed, results.num_failed)
     limits = {"max_in_flight": 8, "grace_s": 0.05, **limits}
-    return Runner(path, LineParser(False, {}), check, execute, results, progress, Limits(**limits))
+    source = FileSource(path, LineParser(False, {}), check, results.finished)
+    return Runner(source, execute, results, progress, Limits(**limits))
 
 
 async def run(one: Runner) -> Progress:
@@ -134,7 +136,7 @@ def test_whatever_ends_a_run_wherever_the_files_are_cut_each_line_has_one_record
         asyncio.run(interrupted())
         for file in (output, error_path(output)):
             content = file.read_bytes()
-            file.write_bytes(content[: len(content) - data.draw(st.integers(0, min(300, len(content))))])
+            file.write_bytes(content[: max(0, len(content) - data.draw(st.integers(0, 300)))])
     asyncio.run(run(runner(path)))
     assert Counter(record["custom_id"] for record in records(output)) == Counter(f"c{n}" for n in range(12))
 
@@ -279,6 +281,7 @@ from tandem.offline.members import Answer
 from tandem.offline.progress import Progress
 from tandem.offline.results import Results
 from tandem.offline.runner import Limits, Runner
+from tandem.offline.source import FileSource
 
 async def answer(entry):
     return Answer("r", {"n": entry.line}, {}, 1)
@@ -288,7 +291,8 @@ async def main():
     census = take_census(path, parser)
     results = Results(path.with_name("results.jsonl"))
     progress = Progress(census.total, 0, 0)
-    await Runner(path, parser, lambda entry: None, answer, results, progress, Limits(256)).run()
+    source = FileSource(path, parser, lambda entry: None, results.finished)
+    await Runner(source, answer, results, progress, Limits(256)).run()
     await results.close()
     print(progress.completed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
 
