@@ -15,6 +15,15 @@ Server = Annotated[
     str | None,
     typer.Option(help="host:port of a Tandem service, or the URL of any OpenAI-compatible one."),
 ]
+HttpServer = Annotated[
+    str | None, typer.Option(help="URL of the same service's HTTP, for --protocols and its metrics.")
+]
+MetricsUrl = Annotated[
+    str | None, typer.Option(help="The server's /metrics, read during the run, where it is elsewhere.")
+]
+Protocols = Annotated[
+    bool, typer.Option("--protocols", help="Send the same over HTTP, too: what does it cost beside gRPC?")
+]
 ModelName = Annotated[str, typer.Option(help="Over HTTP: the model's name in requests.")]
 VocabSize = Annotated[
     int, typer.Option(help="Over HTTP: synthetic prompts have token ids below this.", min=2)
@@ -72,6 +81,9 @@ def serve(
     tls_ca: o.TlsCa = None,
     model: o.Model = None,
     draft: o.Draft = None,
+    http_server: HttpServer = None,
+    metrics_url: MetricsUrl = None,
+    protocols: Protocols = False,
     model_name: ModelName = "",
     vocab_size: VocabSize = 1000,
     max_context: MaxContext = 2048,

@@ -77,7 +77,8 @@ def lines(title: str, unit: str, series: Sequence[Series], *, is_cdf: bool = Fal
     across = scale(xs, LEFT, WIDTH - RIGHT, may_be_log=is_cdf)
     ys = [1.0] if is_cdf else [y for one in series for _, y in one.points]
     up = scale(ys, HEIGHT - BOTTOM, TOP)
-    drawn = [_axes(across, up, unit, y_unit or ("share of requests" if is_cdf else ""))]
+    below = f"{unit}, logarithmic" if across.is_log else unit
+    drawn = [_axes(across, up, below, y_unit or ("share of requests" if is_cdf else ""))]
     for one in series:
         path = " ".join(f"{across(x)},{up(y)}" for x, y in one.points)
         drawn.append(f'<polyline class="line" style="stroke:var(--{one.colour})" points="{path}"/>')

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from bench.serve.record import Outcome, RequestRecord
+from bench.serve.scrape import Scraper
 from bench.serve.target import Reply, SendError, Target
 from bench.serve.workload import LoadRequest
 
@@ -34,6 +35,7 @@ class Driver:
     cancelling: Cancelling = field(default_factory=Cancelling)
     seed: int = 0
     on_end: Callable[[RequestRecord], None] = lambda record: None
+    scraper: Scraper | None = None
     loop_lags_ms: list[float] = field(default_factory=list)
     _began_s: float = 0.0
 
@@ -43,13 +45,16 @@ class Driver:
         """All requests at their times, or `concurrency` at once if there are none; in their order."""
         with _no_collections():
             self._began_s = time.perf_counter()
-            ticking = asyncio.create_task(self._tick())
+            beside = [asyncio.create_task(self._tick())]
+            if self.scraper is not None:
+                beside.append(asyncio.create_task(self.scraper.follow(self._now)))
             try:
                 if times_s is None:
                     return await self._closed(requests, concurrency)
                 return await self._open(requests, times_s)
             finally:
-                ticking.cancel()
+                for task in beside:
+                    task.cancel()
 
     async def _open(self, requests: Sequence[LoadRequest], times_s: Sequence[float]) -> list[RequestRecord]:
         tasks = []

@@ -9,17 +9,14 @@ from typing import Any
 
 from bench.serve import charts
 from bench.serve.charts import Row, Series
+from bench.serve.protocol import sentence
 from bench.serve.record import Outcome, RequestRecord
+from bench.serve.server_side import server_side
+from bench.serve.stages import STAGES, spans_of
 
 MAX_ROWS = 200  # of the timeline
 MAX_APART = 60  # of the one where all begin at zero
 STYLE_FILE = Path(__file__).with_name("page.css")
-STAGES = (  # what the service measured, in order, and how it is shown
-    ("queue", ("queue_ms",), "queue"),
-    ("prefill", ("prefill_ms",), "prefill"),
-    ("transfer", ("kv_write_ms", "kv_wait_ms", "kv_read_ms"), "transfer"),
-    ("decode", ("first_decode_ms", "decode_ms"), "decode"),
-)
 FORMULAS = {
     "ttft_ms": ("TTFT", "first token received − scheduled arrival"),
     "ttft_sent_ms": ("TTFT from sending", "first token received − moment of sending"),
@@ -45,10 +42,13 @@ def page(document: dict[str, Any], records: Sequence[RequestRecord]) -> str:
         _classes(summary["classes"], document["options"]),
         "<h2>Over time</h2>",
         f'<div class="pair">{_over_time(records)}</div>',
+        "<h2>The server over time</h2>",
+        server_side(document),
         "<h2>Where the time of each request went</h2>",
         _timeline(records),
         "<h2>Speculation</h2>",
         _acceptance(summary, records),
+        _protocol(document.get("protocol")),
         _search(document.get("search")),
     ]
     return (
@@ -109,6 +109,7 @@ def _tiles(summary: dict[str, Any]) -> str:
         ("failed", f"{summary['errors']}"),
         ("most in flight", f"{summary['most_in_flight']}"),
         ("prompt tokens cached", _percent(summary["cached_share"])),
+        ("draft tokens accepted", _percent(summary["acceptance_rate"])),
     )
     cells = (f'<div class="tile"><b>{escape(value)}</b><span>{name}</span></div>' for name, value in tiles)
     return f'<div class="tiles">{"".join(cells)}</div>'
@@ -192,7 +193,7 @@ def _over_time(records: Sequence[RequestRecord]) -> str:
 def _timeline(records: Sequence[RequestRecord]) -> str:
     """As it went, and each request by itself from its scheduled arrival."""
     shown = sorted(records, key=lambda record: record.scheduled_s)[:MAX_ROWS]
-    legend = [("late to be sent", "late"), *((name, colour) for name, _, colour in STAGES)]
+    legend = [("late to be sent", "late"), *((stage.name, stage.colour) for stage in STAGES)]
     if any(not record.stages_ms for record in shown):
         legend.append(("until the first token, stages unknown", "other"))
     which = (
@@ -205,19 +206,9 @@ def _timeline(records: Sequence[RequestRecord]) -> str:
 
 
 def _row(record: RequestRecord, zero_s: float) -> Row:
-    spans = [(record.scheduled_s, record.sent_s, "late")] if record.lag_ms > 1 else []
-    now_s = record.sent_s
-    for _, names, colour in STAGES:
-        length_s = sum(record.stages_ms.get(name, 0.0) for name in names) / 1e3
-        if length_s:
-            spans.append((now_s, now_s + length_s, colour))
-            now_s += length_s
-    if not record.stages_ms:
-        first_s = record.end_s if record.first_s is None else record.first_s
-        spans += [(record.sent_s, first_s, "other"), (first_s, record.end_s, "decode")]
     stages = ", ".join(f"{name.removesuffix('_ms')} {value:.0f}" for name, value in record.stages_ms.items())
     said = f"{record.index}: {record.prompt_tokens} + {record.output_tokens} tokens, {record.outcome.value}"
-    shifted = [(begin - zero_s, end - zero_s, colour) for begin, end, colour in spans]
+    shifted = [(begin - zero_s, end - zero_s, colour) for begin, end, colour in spans_of(record)]
     return Row(f"{said} {record.error} {stages and f'(ms: {stages})'}", shifted)
 
 
@@ -233,6 +224,10 @@ def _acceptance(summary: dict[str, Any], records: Sequence[RequestRecord]) -> st
     arrivals = f"{_figure(summary['tokens_per_arrival'])} tokens came together on average."
     chart = charts.bars("Acceptance by request", "% of the request's draft tokens", counts, "decode")
     return f'<p>{overall}{arrivals}</p><div class="pair">{chart}</div>'
+
+
+def _protocol(found: dict[str, Any] | None) -> str:
+    return "" if found is None else f"<h2>Protocols</h2><p>{escape(sentence(found))}</p>"
 
 
 def _search(found: dict[str, Any] | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,8 +13,11 @@ from typing import Any
 from rich.console import Console
 
 from bench.measure import table, write_csv, write_json
+from bench.serve import plots
 from bench.serve.page import FORMULAS, describe, limits_of, page
+from bench.serve.protocol import sentence
 from bench.serve.record import RequestRecord
+from bench.serve.scrape import Scraper
 from bench.serve.search import Found
 from bench.serve.session import Options, Run
 from tandem.errors import ConfigError
@@ -33,17 +37,22 @@ def document(
         "options": options.to_json(),
         "summary": run.summary,
         **({"search": asdict(found)} if found else {}),
+        **({"server": _server(run.scraper)} if run.scraper else {}),
         "records": [record.to_json() for record in run.records],
     }
 
 
-def save(folder: Path, content: dict[str, Any]) -> None:
-    """`serve.json`, `serve.csv` and `serve.html` in the folder, which is made if need be."""
+def save(folder: Path, content: dict[str, Any]) -> list[Path]:
+    """`serve.json`, `serve.csv`, `serve.html`, and PNG pictures where there is matplotlib to draw them.
+
+    The folder is made if need be. Returns the pictures.
+    """
     records = [RequestRecord.from_json(values) for values in content["records"]]
     write_json(folder / f"{NAME}.json", content)
     stages = sorted({name for record in records for name in record.stages_ms})
     write_csv(folder / f"{NAME}.csv", [_row(record, stages) for record in records])
     (folder / f"{NAME}.html").write_text(page(content, records), encoding="utf-8")
+    return list(plots.draw(folder, content, records)) if importlib.util.find_spec("matplotlib") else []
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -65,7 +74,8 @@ def show(content: dict[str, Any], console: Console) -> None:
     rows = [
         [name, *(_cell(summary[key][column]) for column in columns)] for key, (name, _) in FORMULAS.items()
     ]
-    console.print(table(describe(content["options"]), ("ms", *columns), rows))
+    console.print(f"[bold]{content['model']}[/]: {describe(content['options'])}")
+    console.print(table("", ("ms", *columns), rows))
     console.print(
         f"{summary['ok']} of {summary['requests']} answered, {summary['errors']} failed, "
         f"{summary['cancelled']} cancelled in {summary['duration_s']:.1f} s; "
@@ -81,6 +91,8 @@ def show(content: dict[str, Any], console: Console) -> None:
         console.print(f"[yellow]{count} × {reason}[/]")
     if summary["client_bottleneck"]:
         console.print("[yellow]the client was the bottleneck: its own lag at p99 is over 10 ms[/]")
+    if protocols := content.get("protocol"):
+        console.print(sentence(protocols))
     if found := content.get("search"):
         low, high = found["goodput_ci"]
         console.print(
@@ -89,9 +101,17 @@ def show(content: dict[str, Any], console: Console) -> None:
         )
 
 
+def _server(scraper: Scraper) -> dict[str, Any]:
+    return {
+        "url": scraper.url,
+        "failed": scraper.num_failed,
+        "readings": [asdict(reading) for reading in scraper.readings],
+    }
+
+
 def headline(content: dict[str, Any]) -> dict[str, Any]:
     """The stable keys of `--json`."""
-    return {**content["summary"], **({"search": content["search"]} if "search" in content else {})}
+    return {**content["summary"], **{key: content[key] for key in ("search", "protocol") if key in content}}
 
 
 def _row(record: RequestRecord, stages: Sequence[str]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from bench.serve.conversation import RequestClass, Talk, chained, first_turns, o
 from bench.serve.driver import Cancelling, Driver
 from bench.serve.metrics import Slo, summarize
 from bench.serve.record import RequestRecord
+from bench.serve.scrape import Scraper
 from bench.serve.search import Found, Trial, search
 from bench.serve.slo import Slos
 from bench.serve.target import Target
@@ -93,13 +94,22 @@ class Run:
 
     records: list[RequestRecord]
     summary: dict[str, Any]
+    scraper: Scraper | None = None  # with what the server said meanwhile
 
 
 class LoadTest:
     """One target under the load of one set of options."""
 
-    def __init__(self, target: Target, model: Model, options: Options) -> None:
+    def __init__(
+        self,
+        target: Target,
+        model: Model,
+        options: Options,
+        scraping: Callable[[], Scraper] | None = None,
+    ) -> None:
+        """`scraping` makes what reads the server's metrics during the run."""
         self._target = target
+        self._scraping = scraping
         self._model = model
         self.options = options
         if options.arrival.kind is Arrival.TRACE and options.input is None:
@@ -108,7 +118,7 @@ class LoadTest:
     def at_rate(self, rate: float) -> LoadTest:
         """The same test with Poisson arrivals at this rate."""
         arrival = Schedule(Arrival.POISSON, rate)
-        return LoadTest(self._target, self._model, replace(self.options, arrival=arrival))
+        return LoadTest(self._target, self._model, replace(self.options, arrival=arrival), self._scraping)
 
     async def run(self) -> Run:
         """Warm up, then run once."""
@@ -151,10 +161,11 @@ class LoadTest:
         seed: int,
         step: Callable[[], None],
     ) -> Run:
-        driver = Driver(self._target, self.options.cancelling, seed, lambda record: step())
+        scraper = self._scraping() if self._scraping else None
+        driver = Driver(self._target, self.options.cancelling, seed, lambda record: step(), scraper)
         records = await driver.run(requests, times, self.options.concurrency)
         lags_ms, limits = driver.loop_lags_ms, self.options.limits
-        return Run(records, summarize(records, limits, lags_ms, is_closed=times is None))
+        return Run(records, summarize(records, limits, lags_ms, is_closed=times is None), scraper)
 
     async def _warm_up(self) -> None:
         requests = [replace(one, then=None) for one in self._requests(self.options.warm_up, WARM_UP_SEED)]

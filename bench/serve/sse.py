@@ -1,4 +1,4 @@
-"""Just enough HTTP/1.1 to send JSON and read server-sent events, cheaply enough for hundreds of streams."""
+"""Just enough HTTP/1.1 to read small pages, and to post JSON and read event streams, hundreds at once."""
 
 from __future__ import annotations
 
@@ -47,6 +47,27 @@ async def post_events(
             yield event
     except (EOFError, ValueError) as error:
         raise ConnectionError(f"the stream ended early or is no event stream: {error}") from error
+    finally:
+        writer.close()
+
+
+async def get(
+    host: str, port: int, path: str, headers: Mapping[str, str], tls: ssl.SSLContext | None = None
+) -> bytes:
+    """The body of a small page. Raises `OSError` if there is none, or no 200."""
+    reader, writer = await asyncio.open_connection(host, port, ssl=tls, limit=MAX_LINE)
+    try:
+        head = {"Host": f"{host}:{port}", "Connection": "close", **headers}
+        lines = [f"GET {path} HTTP/1.1", *(f"{name}: {value}" for name, value in head.items()), "", ""]
+        writer.write("\r\n".join(lines).encode())
+        status, is_chunked = await _read_head(reader)
+        parts = _chunks(reader) if is_chunked else _until_end(reader)
+        content = b"".join([part async for part in parts])
+        if status != 200:
+            raise ConnectionError(f"{path} answered {status}")
+        return content
+    except (EOFError, ValueError) as error:
+        raise ConnectionError(f"{path} ended early: {error}") from error
     finally:
         writer.close()
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from bench.serve.compare import compare
 from bench.serve.conversation import parse_class
 from bench.serve.driver import Cancelling
 from bench.serve.metrics import Slo
+from bench.serve.protocol import check_comparable, protocol_cost
+from bench.serve.scrape import Scraper
 from bench.serve.session import LoadTest, Model, Options
 from bench.serve.slo import parse_slos
 from bench.serve.target import GrpcTarget, HttpTarget, Target
 from deploy.access import Access, access_of
+from deploy.commands.running import Running, serving
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
 
@@ -27,10 +31,11 @@ from tandem.errors import ConfigError
 def run(params: dict[str, Any], with_search: bool, out: Path, as_json: bool) -> None:
     """Run, save, show. The server is host:port of gRPC or a URL of HTTP. Raises `ConfigError`."""
     content = asyncio.run(_run(params, with_search))
-    report.save(out, content)
+    pictures = report.save(out, content)
     shown = console(as_json)
     report.show(content, shown)
-    shown.print(f"\nserve.json, serve.csv and serve.html are in {out}")
+    drawn = f"{len(pictures)} PNGs" if pictures else "no PNGs, as matplotlib is not installed (extra bench),"
+    shown.print(f"\nserve.json, serve.csv, serve.html and {drawn} are in {out}")
     if as_json:
         print(json.dumps(report.headline(content)))
 
@@ -38,7 +43,7 @@ def run(params: dict[str, Any], with_search: bool, out: Path, as_json: bool) -> 
 def _config(params: dict[str, Any]) -> ClusterConfig:
     from deploy.settings import load_config  # with torch, which no running service needs
 
-    return load_config(None, model=params["model"], draft=params["draft"])
+    return load_config(None, model=params["model"], draft=params["draft"], http_port=0)
 
 
 def compare_runs(a: Path, b: Path, margin: float, as_json: bool) -> int:
@@ -99,38 +104,59 @@ def _options(params: dict[str, Any]) -> Options:
 
 async def _run(params: dict[str, Any], with_search: bool) -> dict[str, Any]:
     access, options = access_of(params), _options(params)
+    if params["protocols"]:
+        check_comparable(options)
     config = None if access.server else _config(params)
-    async with serving(access.server, config) as where:
-        target, model = await _target(where, access, params)
-        try:
-            test = LoadTest(target, model, options)
-            found = await test.search() if with_search else None
-            if found is not None and found.holding_rate is not None:
-                test = test.at_rate(found.holding_rate)
-            return report.document(await test.run(), test.options, where, model.name, found)
-        finally:
-            await target.close()
-
-
-async def _target(where: str, access: Access, params: dict[str, Any]) -> tuple[Target, Model]:
-    """gRPC says what the model is; over HTTP the command does."""
-    if "://" not in where:
-        grpc = GrpcTarget(where, token=access.token, credentials=access.credentials)
-        return grpc, Model(*await grpc.facts())
-    if not params["model_name"]:
-        raise ConfigError("over HTTP the model has to be named: give --model-name")
-    model = Model(params["model_name"], params["vocab_size"], params["max_context"])
-    return HttpTarget(where, model.name, access.token, params["tls_ca"]), model
+    async with (
+        serving(access.server, config) as service,
+        _targets(service, access, params) as (targets, model),
+    ):
+        scraping = _scraping(service, access, params)
+        test, *others = (LoadTest(target, model, options, scraping) for target in targets)
+        found = await test.search() if with_search else None
+        if found is not None and found.holding_rate is not None:
+            test, *others = (one.at_rate(found.holding_rate) for one in (test, *others))
+        content = report.document(await test.run(), test.options, service.address, model.name, found)
+        for over_http in others:
+            content["protocol"] = await protocol_cost(test, over_http)
+        return content
 
 
 @asynccontextmanager
-async def serving(address: str | None, config: ClusterConfig | None) -> AsyncIterator[str]:
-    """The address that was named, or that of a service which lives as long as this block."""
-    if address is not None:
-        yield address
-        return
-    from deploy.embedded import EmbeddedService
+async def _targets(
+    service: Running, access: Access, params: dict[str, Any]
+) -> AsyncIterator[tuple[list[Target], Model]]:
+    """The service over gRPC or HTTP; with --protocols over both. gRPC says what the model is."""
+    targets: list[Target] = []
+    try:
+        if "://" in service.address:
+            if not params["model_name"]:
+                raise ConfigError("over HTTP the model has to be named: give --model-name")
+            model = Model(params["model_name"], params["vocab_size"], params["max_context"])
+            targets.append(HttpTarget(service.address, model.name, access.token, params["tls_ca"]))
+        else:
+            grpc = GrpcTarget(service.address, token=access.token, credentials=access.credentials)
+            targets.append(grpc)
+            model = Model(*await grpc.facts())
+        if params["protocols"]:
+            url = params["http_server"] or service.http_url
+            if url is None or "://" in service.address:
+                raise ConfigError(
+                    "--protocols needs gRPC as --server and the same service's URL as --http-server"
+                )
+            targets.append(HttpTarget(url, model.name, access.token, params["tls_ca"]))
+        yield targets, model
+    finally:
+        for target in targets:
+            await target.close()
 
-    assert config is not None
-    async with EmbeddedService(config) as service:
-        yield service.address
+
+def _scraping(service: Running, access: Access, params: dict[str, Any]) -> Callable[[], Scraper] | None:
+    """What reads the server's metrics, where it is known where they are. Raises `ConfigError`."""
+    base = service.address if "://" in service.address else params["http_server"] or service.http_url
+    url = params["metrics_url"] or (base and f"{base.rstrip('/').removesuffix('/v1')}/metrics")
+    if not url:
+        return None
+    scraping = partial(Scraper, url, access.token, params["tls_ca"])
+    scraping()  # is it one?
+    return scraping

@@ -13,7 +13,7 @@ from bench.quality.model import ServedModel
 from bench.quality.run import Results, check, evaluate, is_sound
 from bench.quality.task import Task
 from deploy.access import access_of
-from deploy.commands.load import serving
+from deploy.commands.running import serving
 from deploy.settings import config_of
 
 NO_MODEL = "the known answers"
@@ -33,7 +33,7 @@ def ask(task: Task, params: dict[str, Any], samples: int) -> int:
 async def _ask(task: Task, params: dict[str, Any], samples: int) -> tuple[Results, str]:
     access = access_of(params)
     config = None if access.server else config_of(None, params)
-    async with serving(access.server, config) as address, access.client(address) as client:
+    async with serving(access.server, config) as service, access.client(service.address) as client:
         name = (await client.models())[0].name
         model = ServedModel(client, params["concurrency"])
         return await evaluate(task, model, samples, params["seed"]), name

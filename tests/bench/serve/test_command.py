@@ -41,8 +41,9 @@ async def test_the_same_requests_over_grpc_and_http_give_the_same_texts(tmp_path
     settings = replace(config(router={"http_port": 0}), security=SecurityConfig(api_key_file=keys))
     common += ("--api-key-file", keys)
     async with EmbeddedService(settings) as service:
-        grpc = bench_serve("--server", service.address, "--out", tmp_path / "grpc", *common)
         url, name = f"http://{service.http_address}", service.config.model.served_name
+        both = ("--protocols", "--http-server", url)
+        grpc = bench_serve("--server", service.address, "--out", tmp_path / "grpc", *both, *common)
         http = bench_serve("--server", url, "--model-name", name, "--out", tmp_path / "http", *common)
         searched = bench_serve(
             *("--server", service.address, "--out", tmp_path / "search", "--num-requests", 10, "--rate", 4),
@@ -52,6 +53,13 @@ async def test_the_same_requests_over_grpc_and_http_give_the_same_texts(tmp_path
     assert grpc.keys() >= KEYS
     for summary in (grpc, http):
         assert (summary["ok"], summary["errors"], summary["goodput_rps"] > 0) == (40, 0, True)
+    cost = grpc["protocol"]
+    assert (cost["requests"], cost["same_texts"]) == (40, 1.0)
+    assert {change["figure"] for change in cost["changes"]} == {"ttft_ms", "tpot_ms", "e2e_ms"}
+    assert all(spent > 0 for spent in cost["client_cpu_ms"].values())
+    server = json.loads((tmp_path / "grpc" / "serve.json").read_text())["server"]
+    assert server["failed"] == 0  # it showed the token there, too
+    assert max(reading["kv"]["decode-0"] for reading in server["readings"]) > 0
     texts = {}
     for protocol in ("grpc", "http"):
         records = json.loads((tmp_path / protocol / "serve.json").read_text())["records"]
@@ -69,6 +77,10 @@ async def test_the_same_requests_over_grpc_and_http_give_the_same_texts(tmp_path
         (["--max-goodput"], "needs a limit: --slo-ttft-ms"),
         (["--server", "http://127.0.0.1:9"], "give --model-name"),
         (["--input", "/no/such/file"], "cannot read /no/such/file"),
+        (["--slo", "batch:speed=1s"], "limits are like interactive:ttft=500ms"),
+        (["--request-class", "chat"], "classes are like"),
+        (["--protocols"], "--protocols needs gRPC as --server"),
+        (["--metrics-url", "somewhere"], "is no URL"),
         (["--input-tokens", "many"], "lengths must be like"),
     ],
 )
