@@ -1,4 +1,4 @@
-"""The decode worker's gRPC face: one stream per router, orders in, one message per step out."""
+"""The decode worker's gRPC face: one stream per router, orders in, at most one message per step out."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from decode_worker.outbox import Outbox
 from decode_worker.sequence import DecodeSequence, Event, Started
 from decode_worker.worker import DecodeWorker
 from kvstore.key import KvHandle
@@ -36,8 +37,8 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
         session = Session(self._worker, self._fingerprint)
         reader = asyncio.ensure_future(session.read(request_iterator))
         try:
-            while (response := await session.outbox.get()) is not None:
-                yield response
+            while (news := await session.outbox.take()) is not None:
+                yield pb.DecodeResponse(events=[_to_pb(key, event) for key, event in news])
             await reader
         finally:
             reader.cancel()
@@ -52,7 +53,7 @@ class Session:
         self._fingerprint = fingerprint
         self._sequences: dict[tuple[str, int], DecodeSequence] = {}
         self._prefetched: set[tuple[str, int]] = set()  # and not started
-        self.outbox: asyncio.Queue[pb.DecodeResponse | None] = asyncio.Queue()
+        self.outbox = Outbox()
 
     async def read(self, requests: AsyncIterator[pb.DecodeRequest]) -> None:
         """Take the router's orders until it hangs up."""
@@ -66,7 +67,7 @@ class Session:
                     case "cancel":
                         self._cancel((request.cancel.request_id, request.cancel.epoch))
         finally:
-            self.outbox.put_nowait(None)
+            self.outbox.close()
 
     def close(self) -> None:
         for sequence in self._sequences.values():
@@ -88,12 +89,12 @@ class Session:
             self._prefetched.discard(key)
         except TandemError as error:
             self._cancel(key)
-            self.outbox.put_nowait(pb.DecodeResponse(events=[_failed(key, error)]))
+            self.outbox.put([(key, error)])
         except Exception:  # one order must not end the others of this router
             self._cancel(key)
             bug = Internal.bug()
             log.exception("could not start %s (%s)", key[0], bug.error_id)
-            self.outbox.put_nowait(pb.DecodeResponse(events=[_failed(key, bug)]))
+            self.outbox.put([(key, bug)])
 
     def _prefetch(self, order: pb.PrefetchKv) -> None:
         """An order that makes no sense is one to decode later, which says so."""
@@ -111,11 +112,10 @@ class Session:
             self._worker.cancel(sequence)
 
     def _emit(self, news: list[tuple[DecodeSequence, Event]]) -> None:
-        events = [_to_pb(sequence.work.key, event) for sequence, event in news]
         for sequence, event in news:
             if isinstance(event, TandemError) or (isinstance(event, OutputDelta) and event.finish):
                 self._sequences.pop(sequence.work.key, None)
-        self.outbox.put_nowait(pb.DecodeResponse(events=events))
+        self.outbox.put((sequence.work.key, event) for sequence, event in news)
 
 
 def _to_pb(key: tuple[str, int], event: Event) -> pb.SequenceEvent:
