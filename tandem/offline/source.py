@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from tandem.offline.finished import FinishedLines
+from tandem.offline.grouping import grouped
 from tandem.offline.lines import BadLine, Check, Entry, LineParser, read_entries
 
 READ_AHEAD = 64  # lines
@@ -26,7 +27,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FileSource:
-    """The lines of a file but those that are finished, read by a thread."""
+    """The lines of a file but those that are finished, read by a thread and grouped by their beginnings."""
 
     input: Path
     parser: LineParser
@@ -34,6 +35,6 @@ class FileSource:
     finished: FinishedLines
 
     async def chunks(self) -> AsyncIterator[Chunk]:
-        lines = read_entries(self.input, self.parser, self.check, self.finished)
+        lines = grouped(read_entries(self.input, self.parser, self.check, self.finished))
         while chunk := await asyncio.to_thread(lambda: list(itertools.islice(lines, READ_AHEAD))):
             yield chunk
