@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from bench.embedded import serving
-from bench.measure import console, flat, machine, table, write_csv, write_json
+from bench.measure import Sheet, console, flat, machine, table, write_csv, write_json
 from bench.serve.arrivals import Arrival, Schedule
 from bench.serve.metrics import Slo
 from bench.serve.session import LoadTest, Model, Options
@@ -48,28 +51,39 @@ class Cell:
     itl_p50: float | None
     itl_p99: float | None
     tokens_per_s: float | None
-    good: float | None  # share of requests within the limits
+    goodput_rps: float | None  # requests a second within the limits
+    good: float | None  # the share of requests that are
     of_best: float  # that share over the best mode's
 
 
 def run(seconds: float, rates: Sequence[float], out: Path, as_json: bool) -> dict[str, Any]:
     """Measure each cell for about so long, show, write; returns the document."""
-    with ExitStack() as stack, asyncio.Runner() as runner:
-        addresses = {mode: stack.enter_context(serving(values)) for mode, values in MODES.items()}
-        cells = [
-            cell
-            for mix, lengths in MIXES.items()
-            for rate in rates
-            for cell in runner.run(_load(addresses, mix, lengths, rate, max(2, round(rate * seconds))))
-        ]
+    cells = list(measure(seconds, rates))
     shown = console(as_json)
-    shown.print(_table(cells))
+    shown.print(table(*sheet(cells)))
     rows = [flat(cell) for cell in cells]
     document = {"machine": machine(2), "limits": dataclasses.asdict(LIMITS), "cells": rows}
     write_json(out / "split.json", document)
     write_csv(out / "split.csv", rows)
     shown.print(f"\nsplit.json and split.csv are in {out}")
     return document
+
+
+def measure(
+    seconds: float, rates: Sequence[float], model: Mapping[str, Any] | None = None, deadline_s: float = inf
+) -> Iterator[Cell]:
+    """Every mode in each cell, for about so long. `model` is the part of a configuration that names models.
+
+    No cell is begun after `deadline_s` on the monotonic clock.
+    """
+    with ExitStack() as stack, asyncio.Runner() as runner:
+        addresses = {
+            mode: stack.enter_context(serving({**values, **(model or {})})) for mode, values in MODES.items()
+        }
+        for (mix, lengths), rate in itertools.product(MIXES.items(), rates):
+            if time.monotonic() < deadline_s:
+                num_requests = max(2, round(rate * seconds))
+                yield from runner.run(_load(addresses, mix, lengths, rate, num_requests))
 
 
 async def _load(
@@ -106,34 +120,27 @@ def _cell(mix: str, rate: float, mode: str, summary: Mapping[str, Any], best: fl
         itl["p50"],
         itl["p99"],
         summary["output_tokens_per_s"],
+        summary["goodput_rps"],
         good,
         (good or 0.0) / best if best else 1.0,
     )
 
 
-def _table(cells: Sequence[Cell]) -> Any:
-    columns = (
-        "prompts",
-        "requests/s",
-        "mode",
-        "TTFT p50",
-        "p90",
-        "ITL p50",
-        "p99",
-        "tokens/s",
-        "good",
-        "of best",
-    )
+def sheet(cells: Sequence[Cell]) -> Sheet:
+    """All cells; latencies in ms."""
+    columns = ("prompts", "requests/s", "mode", "TTFT p50", "p90", "ITL p50", "p99", "tokens/s")
     rows = [
         (
             *(cell.mix, f"{cell.rate:g}", cell.mode),
             *(_figure(value) for value in (cell.ttft_p50, cell.ttft_p90, cell.itl_p50, cell.itl_p99)),
-            *(_figure(cell.tokens_per_s), f"{cell.good or 0:.0%}", f"{cell.of_best:.2f}"),
+            *(_figure(cell.tokens_per_s), _figure(cell.goodput_rps)),
+            *(f"{cell.good or 0:.0%}", f"{cell.of_best:.2f}"),
         )
         for cell in cells
     ]
     limits = f"TTFT ≤ {LIMITS.ttft_ms:g} ms, ITL p99 of a request ≤ {LIMITS.itl_ms:g} ms"
-    return table(f"split, unsplit and what pays; good: {limits}", columns, rows, left=3)
+    title = f"split, unsplit and what pays; good: {limits}"
+    return Sheet(title, (*columns, "goodput/s", "good", "of best"), rows, 3)
 
 
 def _figure(value: float | None) -> str:

@@ -23,7 +23,10 @@ Texts = Annotated[
     ),
 ]
 Samples = Annotated[int, typer.Option(help="Samples to decode, or to read.", min=1)]
-OutFolder = Annotated[Path | None, typer.Option(help="Folder for the files; bench-results/eval by default.")]
+Page = Annotated[
+    Path | None,
+    typer.Option(help="The page with all tables; docs/results.md of a checkout, else results.md in --out."),
+]
 
 HELP = {
     "speculation": "Speculation by k and τ: throughput, latency, rollbacks, acceptance, speed-up.",
@@ -31,6 +34,8 @@ HELP = {
     "quantization": "A target in 16, 8 and 4 bits without a draft: speed and perplexity.",
     "gamma": "γ draft tokens per step: speed-up beside theory from measured costs; by data source.",
     "qspec": "Four-bit weights that draft with 4- and 8-bit activations: speed, acceptance, fidelity.",
+    "forward": "Time against batch, input and output length, with and without a KV cache.",
+    "split": "Prefill and decode apart and together on the same cores: TTFT, ITL, goodput under mixed load.",
 }
 FOLDER = Path("bench-results/eval")
 
@@ -49,16 +54,39 @@ def _command(name: str) -> Callable[..., None]:
         samples: Samples = 16,
         rounds: o.Rounds = 3,
         threads: o.Threads = 2,
-        out: OutFolder = None,
+        minutes: o.Minutes = 10.0,
+        out: o.Out = FOLDER,
         plots: o.Plots = True,
         json_output: o.Json = False,
     ) -> None:
         from deploy.commands import eval as commands
 
-        commands.run(name, context.params, out or FOLDER, plots, json_output)
+        commands.run(name, context.params, out, plots, json_output)
 
     return command
 
 
 for _name, _help in HELP.items():
     experiments.command(_name, help=_help)(_command(_name))
+
+
+@experiments.command("all")
+def everything(
+    context: typer.Context,
+    shape: Shape = "raw",
+    target: Target = None,
+    draft: DraftModel = None,
+    text: Texts = None,
+    samples: Samples = 8,
+    rounds: o.Rounds = 2,
+    threads: o.Threads = 2,
+    minutes: o.Minutes = 13.0,
+    out: o.Out = FOLDER,
+    page: Page = None,
+    plots: o.Plots = True,
+    json_output: o.Json = False,
+) -> None:
+    """Every experiment on small settings within a time, and one page with all tables."""
+    from deploy.commands import eval as commands
+
+    commands.run_all(context.params, minutes, out, page, plots, json_output)

@@ -19,13 +19,16 @@ def attempt(
     """Rows of everything that could be measured, and a remark on each thing that could not."""
     rows: list[R] = []
     remarks: list[str] = []
+    late: list[str] = []
     for name, what in wanted.items():
         meter.say(name)
-        if settings.is_over:
-            remarks.append(f"Not measured: {name}: no time left.")
+        if settings.left_s <= 0:
+            late.append(name)
             continue
         try:
             rows += measure(what)
         except ConfigError as error:
             remarks.append(f"Not measured: {name}: {error}.")
+    if late:
+        remarks.append(f"Not measured, as there was no time left: {', '.join(late)}.")
     return rows, remarks

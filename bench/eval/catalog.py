@@ -12,6 +12,8 @@ MODULES = {  # by the name of the command
     "quantization": "quantization",
     "gamma": "gamma",
     "qspec": "qspec",
+    "forward": "forward",
+    "split": "split",
 }
 
 

@@ -28,9 +28,9 @@ class Settings:
     deadline_s: float = float("inf")  # on the monotonic clock: nothing new is begun later
 
     @property
-    def is_over(self) -> bool:
-        """Whether the time for this experiment is used up."""
-        return time.monotonic() >= self.deadline_s
+    def left_s(self) -> float:
+        """Time that this experiment still has."""
+        return self.deadline_s - time.monotonic()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,11 @@ GAMMA_SETTING = (
     "Published (CMU 11-664/763, autumn 2025): transformers on an A100 of 80 GB, where all three pairs lost. "
     "Its α falls with γ, as our acceptance does."
 )
+FORWARD_SETTING = (
+    "Published (CMU 11-664/763, autumn 2025) on an A100 of 80 GB: forwards of Qwen3 4B at S = 256; outputs "
+    "of Qwen3 8B at batch 8, 64 new tokens, or 64 tokens in; Llama 3.1 8B with and without a cache on a "
+    "prompt of 32k tokens."
+)
 QSPEC_SETTING = (
     "Published (QSpec, Zhao et al.): A100 of 40 GB, Atom's kernels, γ = 3, greedy, means over six datasets; "
     "fidelity of Atom's formats. Its latencies replay traces of emulated quantization on real kernels."
@@ -158,6 +163,12 @@ FIDELITY = (
     Fidelity("QuaRot", "GSM8K", 70.5, 71.0, 42.0),
     Fidelity("QuaRot", "HumanEval", 45.7, 47.6, 28.0),
 )
+
+
+FORWARD_MS = {1: 38.7, 2: 40.7, 4: 59.1, 8: 111.3, 16: 213.9}  # by batch, at S = 256
+INPUT_S = {1: 2.50, 256: 2.40, 4096: 2.72, 16384: 3.70, 32768: 5.10}  # by prompt tokens, 64 new ones
+OUTPUT_S = {1: 0.045, 4: 0.162, 16: 0.615, 64: 2.43, 256: 9.94}  # by new tokens
+CACHED_S, UNCACHED_S = 4.6, 120.0  # 32 new tokens
 
 
 def cells(found: Iterator[Speculated | QuantizedPair]) -> tuple[str, ...]:

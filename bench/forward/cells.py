@@ -34,7 +34,7 @@ class Cell:
 
     phase: str  # decode | prefill
     batch: int
-    tokens: int  # of context per sequence, or of the prompt
+    tokens: int  # of context per sequence, or of each prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def obstacle(cell: Cell, rig: Rig, free_bytes: int) -> str | None:
     is_step = cell.phase == "decode"
     if not rig.fits(cell.tokens + is_step, cell.batch):
         return f"out of memory: {needed / 2**30:.2f} GiB of KV are more than the cache has"
-    activations = 0 if is_step else prefill_bytes(rig.runner.geometry, cell.tokens)
+    activations = 0 if is_step else prefill_bytes(rig.runner.geometry, cell.batch * cell.tokens)
     if activations > free_bytes:
         return (
             f"out of memory: its rows need {activations / 2**30:.2f} GiB, {free_bytes / 2**30:.2f} are free"
@@ -176,4 +176,4 @@ def num_others() -> int:
 def _arm(system: Rig | Reference, cell: Cell) -> Callable[[], float]:
     if cell.phase == "decode":
         return partial(system.decode, cell.batch, cell.tokens)
-    return partial(system.prefill, cell.tokens)
+    return partial(system.prefill, cell.tokens, cell.batch)

@@ -35,9 +35,9 @@ class Reference:
         cache.crop(-1)
         return seconds
 
-    def prefill(self, num_tokens: int) -> float:
-        """Seconds of a prompt from nothing, with the logits of its last token."""
-        return timed(lambda: self._forward(1, num_tokens, DynamicCache()), self._device)
+    def prefill(self, num_tokens: int, batch: int = 1) -> float:
+        """Seconds of `batch` prompts from nothing, with the logits of their last tokens."""
+        return timed(lambda: self._forward(batch, num_tokens, DynamicCache()), self._device)
 
     @torch.inference_mode()
     def _forward(self, batch: int, num_tokens: int, cache: Any) -> None:

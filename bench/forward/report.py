@@ -21,7 +21,7 @@ def work_of(cell: Cell, traffic: Traffic) -> Work:
     """What a cell must read and compute."""
     if cell.phase == "decode":
         return traffic.decode(cell.batch, cell.tokens)
-    return traffic.prefill(cell.tokens)
+    return traffic.prefill(cell.tokens, cell.batch)
 
 
 def sheets(results: Results) -> Iterator[Sheet]:

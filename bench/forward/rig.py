@@ -49,14 +49,13 @@ class Rig:
 
     def decode(self, batch: int, context: int) -> float:
         """Seconds of one step: a row for each of `batch` sequences, on top of `context` tokens each."""
-        each = num_blocks(context + 1, BLOCK_SIZE)
-        tables = [range(number * each, (number + 1) * each) for number in range(batch)]
+        tables = self._tables(batch, context + 1)
         return self._seconds([SequenceRows((TOKEN,), context, table) for table in tables])
 
-    def prefill(self, num_tokens: int) -> float:
-        """Seconds of a prompt from nothing, as one forward."""
-        table = range(num_blocks(num_tokens, BLOCK_SIZE))
-        return self._seconds([SequenceRows([TOKEN] * num_tokens, 0, table)])
+    def prefill(self, num_tokens: int, batch: int = 1) -> float:
+        """Seconds of `batch` prompts from nothing, as one forward."""
+        tables = self._tables(batch, num_tokens)
+        return self._seconds([SequenceRows([TOKEN] * num_tokens, 0, table) for table in tables])
 
     def with_cache(self, prompt: int) -> Iterator[float]:
         """Seconds of each output token after a prompt: a prefill, then steps."""
@@ -70,6 +69,10 @@ class Rig:
         while True:
             yield self.prefill(prompt)
             prompt += 1
+
+    def _tables(self, batch: int, tokens_each: int) -> list[range]:
+        each = num_blocks(tokens_each, BLOCK_SIZE)
+        return [range(number * each, (number + 1) * each) for number in range(batch)]
 
     def _seconds(self, sequences: Sequence[SequenceRows]) -> float:
         """Of the forward and of indexing its rows, which every forward needs."""

@@ -10,7 +10,7 @@ import torch
 
 from bench.forward import cells as forward_cells
 from bench.forward import plots, report
-from bench.forward.cells import OUTPUTS, Beside, Cell, Output, Skipped, Timing, kv_tokens
+from bench.forward.cells import OUTPUTS, Beside, Output, Skipped, Timing, kv_tokens
 from bench.forward.reference import Reference
 from bench.forward.rig import BLOCK_SIZE, Rig
 from bench.forward.traffic import Slope, Traffic, slope
@@ -93,7 +93,9 @@ def measure(options: Options) -> Results:
     total = forward_cells.num_runs(wanted, options.rounds) + forward_cells.num_others()
     with Meter("forward", total) as meter:
         meter.say("loading")
-        rig = Rig(path, options.device, _room(path, wanted, options))
+        most = max([*map(kv_tokens, wanted), forward_cells.LONG + max(OUTPUTS)])
+        budget = FULL_KV_BYTES if options.full else KV_BYTES
+        rig = Rig(path, options.device, room(path, most, budget, options.device))
         timings, skipped = forward_cells.measure(
             rig, wanted, options.rounds, free_bytes(options.device), meter
         )
@@ -146,16 +148,16 @@ def _check(device: str) -> None:
         raise ConfigError("--device cuda: torch finds no GPU here; go without --device")
 
 
-def _room(path: Path, wanted: list[Cell], options: Options) -> int:
-    """Tokens of KV: what the largest cell needs, as far as memory allows."""
-    dtype = "float32" if options.device == "cpu" else "bfloat16"
-    each = ModelGeometry.from_path(path).kv_bytes(1, dtype)
-    budget = FULL_KV_BYTES if options.full else KV_BYTES
-    budget = min(budget, int(FREE_SHARE * free_bytes(options.device)))
-    most = max([*map(kv_tokens, wanted), forward_cells.LONG + max(OUTPUTS)])
+def room(path: Path, most_tokens: int, budget_bytes: int, device: str) -> int:
+    """Tokens of KV: so many, blocks that are not full besides, as far as the budget and free memory allow.
+
+    Raises `ConfigError` if memory holds none.
+    """
+    each = ModelGeometry.from_path(path).kv_bytes(1, "float32" if device == "cpu" else "bfloat16")
+    budget = min(budget_bytes, int(FREE_SHARE * free_bytes(device)))
     if budget < each:
         raise ConfigError(f"{budget} bytes hold no token of KV ({each} bytes); free some memory")
-    return min(most + max(forward_cells.BATCHES) * BLOCK_SIZE, budget // each)  # blocks are not full
+    return min(most_tokens + max(forward_cells.BATCHES) * BLOCK_SIZE, budget // each)
 
 
 def free_bytes(device: str) -> int:

@@ -43,11 +43,11 @@ class Traffic:
         seen = batch * (context + 1)
         return self._work(batch * self.geometry.num_parameters, seen, seen)
 
-    def prefill(self, num_tokens: int) -> Work:
-        """A prompt of `num_tokens` from nothing, with the logits of its last token."""
+    def prefill(self, num_tokens: int, batch: int = 1) -> Work:
+        """`batch` prompts of `num_tokens` from nothing, with the logits of their last tokens."""
         head = self.geometry.vocab_size * self.geometry.hidden_size
         products = num_tokens * (self.geometry.num_parameters - head) + head
-        return self._work(products, num_tokens * (num_tokens + 1) / 2, num_tokens)
+        return self._work(batch * products, batch * num_tokens * (num_tokens + 1) / 2, batch * num_tokens)
 
     def _work(self, products: float, pairs: float, kv_tokens: float) -> Work:
         """`pairs` of a query and a token it sees, `kv_tokens` that are read or written."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ def settings_of(params: dict[str, Any]) -> Settings:
     """From the options of a command. Raises `ConfigError` for models that are not there."""
     chosen = {name: params[name] for name in ("shape", "samples", "rounds", "threads")}
     chosen |= {name: resolve_model(params[name]) for name in ("target", "draft") if params[name]}
-    return Settings(**chosen, texts=tuple(params["text"] or ()))
+    deadline_s = time.monotonic() + 60 * params["minutes"]
+    return Settings(**chosen, deadline_s=deadline_s, texts=tuple(params["text"] or ()))
 
 
 def run(name: str, params: dict[str, Any], out: Path, with_plots: bool, as_json: bool) -> None:
@@ -36,6 +38,27 @@ def run(name: str, params: dict[str, Any], out: Path, with_plots: bool, as_json:
     shown.print(f"\n{', '.join(file.name for file in files)} are in {out}")
     if as_json:
         print(json.dumps(report.document()))
+
+
+def run_all(
+    params: dict[str, Any], minutes: float, out: Path, page: Path | None, with_plots: bool, as_json: bool
+) -> None:
+    """Every experiment, and the page. Raises `ConfigError` for models that are not there."""
+    from bench.eval.suite import Suite, default_page
+    from bench.measure import console
+    from bench.plotting import require_matplotlib
+
+    if with_plots:
+        require_matplotlib()
+    suite, shown = Suite(settings_of(params), minutes, command_line()), console(as_json)
+    for report in suite.run():
+        report.save(out, with_plots)
+        report.show(shown)
+    page = page or default_page(out)
+    suite.write(page)
+    shown.print(f"\n{page} has all tables, {out} the files of each experiment")
+    if as_json:
+        print(json.dumps({report.experiment.NAME: report.document() for report in suite.reports}))
 
 
 def command_line() -> str:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import random
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +15,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
-from bench.eval import charts, decoding, gamma, qspec, quantization, quantized_pairs, samples, speculation
+from bench.eval import (
+    charts,
+    decoding,
+    forward,
+    gamma,
+    qspec,
+    quantization,
+    quantized_pairs,
+    samples,
+    speculation,
+    split,
+    suite,
+)
 from bench.eval.attempt import attempt
 from bench.eval.catalog import MODULES, experiment
 from bench.eval.decoding import PROMPT_TOKENS, Arm, measure, num_runs, per_round
@@ -24,11 +38,12 @@ from bench.eval.models import pair_of, target_of
 from bench.eval.perplexity import read
 from bench.eval.report import Report
 from bench.eval.texts import Source, docstrings, read_texts, sources
+from bench.forward.rig import Rig as ForwardRig
 from bench.inflate import BUNDLED, Pair
 from bench.measure import Meter
 from bench.speculation.formula import StepCosts
 from bench.speculation.rig import Rig, Run, Setup
-from deploy.eval_app import HELP
+from deploy.eval_app import HELP, experiments
 from tandem.engine.model_runner import ModelRunner
 from tandem.errors import ConfigError
 from tandem.sampling import SamplingParams
@@ -260,6 +275,63 @@ def test_qspec_tables(settings, tmp_path) -> None:
     assert {"qspec-fidelity.csv", "qspec-speed.png"} <= written(qspec, settings, found, tmp_path)
 
 
+def test_forward_cost(settings, tmp_path, monkeypatch) -> None:
+    for name, value in {"TOKENS": 16, "INPUTS": (1, 8, 4096), "OUTPUTS": (1, 4), "LONG": 64}.items():
+        monkeypatch.setattr(forward, name, value)
+    monkeypatch.setattr(forward, "room", lambda *asked: 512)
+    found = forward.run(settings)
+    rows = found.tables["rows"]
+    assert [row.batch for row in rows if row.sweep == "batch"] == [1, 2, 4, 8, 16]
+    assert [row.prompt_tokens for row in rows if row.sweep == "input"] == [1, 8]
+    assert [row.new_tokens for row in rows if row.sweep == "output"] == [1, 4]
+    cached = [(r.prompt_tokens, r.cache) for r in rows if r.sweep == "cache"]
+    assert cached == [(16, True), (16, False), (64, True), (64, False)]
+    assert all(0 < row.prefill_s <= row.seconds for row in rows)
+    assert "input sweep, 4096 tokens in: out of memory" in found.remarks[-1]
+    assert found.sheets[0].rows[1][-2:] == ("40.7", "1.05x")
+    assert [line[0] for line in found.sheets[3].rows] == ["16", "64"]
+    assert "forward-batch.png" in written(forward, settings, found, tmp_path)
+
+
+def test_a_prompt_that_would_take_too_long_is_left_out(settings, monkeypatch) -> None:
+    monkeypatch.setattr(forward, "INPUTS", (1, 8192))
+    rig = ForwardRig(settings.target, "cpu", 16 * 64)
+    cost = forward.Cost("tiny", rig, replace(settings, deadline_s=time.monotonic() + 60))
+    with Meter("any", 9) as meter:
+        rows, remarks = cost.sweep("input", meter)
+    assert [row.prompt_tokens for row in rows] == [1]
+    assert "input sweep, 8192 tokens in: it may take" in remarks[0]
+
+
+def cell(mix: str, rate: float, mode: str, good: float | None) -> split.Cell:
+    return split.Cell(mix, rate, mode, 9, 1.0, None, 2.0, None, 50.0, 1.0, good, 1.0)
+
+
+def test_split_against_unsplit(settings, tmp_path, monkeypatch) -> None:
+    few, many = split.MIXES
+    cells = [
+        cell(m, r, mode, 0.5 + (mode == "split") * (r - 2) / 10)
+        for m in (few, many)
+        for r in (1.0, 2.0, 3.0)
+        for mode in split.MODES
+    ]
+    asked = []
+    monkeypatch.setattr(split, "measure", lambda *given: asked.append(given) or cells)
+    chosen = replace(settings, deadline_s=time.monotonic() + 60)
+    found = split.run(chosen)
+    [(seconds, _, models, deadline_s)] = asked
+    assert seconds == pytest.approx(0.6 * 60 / 18, rel=0.01)
+    assert deadline_s == chosen.deadline_s
+    assert models["speculation"] == {"draft": "model", "draft_path": str(settings.draft)}
+    assert models["model"] == {"path": str(settings.target)}
+    assert found.remarks[1].startswith(
+        f"Good requests: split against unsplit loses with {few} at 1/s (40% against 50%), {many} at 1/s"
+    )
+    assert f"wins with {few} at 3/s (60% against 50%)" in found.remarks[1]
+    assert "auto against unsplit draws with" in found.remarks[2]
+    assert {"split-few-long.png", "split-many-long.png"} <= written(split, settings, found, tmp_path)
+
+
 def test_perplexity_is_that_of_windows_scored_by_transformers() -> None:
     """The recipe of its documentation: labels of tokens that were scored before are left out."""
     tokens = torch.tensor([(5 * i * i + i) % 250 for i in range(1100)])
@@ -294,7 +366,7 @@ def test_what_cannot_be_measured_is_said(settings) -> None:
         assert attempt(wanted, measure, settings, meter) == ([1, 3], ["Not measured: b: no kernel."])
         rows, remarks = attempt(wanted, measure, replace(settings, deadline_s=0), meter)
     assert not rows
-    assert remarks[2] == "Not measured: c: no time left."
+    assert remarks == ["Not measured, as there was no time left: a, b, c."]
 
 
 def test_samples_that_loop_are_left_out(settings, monkeypatch) -> None:
@@ -312,7 +384,7 @@ def test_samples_that_loop_are_left_out(settings, monkeypatch) -> None:
 def test_nothing_is_begun_when_the_time_is_over(settings) -> None:
     found = speculation.run(replace(settings, deadline_s=0.0))
     assert found.tables["rows"] == []
-    assert found.remarks[-1] == "Not measured: sampled: no time left."
+    assert found.remarks[-1] == "Not measured, as there was no time left: greedy, sampled."
 
 
 def test_charts_without_values_are_not_drawn(tmp_path) -> None:
@@ -325,3 +397,40 @@ def test_every_experiment_is_a_command() -> None:
     assert list(HELP) == list(MODULES)
     for name in MODULES:
         assert name == experiment(name).NAME
+
+
+def test_all_of_them_in_one_go(pair, texts, tmp_path, monkeypatch) -> None:
+    """Every experiment but the split, whose services take long to start, and what cannot be measured."""
+    monkeypatch.setattr(decoding, "OUTPUT_TOKENS", 72)
+    monkeypatch.setattr(suite, "MODULES", ("quantization", "gamma"))
+    page, out = tmp_path / "docs" / "results.md", tmp_path / "out"
+    command = ["all", "--target", str(pair.target), "--text", str(texts), "--samples", "2", "--rounds", "1"]
+    options = ["--threads", "1", "--out", str(out), "--page", str(page), "--json"]
+    done = CliRunner().invoke(experiments, command + options)
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert list(document) == ["quantization"]
+    text = page.read_text()
+    assert "Not measured: γ study" in text
+    assert "name a --draft beside --target" in text
+    assert f"tandem eval quantization --target {pair.target} --text {texts} --samples 2 --rounds 1" in text
+    assert (out / "quantization.csv").exists()
+    assert all(f"{name} " in text for name in ("Python", *suite.PACKAGES))
+
+
+def test_time_that_is_left_goes_to_later_experiments() -> None:
+    assert set(suite.WEIGHTS) == set(MODULES)
+    left = 1.0
+    for name in MODULES:
+        share = suite.share_of(name)
+        assert 0 < share <= 1
+        assert share * left == pytest.approx(suite.WEIGHTS[name] / sum(suite.WEIGHTS.values()))
+        left -= share * left
+    assert left == pytest.approx(0)
+
+
+def test_the_page_is_part_of_a_checkouts_documentation(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(suite, "CHECKOUT", tmp_path)
+    assert suite.default_page(tmp_path / "out") == tmp_path / "out" / "results.md"
+    (tmp_path / "pyproject.toml").touch()
+    assert suite.default_page(tmp_path / "out") == tmp_path / "docs" / "results.md"

@@ -40,6 +40,8 @@ def test_work_by_hand(tiny):
     prompt = traffic.prefill(5)
     assert prompt.num_bytes == 2 * weights + 512 * 5
     assert prompt.num_flops == 2 * (5 * (weights - head) + head) + 4 * 128 * (1 + 2 + 3 + 4 + 5)
+    assert traffic.prefill(5, 3).num_flops == 3 * prompt.num_flops
+    assert traffic.prefill(5, 3).num_bytes == 2 * weights + 512 * 15
     assert step.memory_share(1e-3, LIMITS) == pytest.approx(step.num_bytes / 1e6)
     assert step.arithmetic_share(1e-3, LIMITS) == pytest.approx(step.num_flops / 1e7)
 
@@ -62,7 +64,7 @@ def test_one_context_per_batch_has_no_slope():
 
 def test_what_does_not_fit_is_said_and_the_rest_is_measured(tiny):
     rig = Rig(tiny, "cpu", 64)
-    wanted = [Cell("decode", 2, 16), Cell("decode", 2, 64), Cell("prefill", 1, 64), Cell("prefill", 1, 65)]
+    wanted = [Cell("decode", 2, 16), Cell("decode", 2, 64), Cell("prefill", 1, 64), Cell("prefill", 2, 33)]
     with Meter("forward", 10) as meter:
         timings, skipped = cells.measure(rig, wanted, 1, 1 << 30, meter)
         assert [timing.cell for timing in timings] == [wanted[0], wanted[2]]
@@ -76,7 +78,7 @@ def test_what_does_not_fit_is_said_and_the_rest_is_measured(tiny):
 def test_a_cell_that_runs_out_of_memory_is_noted(tiny, monkeypatch):
     import torch
 
-    def refuse(self, num_tokens):
+    def refuse(self, num_tokens, batch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(Rig, "prefill", refuse)
