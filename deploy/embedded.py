@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from tandem.client import TandemClient
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError, TandemError, Unavailable
+from tandem.internal import InternalPlane
 
 READY_S = 120.0
 STOP_S = 10.0
@@ -156,7 +156,7 @@ class EmbeddedService:
             task.cancel()
 
     async def _until_ready(self) -> None:
-        async with TandemClient(self.internal_address) as client:
+        async with InternalPlane.of(self.config).client(self.internal_address) as client:
             await self.while_healthy(client.wait_until_serving(READY_S))
 
     async def _watch(self, child: _Child) -> None:

@@ -54,14 +54,19 @@ def bench_kv(
         print(json.dumps(document))
 
 
-def audit(server: Internal, limit: MaxObjects = 1000, json_output: o.Json = False) -> None:
+def audit(
+    server: Internal, limit: MaxObjects = 1000, config: o.ConfigFile = None, json_output: o.Json = False
+) -> None:
     """Who owns what in every process of a running service, and what the KV store holds.
 
-    Fails if books do not add up.
+    Fails if books do not add up. For a service with internal.tls_cert name its --config.
     """
     from deploy.commands import audit as command
+    from deploy.settings import load_config
+    from tandem.internal import LOOPBACK_ONLY, InternalPlane
 
-    sys.exit(0 if command.run(server, limit, json_output) else 1)
+    plane = InternalPlane.of(load_config(config)) if config else LOOPBACK_ONLY
+    sys.exit(0 if command.run(server, limit, json_output, plane) else 1)
 
 
 def verify(

@@ -19,7 +19,7 @@ from kvstore.key import KvHandle
 from kvstore.pieces import PieceFormat
 from tandem.config import KvStoreConfig
 from tandem.errors import TandemError
-from tandem.rpc import channel
+from tandem.internal import InternalPlane
 
 log = logging.getLogger(__name__)
 MAX_STORES = 16  # connected to; who was used longest ago is let go
@@ -38,8 +38,11 @@ class PieceElsewhere:
 class Elsewhere:
     """One worker's way to the stores beside its own. Lives on the event loop; owns the index's connection."""
 
-    def __init__(self, index: PrefixIndex, form: PieceFormat, config: KvStoreConfig) -> None:
+    def __init__(
+        self, index: PrefixIndex, form: PieceFormat, config: KvStoreConfig, plane: InternalPlane
+    ) -> None:
         self.index = index
+        self._plane = plane
         self._form = form
         self._config = config
         self._stores: OrderedDict[str, tuple[grpc.aio.Channel, KvClient]] = OrderedDict()
@@ -63,7 +66,7 @@ class Elsewhere:
     def store(self, piece: PieceElsewhere) -> KvClient:
         """The store that has it."""
         if piece.address not in self._stores:
-            own = channel(piece.address)
+            own = self._plane.channel(piece.address)
             self._stores[piece.address] = own, KvClient(own, self._config)
         self._stores.move_to_end(piece.address)
         while len(self._stores) > MAX_STORES:

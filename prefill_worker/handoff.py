@@ -26,11 +26,12 @@ from prefill_worker.job import KvOpened, PrefillJob
 from prefill_worker.link_codec import LinkCodec
 from prefill_worker.prefixes import PrefixCache
 from prefill_worker.sender import DraftSender, Format, ObjectSender
-from tandem.config import ClusterConfig, KvStoreConfig
+from tandem.config import ClusterConfig
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.loading import Engine
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import Internal, TandemError
+from tandem.internal import InternalPlane
 
 log = logging.getLogger(__name__)
 HOLD = "handoff"
@@ -63,15 +64,16 @@ class HandoffContext:
         overlap, kept = config.kvstore.overlap_tokens, None
         if config.cache.prefix_bytes > 0:
             pieces = Pieces(client, PieceFormat.of(config, cache.geometry, fingerprint))
-            kept = PrefixCache(client, cache, pieces, _elsewhere(config.kvstore, pieces))
+            kept = PrefixCache(client, cache, pieces, _elsewhere(config, pieces))
         return cls(client, cache, engine.pool, form, overlap, draft_cache, kept)
 
 
-def _elsewhere(config: KvStoreConfig, pieces: Pieces) -> Elsewhere | None:
+def _elsewhere(config: ClusterConfig, pieces: Pieces) -> Elsewhere | None:
     """Other stores' pieces, where there is an index of them."""
-    if not config.index.url:
+    if not config.kvstore.index.url:
         return None
-    return Elsewhere(PrefixIndex(config.index, pieces.report.index), pieces.form, config)
+    index = PrefixIndex(config.kvstore.index, pieces.report.index)
+    return Elsewhere(index, pieces.form, config.kvstore, InternalPlane.of(config))
 
 
 async def release_handle(client: KvClient, handle: KvHandle) -> None:

@@ -15,10 +15,10 @@ from tandem.config import ClusterConfig
 from tandem.draft_checkpoint import usable_draft
 from tandem.engine.loading import load_engine
 from tandem.fingerprint import model_fingerprint
+from tandem.internal import InternalPlane
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
 from tandem.registration import WorkerLoad
-from tandem.rpc import channel
 from tandem.tokenizer import Tokenizer
 from tandem.worker_host import WorkerHost
 
@@ -46,7 +46,8 @@ class PrefillServer:
         )
         fingerprint = model_fingerprint(config)
         router_address = await router
-        store_channel = channel(router_address)
+        plane = InternalPlane.of(config)
+        store_channel = plane.channel(router_address)
         client = KvClient(store_channel, config.kvstore)
         context = HandoffContext.of(config, engine, client, fingerprint)
         worker = PrefillWorker(
@@ -57,7 +58,7 @@ class PrefillServer:
             context,
             engine.draft,
         )
-        host = WorkerHost(router_address)
+        host = WorkerHost(router_address, plane)
         servicer = PrefillServicer(worker, fingerprint)
         await host.start(
             engine.worker_info(worker_id, pb.WORKER_ROLE_PREFILL, fingerprint),

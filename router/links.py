@@ -12,11 +12,12 @@ import grpc
 
 from router.registry import Registry, WorkerInfo, WorkerRole
 from tandem.errors import TandemError, Unavailable, error_from_reason
+from tandem.internal import InternalPlane
 from tandem.output import OutputDelta
 from tandem.pb.kv.v1 import kv_pb2, kv_pb2_grpc
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
-from tandem.rpc import channel, to_tandem_error
+from tandem.rpc import to_tandem_error
 from tandem.work import Work
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,8 @@ def _is_cancelled() -> bool:
 class PrefillLink:
     """Calls one prefill worker. `on_broken` hears that its connection is lost."""
 
-    def __init__(self, info: WorkerInfo, on_broken: Callable[[], None]) -> None:
-        self._channel = channel(info.address)
+    def __init__(self, info: WorkerInfo, plane: InternalPlane, on_broken: Callable[[], None]) -> None:
+        self._channel = plane.channel(info.address)
         self._on_broken = on_broken
         self._stub: Any = worker_pb2_grpc.PrefillServiceStub(self._channel)
 
@@ -127,8 +128,10 @@ class _Listener:
 class DecodeLink:
     """The one stream to a decode worker: orders out, news in, sorted by request."""
 
-    def __init__(self, info: WorkerInfo, router_id: str, on_broken: Callable[[], None]) -> None:
-        self._channel = channel(info.address)
+    def __init__(
+        self, info: WorkerInfo, router_id: str, plane: InternalPlane, on_broken: Callable[[], None]
+    ) -> None:
+        self._channel = plane.channel(info.address)
         self._on_broken = on_broken
         self._orders: asyncio.Queue[pb.DecodeRequest] = asyncio.Queue()
         self._orders.put_nowait(pb.DecodeRequest(open=pb.OpenSession(router_id=router_id)))
@@ -202,8 +205,8 @@ class DecodeLink:
 class StoreLink:
     """Gives up KV that no decode worker will fetch, whether or not its handle has arrived."""
 
-    def __init__(self, address: str) -> None:
-        self._channel = channel(address)
+    def __init__(self, address: str, plane: InternalPlane) -> None:
+        self._channel = plane.channel(address)
         self._stub: Any = kv_pb2_grpc.KvServiceStub(self._channel)
 
     async def forget(self, request_id: str, tenant: str, epoch: int) -> None:
@@ -221,8 +224,9 @@ class StoreLink:
 class WorkerLinks:
     """Follows the registry: a link for each worker it knows."""
 
-    def __init__(self, registry: Registry, router_id: str) -> None:
+    def __init__(self, registry: Registry, router_id: str, plane: InternalPlane) -> None:
         self._registry = registry
+        self._plane = plane
         self._router_id = router_id
         self._links: dict[tuple[str, str], PrefillLink | DecodeLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -247,9 +251,9 @@ class WorkerLinks:
     def _open(self, info: WorkerInfo) -> None:
         key = (info.worker_id, info.incarnation)
         if info.role is WorkerRole.PREFILL:
-            self._links[key] = PrefillLink(info, lambda: self._broken(info))
+            self._links[key] = PrefillLink(info, self._plane, lambda: self._broken(info))
         else:
-            self._links[key] = DecodeLink(info, self._router_id, lambda: self._broken(info))
+            self._links[key] = DecodeLink(info, self._router_id, self._plane, lambda: self._broken(info))
 
     def _broken(self, info: WorkerInfo) -> None:
         self._registry.lose(info.worker_id, info.incarnation)

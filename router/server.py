@@ -34,6 +34,7 @@ from tandem.audit import AuditServicer
 from tandem.config import ClusterConfig
 from tandem.fingerprint import model_fingerprint
 from tandem.geometry import ModelGeometry
+from tandem.internal import InternalPlane
 from tandem.ledger import PoolAudit
 from tandem.metrics import RouterMetrics
 from tandem.pb.v1 import (
@@ -71,7 +72,8 @@ class Router:
         self, config: ClusterConfig, internal_host: str = "127.0.0.1", internal_port: int = 0
     ) -> None:
         check_exposure(config.router.host, config.security)
-        check_exposure(internal_host, config.security)
+        self._plane = InternalPlane.of(config)
+        self._plane.check_exposure(internal_host)
         self._config = config
         self._geometry = ModelGeometry.from_path(config.model.path)
         self._fingerprint = model_fingerprint(config)
@@ -89,7 +91,7 @@ class Router:
         )
         self._admission.follow(self.registry)
         self._admission.set_store(config.cache.store_bytes)
-        self._links = WorkerLinks(self.registry, f"router-{secrets.token_hex(4)}")
+        self._links = WorkerLinks(self.registry, f"router-{secrets.token_hex(4)}", self._plane)
         self.batches: Batches | None = None
         if config.batches.dir is not None:
             from router.batches.opening import open_batches
@@ -97,11 +99,12 @@ class Router:
             fingerprint = self._fingerprint.hex()
             self.batches = open_batches(config, fingerprint, self.intake, lambda: self.dispatcher)
         self._public = server(public=True, tokens=tokens_of(config.security))
-        self._internal = server(public=False)
+        self._internal = self._plane.server()
         self.port = bind(
             self._public, config.router.host, config.router.port, server_credentials(config.security)
         )
-        self.internal_address = f"{internal_host}:{bind(self._internal, internal_host, internal_port)}"
+        bound = self._plane.bind(self._internal, internal_host, internal_port)
+        self.internal_address = f"{internal_host}:{bound}"
         self._health = health.aio.HealthServicer()
 
     async def start(
@@ -112,7 +115,7 @@ class Router:
         collectors: Sequence[Collector] = (),
     ) -> None:
         """Begin to serve. The store is at `store_address`, or among the services added here."""
-        self._store = StoreLink(store_address or self.internal_address)
+        self._store = StoreLink(store_address or self.internal_address, self._plane)
         self.dispatcher = Dispatcher(
             self._config, self._geometry, self._admission, self._links, self._store, self._metrics
         )

@@ -30,15 +30,20 @@ class TandemClient:
     """One connection to a Tandem server at `address` (host:port). Use it as an async context.
 
     `token` is sent with every call; `credentials` are those of `tandem.security.client_credentials`
-    for a server with TLS.
+    for a server with TLS, and `server_name` what its certificate is good for, if that is not its address.
     """
 
     def __init__(
-        self, address: str, *, token: str | None = None, credentials: grpc.ChannelCredentials | None = None
+        self,
+        address: str,
+        *,
+        token: str | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        server_name: str = "",
     ) -> None:
         self.address = address
         self._metadata = bearer(token)
-        self._channel = channel(address, credentials, retries=True)
+        self._channel = channel(address, credentials, retries=True, server_name=server_name)
         self._generation: Any = generation_pb2_grpc.GenerationServiceStub(self._channel)
         self._models: Any = model_pb2_grpc.ModelServiceStub(self._channel)
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)

@@ -9,6 +9,7 @@ ClusterConfig
 ├── kvstore   KvStoreConfig    leases and limits of the store
 ├── router    RouterConfig     queue, deadlines, heartbeats
 ├── security  SecurityConfig   tokens and TLS of the public listeners
+├── internal  InternalConfig   tokens and TLS between the processes of the service
 └── batches   BatchConfig      files of requests that clients leave here
 """
 
@@ -22,6 +23,7 @@ from typing import Any
 
 from tandem.config_door import POLICIES as POLICIES
 from tandem.config_door import BatchConfig as BatchConfig
+from tandem.config_door import InternalConfig as InternalConfig
 from tandem.config_door import RouterConfig as RouterConfig
 from tandem.config_door import SecurityConfig as SecurityConfig
 from tandem.config_index import IndexConfig as IndexConfig
@@ -223,6 +225,7 @@ class ClusterConfig:
     kvstore: KvStoreConfig = field(default_factory=KvStoreConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
+    internal: InternalConfig = field(default_factory=InternalConfig)
     batches: BatchConfig = field(default_factory=BatchConfig)
 
     def __post_init__(self) -> None:

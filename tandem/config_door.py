@@ -72,6 +72,25 @@ class SecurityConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class InternalConfig:
+    """How the processes of a service know each other. All are files, the same on every machine
+    (`tandem.internal`)."""
+
+    tls_cert: Path | None = None  # certificate chain for the name tandem.internal, PEM
+    tls_key: Path | None = None
+    tls_ca: Path | None = None  # the authority of those certificates, and of nothing else
+    token_file: Path | None = None  # bearer tokens, one a line: the first is shown, all are accepted
+
+    def __post_init__(self) -> None:
+        given = [file is not None for file in (self.tls_cert, self.tls_key, self.tls_ca)]
+        check(all(given) or not any(given), "internal TLS needs tls_cert, tls_key and tls_ca together")
+        check(
+            self.token_file is None or self.tls_cert is not None,
+            "internal token_file needs internal TLS: in plaintext a token is no secret",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchConfig:
     """Files of requests that clients leave here to be run: /v1/files, /v1/batches and BatchService."""
 

@@ -70,14 +70,21 @@ def server(*, public: bool, tokens: BearerTokens | None = None) -> grpc.aio.Serv
 
 
 def channel(
-    address: str, credentials: grpc.ChannelCredentials | None = None, *, retries: bool = False
+    address: str,
+    credentials: grpc.ChannelCredentials | None = None,
+    *,
+    retries: bool = False,
+    server_name: str = "",
 ) -> grpc.aio.Channel:
     """A channel of its own (not shared with others to the same address); plaintext without credentials.
 
-    With `retries` it sends again, by itself, what `SERVICE_CONFIG` says may be sent again.
+    With `retries` it sends again, by itself, what `SERVICE_CONFIG` says may be sent again. `server_name` is
+    what the server's certificate must be good for, if that is not its address.
     """
     if credentials is not None:
-        return grpc.aio.secure_channel(address, credentials, options=_channel_options(retries))
+        named: Options = [("grpc.ssl_target_name_override", server_name)] if server_name else []
+        options = [*_channel_options(retries), *named]
+        return grpc.aio.secure_channel(address, credentials, options=options)
     return grpc.aio.insecure_channel(address, options=_channel_options(retries))
 
 

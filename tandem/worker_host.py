@@ -10,11 +10,11 @@ from collections.abc import Callable
 import grpc
 
 from tandem.audit import AuditServicer
+from tandem.internal import InternalPlane
 from tandem.ledger import PoolAudit
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
 from tandem.registration import RouterLink, WorkerLoad
-from tandem.rpc import bind, channel, server
 
 IDLE_POLL_S = 0.05  # while draining: nothing tells when the last block is free
 
@@ -25,11 +25,11 @@ class WorkerHost:
     It listens on the address from which this machine reaches the router: on loopback if the router does.
     """
 
-    def __init__(self, router_address: str) -> None:
-        self._server = server(public=False)
+    def __init__(self, router_address: str, plane: InternalPlane) -> None:
+        self._server = plane.server()
         host = host_towards(router_address)
-        self._router = channel(router_address)
-        self.address = f"{host}:{bind(self._server, host, 0)}"
+        self._router = plane.channel(router_address)
+        self.address = f"{host}:{plane.bind(self._server, host, 0)}"
         self._link: RouterLink | None = None
         self._is_idle: Callable[[], bool] = lambda: True
 

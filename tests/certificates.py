@@ -16,7 +16,7 @@ class Certificate:
 
 
 @functools.cache
-def self_signed(name: str = "server") -> Certificate:
+def self_signed(name: str = "server", good_for: str = "IP:127.0.0.1,DNS:localhost") -> Certificate:
     """For 127.0.0.1 and localhost; its own authority."""
     folder = Path(tempfile.mkdtemp(prefix="tandem-test-"))
     made = Certificate(folder / f"{name}.pem", folder / f"{name}.key")
@@ -33,7 +33,7 @@ def self_signed(name: str = "server") -> Certificate:
                 "-nodes",
             ),
             *("-keyout", str(made.key), "-out", str(made.cert), "-days", "1", "-subj", f"/CN={name}"),
-            *("-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"),
+            *("-addext", f"subjectAltName={good_for}"),
         ],
         check=True,
         capture_output=True,

@@ -64,10 +64,12 @@ class AppArgs(BaseModel):
 
     def check(self, config: ClusterConfig) -> None:
         """Raise `ConfigError` for a network that others could listen in on, unless that is wanted."""
-        if self.network == "node" and not config.security.insecure:
+        is_guarded = config.internal.tls_cert is not None
+        if self.network == "node" and not (is_guarded or config.security.insecure):
             raise ConfigError(
                 "network: node lets the processes of the service talk across machines without encryption; "
-                "keep that network to yourself and set engine_kwargs.security.insecure: true to allow it"
+                "set engine_kwargs.internal.tls_cert, tls_key and tls_ca (SECURITY.md), or keep that network "
+                "to yourself and set engine_kwargs.security.insecure: true"
             )
 
 

@@ -24,7 +24,7 @@ from tandem import log
 from tandem.audit import fetch_audit
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
-from tandem.rpc import channel
+from tandem.internal import InternalPlane
 
 if TYPE_CHECKING:
     from decode_worker.server import DecodeServer
@@ -52,7 +52,7 @@ class RouterReplica:
         from router.server import Router
 
         log.set_up("router", log_level)
-        settings = ClusterConfig.from_json(config)
+        settings = self._settings = ClusterConfig.from_json(config)
         self._host = settings.router.host
         self._store = EmbeddedStore(settings, leave_process)
         self._router = Router(settings, _internal_host(network), internal_port)
@@ -88,7 +88,7 @@ class RouterReplica:
 
     async def check_health(self) -> None:
         """Raises if the gRPC server does not answer."""
-        await _check_answers(self._router.internal_address)
+        await _check_answers(self._router.internal_address, self._settings)
 
     async def __del__(self) -> None:
         """Drain, then leave: Serve awaits this before it ends the process."""
@@ -116,7 +116,7 @@ class WorkerReplica:
 
     async def check_health(self) -> None:
         """Raises if the gRPC server does not answer, or if the router lives elsewhere now."""
-        await _check_answers(self._server.address)
+        await _check_answers(self._server.address, self._settings)
         try:
             async with asyncio.timeout(ASK_ROUTER_S):
                 address = (await self._router.addresses.remote())["internal"]
@@ -170,6 +170,6 @@ def _node() -> str:
     return str(get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
-async def _check_answers(address: str) -> None:
-    async with channel(address) as own:
+async def _check_answers(address: str, config: ClusterConfig) -> None:
+    async with InternalPlane.of(config).channel(address) as own:
         await fetch_audit(own)

@@ -20,9 +20,9 @@ from ray.serve.handle import DeploymentHandle
 
 from deploy.cluster.application import APP, build
 from deploy.cluster.args import AppArgs
-from tandem.client import TandemClient
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError, Unavailable
+from tandem.internal import InternalPlane
 
 READY_S = 300.0
 FAILED = "DEPLOY_FAILED"
@@ -60,7 +60,7 @@ class RayService:
                 addresses = await handle.addresses.remote()
                 self.address, self.http_address = addresses["public"], addresses["http"]
                 self.internal_address = addresses["internal"]
-                async with TandemClient(self.internal_address) as client:
+                async with InternalPlane.of(self.config).client(self.internal_address) as client:
                     await client.wait_until_serving(READY_S)
         except BaseException as error:
             what = await asyncio.to_thread(_what_is_wrong)

@@ -15,9 +15,9 @@ from rich.table import Table
 from kvstore.listing import ObjectInfo
 from tandem.audit import fetch_audit, fetch_audit_and_workers
 from tandem.client import as_tandem_error
+from tandem.internal import LOOPBACK_ONLY, InternalPlane
 from tandem.ledger import PoolAudit
 from tandem.pb.kv.v1 import kv_pb2, kv_pb2_grpc
-from tandem.rpc import channel
 
 TIMEOUT_S = 5.0
 
@@ -35,10 +35,10 @@ class ServiceAudit:
         return all(audit.is_balanced for _, audit in self.pools)
 
 
-def run(server: str, limit: int, as_json: bool) -> bool:
+def run(server: str, limit: int, as_json: bool, plane: InternalPlane = LOOPBACK_ONLY) -> bool:
     """Show the audit; whether all books are in order. Raises `TandemError` if a process does not answer."""
     try:
-        audit = asyncio.run(collect(server, limit))
+        audit = asyncio.run(collect(server, limit, plane))
     except grpc.aio.AioRpcError as error:
         raise as_tandem_error(error, server) from error
     if as_json:
@@ -48,22 +48,22 @@ def run(server: str, limit: int, as_json: bool) -> bool:
     return audit.is_sound
 
 
-async def collect(server: str, limit: int) -> ServiceAudit:
+async def collect(server: str, limit: int, plane: InternalPlane = LOOPBACK_ONLY) -> ServiceAudit:
     """Ask the router at its internal address, the store beside it, and every worker it knows."""
-    async with channel(server) as router:
+    async with plane.channel(server) as router:
         books, workers = await fetch_audit_and_workers(router, TIMEOUT_S)
         stub: Any = kv_pb2_grpc.KvServiceStub(router)
         stored = await stub.ListKv(kv_pb2.ListKvRequest(limit=limit), timeout=TIMEOUT_S)
     pools = [("router", audit) for audit in books]
-    for found in await asyncio.gather(*map(_audit_worker, workers)):
+    for found in await asyncio.gather(*(_audit_worker(address, plane) for address in workers)):
         pools += [("worker", audit) for audit in found]
     return ServiceAudit(
         pools, [ObjectInfo.from_pb(message) for message in stored.objects], dict(stored.counters)
     )
 
 
-async def _audit_worker(address: str) -> list[PoolAudit]:
-    async with channel(address) as worker:
+async def _audit_worker(address: str, plane: InternalPlane) -> list[PoolAudit]:
+    async with plane.channel(address) as worker:
         return await fetch_audit(worker, TIMEOUT_S)
 
 

@@ -15,7 +15,7 @@ from deploy.embedded import EmbeddedService
 from tandem.audit import fetch_audit
 from tandem.client import TandemClient
 from tandem.config import ClusterConfig
-from tandem.rpc import channel
+from tandem.internal import InternalPlane
 from tandem.sampling import SamplingParams
 
 PROMPTS = (
@@ -49,7 +49,7 @@ async def _run(config: ClusterConfig, as_json_lines: bool) -> int:
         took_s = time.monotonic() - began_s
         completions = [response.completions[0] for response in responses]
         records = [as_json(c.text, c.token_ids, c.finished) for c in completions]
-        leaked = await _leaked(service.internal_address)
+        leaked = await _leaked(service.internal_address, InternalPlane.of(service.config))
     if as_json_lines:
         for record in records:
             print(json.dumps(record))
@@ -60,9 +60,9 @@ async def _run(config: ClusterConfig, as_json_lines: bool) -> int:
     return 0 if leaked == 0 else 1
 
 
-async def _leaked(internal_address: str) -> int:
+async def _leaked(internal_address: str, plane: InternalPlane) -> int:
     """Units still owned by the router's credits and the store when nothing runs."""
-    internal = channel(internal_address)
+    internal = plane.channel(internal_address)
     try:
         async with asyncio.timeout(5.0):
             while sum(audit.owned for audit in await fetch_audit(internal)):  # noqa: ASYNC110

@@ -16,6 +16,7 @@ from deploy.verify.arms import Arm, Findings, Verification, reach
 from deploy.verify.local import Local
 from tandem.config import ClusterConfig, SpeculationConfig
 from tandem.errors import ConfigError
+from tandem.internal import InternalPlane
 
 SPARE_AREAS = 2
 MIN_BLOCKS = 4  # of the longest prompt; the shortest has half of it, and blocks to exchange
@@ -44,11 +45,12 @@ def run(config: ClusterConfig, server: str | None, codecs: Sequence[str], size: 
 
 async def collect(config: ClusterConfig, server: str | None, codecs: Sequence[str], size: Size) -> Findings:
     """Draw sequences from the model, compute them here, and compare."""
+    plane = InternalPlane.of(config)
     if server is not None:
-        await reach(server)
+        await reach(server, plane)
     local = Local(config, size.num_prompts + SPARE_AREAS, size.num_tokens + size.num_forced)
     samples = local.samples(size.num_prompts, size.num_tokens, size.num_forced)
-    verification = Verification(local, samples)
+    verification = Verification(local, samples, plane)
     if server is not None:
         await verification.service(config, server)
         return verification.findings

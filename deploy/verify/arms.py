@@ -22,7 +22,7 @@ from tandem.audit import fetch_audit, fetch_audit_and_workers
 from tandem.client import as_tandem_error
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError, FailedPrecondition, Unavailable
-from tandem.rpc import channel
+from tandem.internal import InternalPlane
 
 TIMEOUT_S = 5.0
 
@@ -80,15 +80,16 @@ class Pair:
 class Verification:
     """Compares services with this process, in whose cache each sample has an area and two are spare."""
 
-    def __init__(self, local: Local, samples: Sequence[Sample]) -> None:
+    def __init__(self, local: Local, samples: Sequence[Sample], plane: InternalPlane) -> None:
         self._local = local
+        self._plane = plane
         self._samples = samples
         self._here, self._there = len(samples), len(samples) + 1
         self.findings = Findings(self._control())
 
     async def service(self, config: ClusterConfig, address: str) -> None:
         """KV from each of a service's prefill workers, and what each of its decode workers makes of it."""
-        async with channel(address) as router, _errors_of(address):
+        async with self._plane.channel(address) as router, _errors_of(address):
             await self._compare(config, router)
 
     async def _compare(self, config: ClusterConfig, router: grpc.aio.Channel) -> None:
@@ -160,7 +161,7 @@ class Verification:
         async with AsyncExitStack() as stack:
             _, addresses = await fetch_audit_and_workers(router, TIMEOUT_S)
             for address in addresses:
-                worker = await stack.enter_async_context(channel(address))
+                worker = await stack.enter_async_context(self._plane.channel(address))
                 [books] = await fetch_audit(worker, TIMEOUT_S)
                 found = await passage.prefill(worker, passage.work(self._samples[0], 2))
                 (decodes if found is None else prefills).append((books.pool, worker))
@@ -172,9 +173,9 @@ class Verification:
             yield [Pair(prefills[i % len(prefills)], decodes[i % len(decodes)]) for i in range(most)]
 
 
-async def reach(address: str) -> None:
+async def reach(address: str, plane: InternalPlane) -> None:
     """Raise `Unavailable` unless a router answers there: before a model is loaded for nothing."""
-    async with channel(address) as router, _errors_of(address):
+    async with plane.channel(address) as router, _errors_of(address):
         await fetch_audit_and_workers(router, TIMEOUT_S)
 
 
