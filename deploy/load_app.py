@@ -113,6 +113,7 @@ def serve(
     max_goodput: Search = False,
     trials: Trials = 3,
     attainment: Attainment = 0.9,
+    plots: o.Plots = True,
     out: o.Out = Path("bench-results/serve"),
     json_output: o.Json = False,
 ) -> None:

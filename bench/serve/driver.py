@@ -38,6 +38,8 @@ class Driver:
     scraper: Scraper | None = None
     loop_lags_ms: list[float] = field(default_factory=list)
     _began_s: float = 0.0
+    _tasks: list[asyncio.Task[list[RequestRecord]]] = field(default_factory=list)
+    _is_stopped: bool = False
 
     async def run(
         self, requests: Sequence[LoadRequest], times_s: Sequence[float] | None, concurrency: int = 1
@@ -57,12 +59,22 @@ class Driver:
                     task.cancel()
 
     async def _open(self, requests: Sequence[LoadRequest], times_s: Sequence[float]) -> list[RequestRecord]:
-        tasks = []
         for index, request, at_s in zip(_first_indices(requests), requests, times_s, strict=True):
             if (left_s := at_s - self._now()) > 0:
                 await asyncio.sleep(left_s)
-            tasks.append(asyncio.create_task(self._turns(index, request, at_s)))
-        return [record for records in await asyncio.gather(*tasks) for record in records]
+            if self._is_stopped:
+                break
+            self._tasks.append(asyncio.create_task(self._turns(index, request, at_s)))
+        await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
+        ended = (task for task in self._tasks if task.done() and not task.cancelled())
+        return [record for task in ended for record in task.result()]
+
+    def stop(self) -> None:
+        """End an open-loop run now: nothing more is sent, and what runs is cancelled and not recorded."""
+        self._is_stopped = True
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
 
     async def _closed(self, requests: Sequence[LoadRequest], concurrency: int) -> list[RequestRecord]:
         """Each of `concurrency` users sends the next request when the last one and its turns ended."""
@@ -82,7 +94,7 @@ class Driver:
         A turn is due when its user has thought since the end of the last. If one fails, so do the rest.
         """
         records = [await self._one(index, request, scheduled_s, reply := Reply())]
-        while request.then is not None:
+        while request.then is not None and not self._is_stopped:
             request, last = _in_context(request, request.then, reply), records[-1]
             reply, due_s = Reply(), last.end_s + request.think_s
             if last.outcome is Outcome.OK:

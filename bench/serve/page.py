@@ -239,6 +239,12 @@ def _search(found: dict[str, Any] | None) -> str:
         f"held {_figure(found['holding_rate'])} req/s, failed at {_figure(found['failing_rate'])}; goodput "
         f"{_figure(found['goodput_rps'])} req/s (95 % interval {_figure(low)} to {_figure(high)})"
     )
+    num_late = sum(trial["client_bottleneck"] for trial in found["trials"])
+    num_stopped = sum(trial["stopped"] for trial in found["trials"])
+    said += (
+        f". {len(found['trials'])} trials: {num_stopped} stopped when they could not hold any more, "
+        f"in {num_late} the client was the bottleneck."
+    )
     chart = charts.lines("Share within the limits, by rate", "requests per second", [series])
     return f'<h2>Search for the most goodput</h2><p>{said}</p><div class="pair">{chart}</div>'
 

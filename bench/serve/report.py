@@ -42,7 +42,7 @@ def document(
     }
 
 
-def save(folder: Path, content: dict[str, Any]) -> list[Path]:
+def save(folder: Path, content: dict[str, Any], *, with_plots: bool = True) -> list[Path]:
     """`serve.json`, `serve.csv`, `serve.html`, and PNG pictures where there is matplotlib to draw them.
 
     The folder is made if need be. Returns the pictures.
@@ -52,7 +52,9 @@ def save(folder: Path, content: dict[str, Any]) -> list[Path]:
     stages = sorted({name for record in records for name in record.stages_ms})
     write_csv(folder / f"{NAME}.csv", [_row(record, stages) for record in records])
     (folder / f"{NAME}.html").write_text(page(content, records), encoding="utf-8")
-    return list(plots.draw(folder, content, records)) if importlib.util.find_spec("matplotlib") else []
+    if not with_plots or importlib.util.find_spec("matplotlib") is None:
+        return []
+    return list(plots.draw(folder, content, records))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -99,6 +101,10 @@ def show(content: dict[str, Any], console: Console) -> None:
             f"holds {_cell(found['holding_rate'])} req/s, fails at {_cell(found['failing_rate'])}; "
             f"goodput {found['goodput_rps']:.2f} req/s (95 %: {low:.2f} to {high:.2f})"
         )
+        if num_late := sum(trial["client_bottleneck"] for trial in found["trials"]):
+            console.print(
+                f"[yellow]the client was the bottleneck in {num_late} of {len(found['trials'])} trials[/]"
+            )
 
 
 def _server(scraper: Scraper) -> dict[str, Any]:

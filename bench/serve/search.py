@@ -2,9 +2,11 @@
 
 Below the first rate it halves until requests no longer meet: what fails alone fails at every rate.
 
-A rate holds if the mean attainment of its trials reaches the target. Trials differ in their seeds. The answer
-is a bracket, not a point: the last rate that held and the first that did not, with the spread of the
-trials at the one that held (Student's t, 95 %).
+A rate holds if the mean attainment of its trials reaches the target. Trials differ in their seeds. What can
+no longer hold is stopped: a saturated service is not loaded further, and its backlog is not waited for.
+
+The answer is a bracket, not a point: the last rate that held and the first that did not, with the spread of
+the trials at the one that held (Student's t, 95 %).
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class Trial:
     goodput_rps: float
     client_bottleneck: bool
     most_in_flight: int
+    stopped: bool = False  # as it could not hold any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,13 @@ async def search(
     trials: list[Trial] = []
 
     async def holds(rate: float) -> bool:
-        fresh = [await run(rate, number) for number in range(num_trials)]
-        trials.extend(fresh)
-        return statistics.fmean(trial.attainment for trial in fresh) >= attainment
+        missing = num_trials * (1 - attainment)  # that may be
+        for number in range(num_trials):
+            trials.append(await run(rate, number))
+            missing -= 1 - trials[-1].attainment
+            if missing < -1e-9:
+                return False  # whatever the other trials would give
+        return True
 
     low, high = await _bracket(holds, lambda: trials[-1].most_in_flight > 1, first_rate)
     while low is not None and high is not None and high / low > 1 + PRECISION:

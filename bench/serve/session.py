@@ -21,7 +21,7 @@ from bench.serve.arrivals import Arrival, Schedule
 from bench.serve.conversation import RequestClass, Talk, chained, first_turns, of_classes, synthetic
 from bench.serve.driver import Cancelling, Driver
 from bench.serve.metrics import Slo, summarize
-from bench.serve.record import RequestRecord
+from bench.serve.record import Outcome, RequestRecord
 from bench.serve.scrape import Scraper
 from bench.serve.search import Found, Trial, search
 from bench.serve.slo import Slos
@@ -97,6 +97,32 @@ class Run:
     scraper: Scraper | None = None  # with what the server said meanwhile
 
 
+@dataclass(slots=True)
+class _Misses:
+    """Counts requests outside the limits, and says when they are too many for the rate to hold.
+
+    That is when even trials without any other could not make up for them.
+    """
+
+    options: Options
+    num_requests: int
+    count: int = 0
+
+    def __call__(self, record: RequestRecord) -> bool:
+        if record.outcome is not Outcome.CANCELLED and not self.options.limits.is_met(record):
+            self.count += 1
+        return not self.are_too_many
+
+    @property
+    def are_too_many(self) -> bool:
+        return self.count > (1 - self.options.attainment) * self.options.trials * self.num_requests + 1e-9
+
+    @property
+    def attainment(self) -> float:
+        """At most this share can have met them."""
+        return 1 - self.count / self.num_requests
+
+
 class LoadTest:
     """One target under the load of one set of options."""
 
@@ -126,7 +152,12 @@ class LoadTest:
         options = self.options
         requests = self._requests(options.num_requests, options.seed)
         with Meter("load test", sum(request.num_turns for request in requests)) as meter:
-            return await self._once(requests, self._times(requests), options.seed, meter.step)
+
+            def note(record: RequestRecord) -> bool:
+                meter.step()
+                return True
+
+            return await self._once(requests, self._times(requests), options.seed, note)
 
     async def search(self) -> Found:
         """The highest Poisson rate at which enough requests meet the limits. Raises `ConfigError`."""
@@ -141,15 +172,18 @@ class LoadTest:
             seed = self.options.seed + number
             requests = self._requests(self.options.num_requests, seed)
             times = Schedule(Arrival.POISSON, rate).times(len(requests), seed)
-            found = (await self._once(requests, times, seed, lambda: None)).summary
-            share = found["attainment"] or 0.0
-            say(f"{rate:.2f} requests/s, trial {number + 1}: {100 * share:.0f} % within the limits")
+            misses = _Misses(self.options, sum(request.num_turns for request in requests))
+            found = (await self._once(requests, times, seed, misses)).summary
+            share = misses.attainment if misses.are_too_many else found["attainment"] or 0.0
+            so_far = ", stopped" if misses.are_too_many else ""
+            say(f"{rate:.2f} requests/s, trial {number + 1}: {100 * share:.0f} % within the limits{so_far}")
             return Trial(
                 rate=rate,
                 attainment=share,
                 goodput_rps=found["goodput_rps"] or 0.0,
                 client_bottleneck=found["client_bottleneck"],
                 most_in_flight=found["most_in_flight"],
+                stopped=misses.are_too_many,
             )
 
         return await search(trial, self.options.arrival.rate, self.options.attainment, self.options.trials)
@@ -159,10 +193,16 @@ class LoadTest:
         requests: Sequence[LoadRequest],
         times: Sequence[float] | None,
         seed: int,
-        step: Callable[[], None],
+        note: Callable[[RequestRecord], bool],
     ) -> Run:
+        """`note` hears of each record and says whether the run may go on."""
+
+        def on_end(record: RequestRecord) -> None:
+            if not note(record):
+                driver.stop()
+
         scraper = self._scraping() if self._scraping else None
-        driver = Driver(self._target, self.options.cancelling, seed, lambda record: step(), scraper)
+        driver = Driver(self._target, self.options.cancelling, seed, on_end, scraper)
         records = await driver.run(requests, times, self.options.concurrency)
         lags_ms, limits = driver.loop_lags_ms, self.options.limits
         return Run(records, summarize(records, limits, lags_ms, is_closed=times is None), scraper)

@@ -31,11 +31,12 @@ from tandem.errors import ConfigError
 def run(params: dict[str, Any], with_search: bool, out: Path, as_json: bool) -> None:
     """Run, save, show. The server is host:port of gRPC or a URL of HTTP. Raises `ConfigError`."""
     content = asyncio.run(_run(params, with_search))
-    pictures = report.save(out, content)
+    pictures = report.save(out, content, with_plots=params["plots"])
     shown = console(as_json)
     report.show(content, shown)
-    drawn = f"{len(pictures)} PNGs" if pictures else "no PNGs, as matplotlib is not installed (extra bench),"
-    shown.print(f"\nserve.json, serve.csv, serve.html and {drawn} are in {out}")
+    shown.print(f"\nserve.json, serve.csv, serve.html and {len(pictures)} PNGs are in {out}")
+    if params["plots"] and not pictures:
+        shown.print("PNGs need matplotlib: pip install 'tandem-serve[bench]'")
     if as_json:
         print(json.dumps(report.headline(content)))
 

@@ -39,7 +39,7 @@ async def test_the_same_requests_over_grpc_and_http_give_the_same_texts(tmp_path
     keys.write_text("a-token-of-this-test-and-no-other\n")
     keys.chmod(0o600)
     settings = replace(config(router={"http_port": 0}), security=SecurityConfig(api_key_file=keys))
-    common += ("--api-key-file", keys)
+    common += ("--api-key-file", keys, "--no-plots")
     async with EmbeddedService(settings) as service:
         url, name = f"http://{service.http_address}", service.config.model.served_name
         both = ("--protocols", "--http-server", url)
@@ -49,6 +49,7 @@ async def test_the_same_requests_over_grpc_and_http_give_the_same_texts(tmp_path
             *("--server", service.address, "--out", tmp_path / "search", "--num-requests", 10, "--rate", 4),
             *("--api-key-file", keys),
             *("--max-goodput", "--trials", 1, "--slo-ttft-ms", 0.001, "--output-tokens", 2, "--warm-up", 0),
+            "--no-plots",
         )
     assert grpc.keys() >= KEYS
     for summary in (grpc, http):

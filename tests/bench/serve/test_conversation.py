@@ -95,6 +95,50 @@ async def test_turns_after_a_failure_are_failures() -> None:
     assert summarize(records, Slo(), [])["attainment"] == pytest.approx(1 / 3, abs=1e-4)
 
 
+class Hanging(Answering):
+    """Answers every second request and keeps the others waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_cancelled = 0
+
+    async def send(self, request: LoadRequest, reply: Reply) -> None:
+        await super().send(request, reply)
+        if len(self.sent) % 2:
+            return
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+
+
+async def test_a_stopped_run_sends_no_more_and_waits_for_nothing() -> None:
+    target, seen = Hanging(), []
+
+    def on_end(record) -> None:
+        seen.append(record)
+        if len(seen) == 3:
+            driver.stop()
+
+    driver = Driver(target, on_end=on_end)
+    records = await driver.run([LoadRequest([1], 2)] * 50, [0.02 * n for n in range(50)])
+    assert records == seen
+    assert (len(records), len(target.sent), target.num_cancelled) == (3, 5, 2)
+
+
+async def test_a_search_stops_a_trial_that_cannot_hold_its_rate() -> None:
+    """Nobody is answered within a microsecond, so with one in ten allowed the second miss of ten decides."""
+    options = Options(
+        num_requests=10, arrival=Schedule(Arrival.POISSON, 50), slo=Slo(e2e_ms=0.001), trials=1, warm_up=0
+    )
+    target = Answering()
+    found = await LoadTest(target, Model("m", 1000, 2048), options).search()
+    assert found.holding_rate is None
+    assert all(trial.stopped and trial.attainment == 0.8 for trial in found.trials)
+    assert len(target.sent) < 5 * len(found.trials)
+
+
 def test_the_turns_of_sharegpt(tmp_path: Path) -> None:
     told = ["Hi", "x" * 40, "More?", "y" * 8, "", "z"]
     entry = {"conversations": [{"from": "any", "value": text} for text in told]}

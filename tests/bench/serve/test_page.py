@@ -176,7 +176,10 @@ def browse(file: Path, width: int, picture: Path) -> tuple[str, list[str]]:
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
     """From disk: a clean console, nothing over the edges at two widths, and a picture that is not blank."""
     found = {"holding_rate": 8.0, "failing_rate": 9.0, "goodput_rps": 7.5, "goodput_ci": (7.0, 8.0)}
-    trials = [{"rate": rate, "attainment": 1 - rate / 20} for rate in (2.0, 4.0, 8.0, 9.0)]
+    trials = [
+        {"rate": rate, "attainment": 1 - rate / 20, "stopped": rate > 8, "client_bottleneck": False}
+        for rate in (2.0, 4.0, 8.0, 9.0)
+    ]
     html = html_of(document(search={**found, "trials": trials}))
     file = tmp_path / "serve.html"
     file.write_text(html)

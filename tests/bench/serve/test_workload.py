@@ -150,6 +150,18 @@ async def test_a_search_without_an_end_says_so() -> None:
     assert found.failing_rate is None
 
 
+async def test_a_rate_that_cannot_hold_any_more_is_left() -> None:
+    ran = []
+
+    async def run(rate: float, number: int) -> Trial:
+        ran.append((rate, number))
+        return Trial(rate, 1.0 if rate < 3 else 0.6, rate, False, 2)
+
+    await search(run, 2.0, 0.9, 3)
+    assert ran[:4] == [(2.0, 0), (2.0, 1), (2.0, 2), (4.0, 0)]  # 0.6 and two perfect ones are 0.87
+    assert (4.0, 1) not in ran
+
+
 async def test_what_fails_alone_is_not_searched_for_below() -> None:
     rates = []
 
