@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from decode_worker.sequence import DecodeSequence
+from tandem.engine.draw import Draw
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import NO_TOKEN, BadLogits, SampledToken, Sampler
 from tandem.speculation_usage import SpeculationReport
@@ -28,9 +29,16 @@ class Advance:
         return self.num_drafted + self.is_tau_stop
 
 
-def greedy_token(token_id: int) -> SampledToken | BadLogits:
-    """What `ModelRunner.most_probable` found for a row."""
+def chosen_token(token_id: int) -> SampledToken | BadLogits:
+    """What `ModelRunner.choose` found for a row."""
     return BadLogits() if token_id == NO_TOKEN else SampledToken(token_id)
+
+
+def draws_of(sequences: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Draw] | None:
+    """For the next `counts[i]` tokens of sequence i; None where all are the most probable."""
+    if all(sequence.is_plainly_greedy for sequence in sequences):
+        return None
+    return [s.sampling.draw(i) for s, count in zip(sequences, counts, strict=True) for i in range(count)]
 
 
 def advance_by(sequence: DecodeSequence, token: SampledToken | BadLogits) -> Advance:
@@ -71,8 +79,9 @@ class PlainDecoder:
     def step(self, sequences: Sequence[DecodeSequence]) -> list[Advance]:
         rows = [sequence.rows() for sequence in sequences]
         sampled: Sequence[SampledToken | BadLogits]
-        if all(sequence.is_plainly_greedy for sequence in sequences):
-            sampled = [greedy_token(token_id) for token_id in self._model.most_probable(rows)]
+        if not any(sequence.needs_logits for sequence in sequences):
+            token_ids = self._model.choose(rows, draws_of(sequences, [1] * len(sequences)))
+            sampled = list(map(chosen_token, token_ids))
         else:
             logits = self._model.forward(self._model.batch(rows))
             sampled = self._sampler.sample(logits, [sequence.sampling for sequence in sequences])

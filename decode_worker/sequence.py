@@ -52,13 +52,15 @@ class DecodeSequence:
     next_token: int = field(init=False)
     token_ids: list[int] = field(init=False)  # prompt and output; the last one is `next_token`
     speculated: SpeculationUsage = field(default_factory=SpeculationUsage)
+    needs_logits: bool = field(init=False)  # for penalties or log-probabilities; others need tokens only
     is_plainly_greedy: bool = field(init=False)  # tokens are the arg max of raw logits, nothing else is asked
     is_cancelled: bool = False
     is_finished: bool = False
 
     def __post_init__(self) -> None:
         params = self.sampling.params
-        self.is_plainly_greedy = params.is_greedy and not params.changes_logits and params.logprobs is None
+        self.needs_logits = params.changes_logits or params.logprobs is not None
+        self.is_plainly_greedy = params.is_greedy and not self.needs_logits
         self.num_computed = len(self.work.token_ids) - 1 if self.handle else 0
         self.next_token = self.work.token_ids[-1]
         self.token_ids = list(self.work.token_ids)

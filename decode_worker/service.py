@@ -129,5 +129,5 @@ def _to_pb(key: tuple[str, int], event: Event) -> pb.SequenceEvent:
 
 
 def _failed(key: tuple[str, int], error: TandemError) -> pb.SequenceEvent:
-    failed = pb.WorkFailed(reason=error.reason, message=error.message)
+    failed = pb.WorkFailed(reason=error.reason, message=error.message, error_id=error.error_id)
     return pb.SequenceEvent(request_id=key[0], epoch=key[1], failed=failed)

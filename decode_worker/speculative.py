@@ -19,15 +19,16 @@ import logging
 import time
 from collections.abc import Sequence
 
-from decode_worker.decoder import Advance
+from decode_worker.decoder import Advance, draws_of
 from decode_worker.drafts.draft import Draft, Proposal
 from decode_worker.earnings import Earnings
 from decode_worker.lookahead import Lookahead, StepOutcome
 from decode_worker.sequence import DecodeSequence
 from decode_worker.step_costs import StepCosts
-from decode_worker.verification import verify, verify_greedily
+from decode_worker.verification import verify, verify_chosen
 from tandem.engine.batch import SequenceRows
 from tandem.engine.model_runner import ModelRunner
+from tandem.engine.rng import Stream
 from tandem.speculation import MAX_ASSISTANT_TOKENS
 from tandem.speculation_usage import SpeculationReport, SpeculationUsage
 
@@ -59,8 +60,9 @@ class SpeculativeDecoder:
         proposals = self._propose(sequences)
         drafted_s = time.perf_counter()
         rows = [self._rows(*pair) for pair in zip(sequences, proposals, strict=True)]
-        if all(sequence.is_plainly_greedy for sequence in sequences):
-            advances = verify_greedily(sequences, proposals, self._model.most_probable(rows))
+        if not any(s.needs_logits or s.draft_stream is Stream.DRAFT for s in sequences):
+            draws = draws_of(sequences, [len(each.token_ids) for each in rows])
+            advances = verify_chosen(sequences, proposals, self._model.choose(rows, draws))
         else:
             advances = verify(sequences, proposals, self._model.forward(self._model.batch(rows)))
         verified_s = time.perf_counter()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from decode_worker import acceptance
-from decode_worker.decoder import Advance, greedy_token
+from decode_worker.decoder import Advance, chosen_token
 from decode_worker.drafts.draft import Proposal
 from decode_worker.sequence import DecodeSequence
 from tandem.engine.rng import Stream, uniforms
@@ -44,10 +44,10 @@ def verify(sequences: Sequence[DecodeSequence], proposals: Sequence[Proposal], l
     return advances
 
 
-def verify_greedily(
+def verify_chosen(
     sequences: Sequence[DecodeSequence], proposals: Sequence[Proposal], token_ids: Sequence[int]
 ) -> list[Advance]:
-    """As `verify`, all sequences plainly greedy; `token_ids` [rows] as `most_probable` gives them."""
+    """As `verify` where a draft token stands if it is the one the target chose; `token_ids` [rows]."""
     advances, row = [], 0
     for sequence, proposal in zip(sequences, proposals, strict=True):
         advances.append(_begun(proposal))
@@ -65,7 +65,7 @@ def _walk(
 ) -> None:
     """Rows from `row` on judge the draft tokens and give the one after them."""
     offset = 0
-    while _take(sequence, proposal, offset, greedy_token(token_ids[row + offset]), advance):
+    while _take(sequence, proposal, offset, chosen_token(token_ids[row + offset]), advance):
         offset += 1
 
 

@@ -105,5 +105,5 @@ def _seconds_per_forward(model: ModelRunner, batch: list[SequenceRows], depth: i
     if depth:
         model.guess(batch, [depth] * len(batch), [0.0] * len(batch))
     else:
-        model.most_probable(batch)
+        model.choose(batch)
     return (time.perf_counter() - began_s) / max(depth, 1)

@@ -14,10 +14,11 @@ import torch
 
 from tandem.engine.batch import Guess, SequenceRows
 from tandem.engine.decoder import Batch, Decoder, load_decoder
+from tandem.engine.draw import Draw
 from tandem.engine.linear import LinearChoice
 from tandem.engine.native.decoder import NativeDecoder
 from tandem.engine.paged_cache import PagedCache
-from tandem.engine.sampler import most_probable
+from tandem.engine.sampler import choose, most_probable
 from tandem.engine.storage import Storage
 from tandem.geometry import ModelGeometry
 
@@ -118,12 +119,16 @@ class ModelRunner:
         """Fill the cache with the batch's rows; `[num_logits_rows, vocab]` float32 of the rows asked for."""
         return self._model.forward(batch, self.cache).float()
 
-    def most_probable(self, sequences: Sequence[SequenceRows]) -> list[int]:
-        """A forward; the token with the largest logit of each row whose logits are asked for, `NO_TOKEN`
-        where a logit is no finite number. Cheaper than `forward` where nothing else is asked of logits."""
+    def choose(self, sequences: Sequence[SequenceRows], draws: Sequence[Draw] | None = None) -> list[int]:
+        """A forward, and a token for each row whose logits are asked for: as its draw says, or without draws
+        the most probable; `NO_TOKEN` where a logit is no finite number.
+
+        The same as `forward` and `sampler.choose`, but cheaper.
+        """
         if isinstance(self._model, NativeDecoder):
-            return self._model.most_probable(sequences, self.cache)
-        return most_probable(self.forward(self.batch(sequences)))
+            return self._model.choose(sequences, draws, self.cache)
+        logits = self.forward(self.batch(sequences))
+        return most_probable(logits) if draws is None else choose(logits, draws)
 
     @property
     def can_guess(self) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MASK = (1 << 64) - 1
+SEED_BITS = (1 << 64) - 1
 
 
 class Stream(IntEnum):
@@ -36,7 +36,7 @@ def uniforms(
     seeds: Sequence[int], positions: Sequence[int], stream: Stream = Stream.TOKEN
 ) -> npt.NDArray[np.float64]:
     """One number in [0, 1) for each (seed, position), with 53 random bits."""
-    x = np.array([seed & _MASK for seed in seeds], np.uint64)
+    x = np.array([seed & SEED_BITS for seed in seeds], np.uint64)
     for word in (np.array(positions, np.uint64), np.uint64(stream)):
         x = _mix((x ^ word) + _GOLDEN)
     return (_mix(x + _GOLDEN) >> np.uint64(11)).astype(np.float64) * 2.0**-53

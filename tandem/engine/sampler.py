@@ -11,12 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
 
+from tandem.engine.draw import Draw
+from tandem.engine.native import build, library
+from tandem.engine.native.build import NotNativeError
 from tandem.engine.rng import Stream, uniforms
 from tandem.engine.sampling_state import SamplingState
+from tandem.errors import ConfigError
+from tandem.sampling import SamplingParams
 
 NO_TOKEN = -1  # in place of the most probable token of a row without usable logits
 _NEVER = float("-inf")
@@ -48,17 +54,55 @@ class Sampler:
         """One result per row. The states are read, not advanced."""
         if not states:
             return []
-        plain = [s.params.is_greedy and not s.params.changes_logits for s in states]
-        scores = logits if all(plain) else process_logits(logits, states)
-        token_ids = scores.argmax(-1)
-        drawn = [i for i, state in enumerate(states) if not state.params.is_greedy]
-        if drawn:
-            token_ids[drawn] = draw(scores[drawn], [states[i] for i in drawn], stream)
-        is_good = (logits.sum(-1).isfinite() & (scores.amax(-1) > _NEVER)).tolist()
+        changed = [i for i, state in enumerate(states) if state.params.changes_logits]
+        if changed:
+            scores = logits.float().clone()
+            for i in changed:
+                _penalize(scores[i], states[i])
+        else:
+            scores = logits
+        token_ids = choose(scores, [state.draw(0, stream) for state in states], masked=bool(changed))
+        if changed:  # what is no number must not hide behind a bias
+            is_good = logits.sum(-1).isfinite().tolist()
+            token_ids = [i if good else NO_TOKEN for i, good in zip(token_ids, is_good, strict=True)]
         return [
-            sampled_token(token_id, logits[i], state) if good else BadLogits()
-            for i, (token_id, good, state) in enumerate(zip(token_ids.tolist(), is_good, states, strict=True))
+            BadLogits() if token_id == NO_TOKEN else sampled_token(token_id, logits[i], state)
+            for i, (token_id, state) in enumerate(zip(token_ids, states, strict=True))
         ]
+
+
+def choose(scores: torch.Tensor, draws: Sequence[Draw], *, masked: bool = False) -> list[int]:
+    """A token for each row of `scores` [rows, vocab] float32, by own kernels where they run: the very ones a
+    forward chooses with. `NO_TOKEN` where a score is no finite number (`masked`: -inf may be among them)."""
+    isa = kernels_for(scores.device.type)
+    if isa is not None:
+        return library.choose(isa, scores.float(), library.pack_draws(draws), masked=masked)
+    is_good = scores.amax(-1).isfinite() if masked else scores.sum(-1).isfinite()
+    token_ids = scores.argmax(-1)
+    drawn = [i for i, each in enumerate(draws) if each.temperature]
+    if drawn:
+        some = [draws[i] for i in drawn]
+        token_ids[drawn] = invert_cdf(_filter(scores[drawn], some).double().softmax(-1), _chances(some))
+    found: list[int] = torch.where(is_good, token_ids, NO_TOKEN).tolist()
+    return found
+
+
+def _chances(draws: Sequence[Draw]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    stream = Stream(draws[0].stream)
+    return uniforms([d.seed for d in draws], [d.position for d in draws], stream)
+
+
+@cache
+def kernels_for(device: str) -> str | None:
+    """The instruction set of the kernels that choose tokens on this device; None: torch does."""
+    if device != "cpu":
+        return None
+    try:
+        isa = build.instruction_set()
+        library.load(isa)
+    except (NotNativeError, ConfigError):
+        return None
+    return isa
 
 
 def most_probable(logits: torch.Tensor) -> list[int]:
@@ -79,9 +123,9 @@ def process_logits(logits: torch.Tensor, states: Sequence[SamplingState]) -> tor
             _penalize(row, state)
     drawn = [i for i, state in enumerate(states) if not state.params.is_greedy]
     if len(drawn) == len(states):
-        return _filter(scores, states)
+        return _filter(scores, [state.params for state in states])
     if drawn:
-        scores[drawn] = _filter(scores[drawn], [states[i] for i in drawn])
+        scores[drawn] = _filter(scores[drawn], [states[i].params for i in drawn])
     return scores
 
 
@@ -120,9 +164,8 @@ def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
 
 
-def _filter(scores: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+def _filter(scores: torch.Tensor, params: Sequence[SamplingParams | Draw]) -> torch.Tensor:
     """Temperature, top-k, top-p and min-p; what falls out becomes -inf. Ties at the border of top-k stay."""
-    params = [s.params for s in states]
     scores = scores / _column([p.temperature for p in params], scores)
     vocab = scores.shape[-1]
     if any(0 < p.top_k < vocab for p in params):

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from tandem.engine.draw import Draw
+from tandem.engine.rng import SEED_BITS, Stream
 from tandem.sampling import SamplingParams
 
 
@@ -51,6 +53,12 @@ class SamplingState:
     def position(self) -> int:
         """Index of the next output token; with the seed it keys the random numbers."""
         return len(self.output_ids)
+
+    def draw(self, ahead: int = 0, stream: Stream = Stream.TOKEN) -> Draw:
+        """Of the output token `ahead` of the next one."""
+        params, position = self.params, len(self.output_ids) + ahead
+        filters = params.top_p, params.min_p, params.top_k
+        return Draw(self.seed & SEED_BITS, position, stream, params.temperature, *filters)
 
     def append(self, token_id: int) -> None:
         self.output_ids.append(token_id)

@@ -16,7 +16,7 @@ from tandem.config import DecodeConfig
 from tandem.engine.batch import SequenceRows
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.kv_transfer import export_kv
-from tandem.engine.sampler import most_probable
+from tandem.engine.sampler import choose, most_probable
 from tandem.errors import TandemError
 from tandem.output import OutputDelta
 from tandem.work import Work
@@ -151,8 +151,9 @@ def text_of(deltas) -> str:
 class MeddledModel(Meddler):
     """Every forward goes through the wrapper."""
 
-    def most_probable(self, rows):
-        return most_probable(self.forward(self.batch(rows)))
+    def choose(self, rows, draws=None):
+        logits = self.forward(self.batch(rows))
+        return most_probable(logits) if draws is None else choose(logits, draws)
 
 
 @asynccontextmanager

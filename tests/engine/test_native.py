@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 
 from tandem.engine.batch import SequenceRows
 from tandem.engine.costs import measure_costs
+from tandem.engine.draw import Draw
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.native import build, library
 from tandem.engine.native.build import NotNativeError
 from tandem.engine.paged_cache import PagedCache
-from tandem.engine.sampler import NO_TOKEN
+from tandem.engine.rng import Stream
+from tandem.engine.sampler import NO_TOKEN, choose
 from tandem.errors import ConfigError
 
 PROMPT = torch.randint(3, 160, (60,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -72,6 +74,15 @@ def test_plain_and_vector_code_give_the_same_bits(saved_model, monkeypatch, name
     assert torch.equal(*logits)
 
 
+@pytest.mark.slow
+def test_every_instruction_set_draws_the_same_tokens():
+    logits = 3 * torch.randn(500, 1003, generator=torch.Generator().manual_seed(1))
+    draws = [Draw(i, 3 * i, Stream.TOKEN, 0.9, 0.95, 0.001, 300) for i in range(len(logits))]
+    packed = library.pack_draws(draws)
+    plain, vector = (library.choose(isa, logits, packed, masked=False) for isa in ("plain", BEST))
+    assert plain == vector
+
+
 def test_an_extreme_row_is_not_hidden(make_runner):
     """NaN and infinity in the cache reach the logits, where they are noticed, and no other sequence."""
     runner = make_runner("llama3", implementation="native")
@@ -88,7 +99,7 @@ def test_an_extreme_row_is_not_hidden(make_runner):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), min_size=1, max_size=5))
-def test_the_most_probable_tokens_are_those_of_the_logits(make_runner, shapes):
+def test_tokens_chosen_in_the_forward_are_those_of_its_logits(make_runner, shapes):
     """Of every row asked for, in every shape of batch, whatever runs the forward."""
     rows = [
         SequenceRows(PROMPT[i : i + count], 0, [2 * i, 2 * i + 1], min(wanted, count))
@@ -96,8 +107,10 @@ def test_the_most_probable_tokens_are_those_of_the_logits(make_runner, shapes):
     ]
     for implementation in ("native", "lean"):
         runner = make_runner("llama3", implementation=implementation)
-        expected = runner.forward(runner.batch(rows)).argmax(-1).tolist()
-        assert runner.most_probable(rows) == expected
+        logits = runner.forward(runner.batch(rows))
+        assert runner.choose(rows) == logits.argmax(-1).tolist()
+        draws = [Draw(i, i, Stream.TOKEN, i % 2, 0.9, 0.0, 20) for i in range(len(logits))]
+        assert runner.choose(rows, draws) == choose(logits, draws)
 
 
 @pytest.mark.parametrize("implementation", ["native", "lean"])
@@ -106,9 +119,9 @@ def test_a_row_without_numbers_has_no_most_probable_token(make_runner, implement
     runner = make_runner("llama3", implementation=implementation)
     runner.forward(runner.batch([SequenceRows(PROMPT[:20], 0, [i * 2, i * 2 + 1]) for i in range(2)]))
     step = [SequenceRows([7], 20, [i * 2, i * 2 + 1]) for i in range(2)]
-    good = runner.most_probable(step)[1]
+    good = runner.choose(step)[1]
     runner.cache.write_blocks([0], poison * (runner.cache.block_bytes // 4))
-    assert runner.most_probable(step) == [NO_TOKEN, good]
+    assert runner.choose(step) == [NO_TOKEN, good]
 
 
 @pytest.mark.parametrize("tokens", [[160], [-1], [3, 1 << 20]])

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
+from tandem.engine import sampler
 from tandem.engine.rng import Stream, uniforms
-from tandem.engine.sampler import BadLogits, SampledToken, Sampler, process_logits
+from tandem.engine.sampler import NO_TOKEN, BadLogits, SampledToken, Sampler, choose, process_logits
 from tandem.engine.sampling_state import SamplingState
 from tandem.sampling import SamplingParams
 
@@ -186,6 +187,36 @@ def test_frequencies_match_the_distribution(params):
     expected = draws * probs[possible]
     statistic = ((counts[possible] - expected) ** 2 / expected).sum()
     assert statistic < 45  # P(chi-square with at most 11 degrees of freedom ≥ 45) < 1e-5
+
+
+@pytest.mark.parametrize("vocab", [12, 50, 1003])
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9, "min_p": 0.02}]
+)
+def test_kernels_draw_what_torch_draws(monkeypatch, vocab, temperature, filters):
+    """Fixed numbers: where a chance falls on a border to the last bit, the two may differ."""
+    raw = logits(400, seed=vocab, vocab=vocab)
+    draws = [state(seed=7 * i, vocab=vocab, temperature=temperature, **filters).draw(i) for i in range(400)]
+    assert sampler.kernels_for("cpu") is not None
+    by_kernels = choose(raw, draws)
+    monkeypatch.setattr(sampler, "kernels_for", lambda device: None)
+    assert choose(raw, draws) == by_kernels
+    assert len(set(by_kernels)) > 5
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_what_is_no_number_is_not_drawn(monkeypatch, has_kernels):
+    if not has_kernels:
+        monkeypatch.setattr(sampler, "kernels_for", lambda device: None)
+    raw = logits(6)
+    raw[1, 3], raw[2, 3], raw[3, 3], raw[4] = float("nan"), float("inf"), float("-inf"), float("-inf")
+    for temperature in (0.0, 1.0):
+        draws = [state(temperature=temperature).draw() for _ in raw]
+        bad = [token_id == NO_TOKEN for token_id in choose(raw, draws)]
+        assert bad == [False, True, True, True, True, False]
+        bad = [token_id == NO_TOKEN for token_id in choose(raw[3:], draws[3:], masked=True)]
+        assert bad == [False, True, False]
 
 
 def test_uniforms_depend_on_seed_position_and_stream_only():

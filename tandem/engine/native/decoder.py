@@ -16,6 +16,7 @@ import torch
 
 from tandem.engine.batch import Guess, SequenceRows
 from tandem.engine.checkpoint import eos_token_ids
+from tandem.engine.draw import Draw
 from tandem.engine.lean.config import LeanConfig
 from tandem.engine.lean.rope import inverse_frequencies
 from tandem.engine.lean.shapes import HEAD, tensor_shapes
@@ -77,13 +78,16 @@ class NativeDecoder:
         engine.forward(self._model, _addressed(cache), batch.numbers, angles.address, logits.data_ptr())
         return logits[:, : self._vocab]
 
-    def most_probable(self, sequences: Sequence[SequenceRows], cache: PagedCache) -> list[int]:
-        """A forward; the token with the largest logit of each row whose logits are asked for, the first of
-        several; -1 where a logit is no finite number."""
+    def choose(
+        self, sequences: Sequence[SequenceRows], draws: Sequence[Draw] | None, cache: PagedCache
+    ) -> list[int]:
+        """A forward, and a token for each row whose logits are asked for: as its draw says, or the most
+        probable, the first of several; -1 where a logit is no finite number."""
         batch = self.batch(sequences, cache)
         angles, chosen = self._reach(batch), array("i", bytes(4 * batch.num_logits))
-        engine = library.engine(self._isa)
-        engine.forward(self._model, _addressed(cache), batch.numbers, angles.address, chosen=chosen)
+        packed = None if draws is None else library.pack_draws(draws)
+        engine, memory = library.engine(self._isa), _addressed(cache)
+        engine.forward(self._model, memory, batch.numbers, angles.address, None, chosen, packed)
         return chosen.tolist()
 
     def guess(

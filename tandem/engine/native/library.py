@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 
+from tandem.engine.draw import Draw
 from tandem.engine.native import build
 from tandem.engine.native.arena import Arena
 from tandem.engine.quantization.formats import INT8_MOST, QuantizedWeight
 from tandem.errors import ConfigError
 
 PANEL = 16  # outputs that lie together
-ABI = 4
+ABI = 5
 FORMATS = {torch.float32: 0, torch.float16: 1}
 INT8, CODE4 = 2, 3
 PIECE_INPUTS = 4  # inputs whose codes lie together
@@ -201,6 +204,7 @@ class Engine:
         angles: int,
         logits: int | None = None,
         chosen: array[int] | None = None,
+        draws: bytes | None = None,
     ) -> None:
         """Fill the cache, and `logits` (an address) and `chosen` if given. Other threads run meanwhile."""
         self._library.tandem_forward(
@@ -211,6 +215,7 @@ class Engine:
             angles,
             logits,
             None if chosen is None else _address(chosen),
+            draws,
         )
 
     def guess(
@@ -253,6 +258,21 @@ def _address(numbers: array[int] | array[float]) -> int:
     return numbers.buffer_info()[0]
 
 
+def pack_draws(draws: Sequence[Draw]) -> bytes:
+    """Behind each other, as `choose` and `Engine.forward` take them."""
+    return b"".join([_DRAW.pack(*draw) for draw in draws])
+
+
+def choose(isa: str, logits: torch.Tensor, draws: bytes, *, masked: bool) -> list[int]:
+    """A token for each row of `logits` [rows, vocab] float32; -1 where one is no finite number (`masked`:
+    -inf may be among them)."""
+    rows, vocab = logits.shape
+    chosen = array("i", bytes(4 * rows))
+    load(isa).tandem_choose(logits.data_ptr(), rows, logits.stride(0), vocab, draws, masked, _address(chosen))
+    return chosen.tolist()
+
+
+_DRAW = struct.Struct("=QQQdddq")  # seed, position, stream, temperature, top_p, min_p, top_k
 _engines = threading.local()
 
 
@@ -274,10 +294,13 @@ def load(isa: str) -> ctypes.CDLL:
     found.tandem_engine_new.argtypes = (ctypes.c_int32,)
     found.tandem_engine_delete.argtypes = (handle,)
     found.tandem_engine_delete.restype = None
-    found.tandem_forward.argtypes = (handle,) * 7
+    found.tandem_forward.argtypes = (handle,) * 8
     found.tandem_forward.restype = None
     found.tandem_guess.argtypes = (*(handle,) * 5, ctypes.c_int32, *(handle,) * 3)
     found.tandem_guess.restype = None
+    integer = ctypes.c_int32
+    found.tandem_choose.argtypes = (handle, integer, ctypes.c_int64, integer, handle, integer, handle)
+    found.tandem_choose.restype = None
     found.tandem_linear.argtypes = (handle, handle, handle, ctypes.c_int32, handle)
     found.tandem_linear.restype = None
     if found.tandem_abi() != ABI:

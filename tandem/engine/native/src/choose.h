@@ -1,15 +1,31 @@
-// The most probable token of a row of logits.
+// A token from a row of logits: the most probable one, or one that is drawn.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <functional>
+#include <vector>
 
 #include "simd.h"
 
 namespace tandem {
 
-// The first of the largest logits, or -1 where one of them is no finite number.
-inline int most_probable(const float* logits, int vocab) {
-    f8 largest = set1(-INFINITY), odd = zero();  // x - x is 0 for numbers, NaN for the others
+// How a token is drawn: parameters, and what its random number depends on (tandem/engine/rng.py).
+struct Draw {
+    uint64_t seed, position, stream;
+    double temperature;  // 0: the most probable token
+    double top_p, min_p;
+    int64_t top_k;  // 0: all
+};
+
+struct Largest {
+    float value;
+    bool are_finite;  // all logits
+};
+
+inline Largest largest_of(const float* logits, int vocab) {
+    f8 largest = set1(-INFINITY), odd = zero();  // x - x is 0 for finite numbers, NaN for the others
     int i = 0;
     for (; i + LANES <= vocab; i += LANES) {
         const f8 x = load(logits + i);
@@ -23,10 +39,107 @@ inline int most_probable(const float* logits, int vocab) {
         most = logits[i] > most ? logits[i] : most;
         rest += logits[i] - logits[i];
     }
-    if (rest != 0.0f) return -1;  // also where it is NaN
+    return {most, rest == 0.0f};
+}
+
+inline int first_of(float value, const float* logits) {
     int found = 0;
-    while (logits[found] != most) found++;
+    while (logits[found] != value) found++;
     return found;
 }
+
+// The first of the largest logits, or -1 where one of them is no finite number.
+inline int most_probable(const float* logits, int vocab) {
+    const Largest largest = largest_of(logits, vocab);
+    return largest.are_finite ? first_of(largest.value, logits) : -1;
+}
+
+inline uint64_t mix(uint64_t x) {
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
+// In [0, 1), with 53 random bits.
+inline double chance_of(const Draw& d) {
+    const uint64_t golden = 0x9E3779B97F4A7C15u;
+    const uint64_t x = mix((mix((d.seed ^ d.position) + golden) ^ d.stream) + golden);
+    return double(mix(x + golden) >> 11) * 0x1p-53;
+}
+
+// Draws rows of one vocabulary, one after the other.
+class Sampler {
+   public:
+    // -1 where a logit is no finite number; with `masked` some may be -inf.
+    int choose(const float* logits, int vocab, const Draw& d, bool masked) {
+        const Largest largest = largest_of(logits, vocab);
+        if (!(masked || largest.are_finite) || !std::isfinite(largest.value)) return -1;
+        if (d.temperature == 0) return first_of(largest.value, logits);
+        weigh(logits, vocab, largest.value, float(d.temperature));
+        if (d.top_k > 0 && d.top_k < vocab) keep_top_k(vocab, int(d.top_k));
+        if (d.top_p < 1) keep_top_p(vocab, d.top_p);
+        if (d.min_p > 0) drop_below(float(d.min_p), vocab);
+        return invert(vocab, chance_of(d));
+    }
+
+   private:
+    std::vector<float> weights_;  // unnormalized probabilities; the largest is 1
+    std::vector<float> sorted_;
+
+    void weigh(const float* logits, int vocab, float largest, float temperature) {
+        weights_.resize(round_up(vocab, LANES));
+        const f8 most = set1(largest), t = set1(temperature);
+        for (int i = 0; i < vocab; i += LANES) {
+            const f8 x = i + LANES <= vocab ? load(logits + i) : load_some(logits + i, vocab - i);
+            store(weights_.data() + i, exp(div(sub(x, most), t)));
+        }
+    }
+
+    void drop_below(float least, int vocab) {
+        for (int i = 0; i < vocab; i++)
+            if (weights_[i] < least) weights_[i] = 0.0f;
+    }
+
+    // Ties at the border stay.
+    void keep_top_k(int vocab, int k) {
+        sorted_.assign(weights_.begin(), weights_.begin() + vocab);
+        std::nth_element(sorted_.begin(), sorted_.begin() + (k - 1), sorted_.end(), std::greater<float>());
+        drop_below(sorted_[k - 1], vocab);
+    }
+
+    // The most probable ones, until they reach a share of `p`; ties at the border stay.
+    void keep_top_p(int vocab, double p) {
+        const double total = total_of(vocab);
+        const double surely_out = (1 - p) * total / vocab;  // all that are smaller have less than 1 - p together
+        sorted_.clear();
+        for (int i = 0; i < vocab; i++)
+            if (weights_[i] > 0 && weights_[i] >= surely_out) sorted_.push_back(weights_[i]);
+        std::sort(sorted_.begin(), sorted_.end(), std::greater<float>());
+        double above = 0;
+        float least = sorted_[0];
+        for (float weight : sorted_) {
+            if (above >= p * total) break;
+            least = weight;
+            above += weight;
+        }
+        drop_below(least, vocab);
+    }
+
+    double total_of(int vocab) const {
+        double total = 0;
+        for (int i = 0; i < vocab; i++) total += weights_[i];
+        return total;
+    }
+
+    // The first token whose cumulative probability exceeds `chance`; never one of probability 0.
+    int invert(int vocab, double chance) const {
+        const double total = total_of(vocab);
+        const double threshold = std::min(chance * total, std::nextafter(total, 0.0));
+        double reached = 0;
+        for (int i = 0; i < vocab; i++)
+            if ((reached += weights_[i]) > threshold) return i;
+        return -1;
+    }
+};
 
 }  // namespace tandem

@@ -22,6 +22,7 @@ namespace tandem {
 struct Buffers {
     std::vector<float> x, normed, qkv, attended, projected, gate_up, activated, last, logits;
     std::vector<std::vector<float>> scores;  // per member
+    std::vector<Sampler> samplers;           // per member
 
     static float* grow(std::vector<float>& buffer, size_t size) {
         if (buffer.size() < size) buffer.resize(size);
@@ -89,6 +90,7 @@ class Forward {
         for (int i = 0; i < b.rows; i++) longest = std::max(longest, b.positions[i] + 1);
         scores_stride = round_up(longest, LANES);
         buffers.scores.resize(team.size());
+        buffers.samplers.resize(team.size());
         for (auto& scores : buffers.scores) Buffers::grow(scores, MAX_VECTORS * scores_stride);
         plan_attention();
     }
@@ -279,6 +281,10 @@ class Forward {
         }
     }
 
+    int choose(const float* logits, int i, Sampler& sampler) const {
+        return b.draws ? sampler.choose(logits, m.vocab, b.draws[i], false) : most_probable(logits, m.vocab);
+    }
+
     void judge(int member) {
         Share mine = rows_of(b.num_logits, member);
         for (int i = mine.first; i < mine.last; i++)
@@ -289,7 +295,7 @@ class Forward {
         if (!b.chosen) return;
         team.barrier();
         for (int i = mine.first; i < mine.last; i++)
-            b.chosen[i] = most_probable(b.logits + size_t(i) * width, m.vocab);
+            b.chosen[i] = choose(b.logits + size_t(i) * width, i, buffers.samplers[member]);
     }
 };
 
@@ -304,8 +310,9 @@ struct Engine {
     }
 
     // `logits` null: somewhere, until the next call.
-    Batch unpack(const Model& model, const int32_t* numbers, const float* angles, float* logits, int32_t* chosen) {
-        Batch batch = tandem::unpack(numbers, angles, logits, chosen);
+    Batch unpack(const Model& model, const int32_t* numbers, const float* angles, float* logits = nullptr,
+                 int32_t* chosen = nullptr, const Draw* draws = nullptr) {
+        Batch batch = tandem::unpack(numbers, angles, logits, chosen, draws);
         const size_t size = size_t(batch.num_logits) * round_up(model.vocab, PANEL);
         if (!logits) batch.logits = Buffers::grow(buffers.logits, size);
         return batch;
@@ -317,17 +324,17 @@ struct Engine {
 extern "C" {
 
 // Bumped with every change of a struct or function below.
-int32_t tandem_abi() { return 4; }
+int32_t tandem_abi() { return 5; }
 
 void* tandem_engine_new(int32_t threads) { return new tandem::Engine(threads); }
 void tandem_engine_delete(void* engine) { delete static_cast<tandem::Engine*>(engine); }
 
-// One forward at a time per engine. `logits` may be null, and `chosen`. Arguments must be in range; nothing is
-// checked here.
+// One forward at a time per engine. `logits`, `chosen` and `draws` may be null. Arguments must be in range; nothing
+// is checked here.
 void tandem_forward(void* engine, const tandem::Model* model, const tandem::Cache* cache, const int32_t* numbers,
-                    const float* angles, float* logits, int32_t* chosen) {
+                    const float* angles, float* logits, int32_t* chosen, const tandem::Draw* draws) {
     auto& e = *static_cast<tandem::Engine*>(engine);
-    e.forward(*model, *cache, e.unpack(*model, numbers, angles, logits, chosen));
+    e.forward(*model, *cache, e.unpack(*model, numbers, angles, logits, chosen, draws));
 }
 
 // Forwards until every sequence has its guesses; the first takes a batch with one row of logits per sequence.
@@ -335,10 +342,18 @@ void tandem_forward(void* engine, const tandem::Model* model, const tandem::Cach
 void tandem_guess(void* engine, const tandem::Model* model, const tandem::Cache* cache, const int32_t* numbers,
                   const float* angles, int32_t most, const int32_t* counts, const float* thresholds, int32_t* found) {
     auto& e = *static_cast<tandem::Engine*>(engine);
-    const tandem::Batch batch = e.unpack(*model, numbers, angles, nullptr, nullptr);
+    const tandem::Batch batch = e.unpack(*model, numbers, angles);
     int32_t* num_found = found + size_t(batch.sequences) * most;
     const tandem::Guesses guesses{most, counts, thresholds, found, num_found, num_found + batch.sequences};
     tandem::guess(batch, guesses, model->vocab, [&](const tandem::Batch& next) { e.forward(*model, *cache, next); });
+}
+
+// A token for each row of `logits` [rows, stride]; with `masked` some may be -inf.
+void tandem_choose(const float* logits, int32_t rows, int64_t stride, int32_t vocab, const tandem::Draw* draws,
+                   int32_t masked, int32_t* chosen) {
+    tandem::Sampler sampler;
+    for (int32_t row = 0; row < rows; row++)
+        chosen[row] = sampler.choose(logits + row * stride, vocab, draws[row], masked);
 }
 
 // y [rows, out rounded up to a panel] = x [rows, in] · weightsᵀ + bias.

@@ -6,7 +6,6 @@
 #include <numeric>
 #include <vector>
 
-#include "choose.h"
 #include "linear.h"
 #include "model.h"
 #include "simd.h"
@@ -50,7 +49,7 @@ struct NextRows {
             first_rows.push_back(row + 1);
         }
         return {count, count, count, token_ids.data(), positions.data(), first_rows.data(), first.tables,
-                first_blocks.data(), logits_rows.data(), first.angles, first.logits, nullptr};
+                first_blocks.data(), logits_rows.data(), first.angles, first.logits, nullptr, nullptr};
     }
 };
 
