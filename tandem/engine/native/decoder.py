@@ -21,7 +21,7 @@ from tandem.engine.lean.config import LeanConfig
 from tandem.engine.lean.rope import inverse_frequencies
 from tandem.engine.lean.shapes import HEAD, tensor_shapes
 from tandem.engine.lean.weights import Weights
-from tandem.engine.native import build, library
+from tandem.engine.native import build, library, structs
 from tandem.engine.native.batch import NativeBatch
 from tandem.engine.native.loader import Loader
 from tandem.engine.paged_cache import PagedCache
@@ -144,5 +144,5 @@ class _Angles:
         return _Angles(torch.cat((self._values, torch.stack((angle.cos(), angle.sin()), 1).float())))
 
 
-def _addressed(cache: PagedCache) -> library.Cache:
-    return library.Cache(cache.address, cache.progress_address, cache.num_blocks + 1, cache.block_size)
+def _addressed(cache: PagedCache) -> structs.Cache:
+    return structs.Cache(cache.address, cache.progress_address, cache.num_blocks + 1, cache.block_size)

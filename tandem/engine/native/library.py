@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from tandem.engine.draw import Draw
 from tandem.engine.native import build
 from tandem.engine.native.arena import Arena
+from tandem.engine.native.structs import Cache, Linear, Model
 from tandem.engine.quantization.formats import INT8_MOST, QuantizedWeight
 from tandem.errors import ConfigError
 
@@ -25,77 +26,6 @@ FORMATS = {torch.float32: 0, torch.float16: 1}
 INT8, CODE4 = 2, 3
 PIECE_INPUTS = 4  # inputs whose codes lie together
 CHECK_TOLERANCE = 1e-5
-
-
-class Linear(ctypes.Structure):
-    _fields_ = (
-        ("format", ctypes.c_int32),
-        ("activation_bits", ctypes.c_int32),
-        ("in_features", ctypes.c_int32),
-        ("out_features", ctypes.c_int32),
-        ("group", ctypes.c_int32),
-        ("weights", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("codebook", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("is_rotated", ctypes.c_int32),
-        ("num_outliers", ctypes.c_int32),
-        ("outlier_inputs", ctypes.c_void_p),
-        ("outliers", ctypes.c_void_p),
-    )
-
-
-class Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, Linear) for name in ("qkv", "output", "gate_up", "down")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "input_norm",
-                "query_norm",
-                "key_norm",
-                "attended_norm",
-                "ffn_norm",
-                "ffn_out_norm",
-            )
-        ),
-        ("window", ctypes.c_int32),
-    )
-
-
-class Model(ctypes.Structure):
-    _fields_ = (
-        *(
-            (name, ctypes.c_int32)
-            for name in (
-                "num_layers",
-                "hidden",
-                "heads",
-                "kv_heads",
-                "dim",
-                "ffn",
-                "vocab",
-                "plain_norm",
-                "qk_norm",
-                "is_embedding_half",
-            )
-        ),
-        ("eps", ctypes.c_float),
-        ("clip_qkv", ctypes.c_float),
-        ("embedding", ctypes.c_void_p),
-        ("norm", ctypes.c_void_p),
-        ("head", Linear),
-        ("layers", ctypes.POINTER(Layer)),
-    )
-
-
-class Cache(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("layers_written", ctypes.c_void_p),
-        ("num_blocks", ctypes.c_int64),
-        ("block_size", ctypes.c_int32),
-    )
 
 
 @dataclass(frozen=True, slots=True)

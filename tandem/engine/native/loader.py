@@ -10,7 +10,7 @@ from tandem.engine.lean.config import LeanConfig
 from tandem.engine.lean.shapes import EMBEDDING, tensor_shapes
 from tandem.engine.lean.weights import Weights
 from tandem.engine.linear import LinearChoice, fits_fp16
-from tandem.engine.native import library
+from tandem.engine.native import library, structs
 from tandem.engine.native.arena import Arena
 from tandem.engine.native.probe import WidthProbe
 from tandem.engine.quantization.formats import quantize
@@ -37,13 +37,13 @@ class Loader:
         self._kept: list[torch.Tensor | library.PackedLinear] = []
         self._names = {name for name, _ in tensor_shapes(config)}
         layers = [self._layer(index) for index in range(config.geometry.num_layers)]
-        self._layers = (library.Layer * len(layers))(*layers)
+        self._layers = (structs.Layer * len(layers))(*layers)
         self._embedding = self._arena.keep(self._stored(weights.get(EMBEDDING)))
         self._norm = self._vector("model.norm")
         tied = [EMBEDDING.removesuffix(".weight")] if config.tied else None
         self._head = self._linear("lm_head", tied)
 
-    def twin(self, isa: str, bits: int) -> tuple[library.Model, dict[str, LinearChoice]]:
+    def twin(self, isa: str, bits: int) -> tuple[structs.Model, dict[str, LinearChoice]]:
         """The same weights, those of four bits with activations of `bits`; 0: what is faster here."""
         layers, choices = type(self._layers)(*self._layers), dict(self.choices)
         probe = WidthProbe(isa)
@@ -56,10 +56,10 @@ class Loader:
                     choices[full_name] = LinearChoice(kernel, reason)
         return self.model(layers), choices
 
-    def model(self, layers: ctypes.Array[library.Layer] | None = None) -> library.Model:
+    def model(self, layers: ctypes.Array[structs.Layer] | None = None) -> structs.Model:
         """The struct of the whole model, over these layers or its own."""
         geometry, config = self.config.geometry, self.config
-        return library.Model(
+        return structs.Model(
             num_layers=geometry.num_layers,
             hidden=geometry.hidden_size,
             heads=geometry.num_heads,
@@ -78,11 +78,11 @@ class Loader:
             layers=layers or self._layers,
         )
 
-    def _layer(self, index: int) -> library.Layer:
+    def _layer(self, index: int) -> structs.Layer:
         at, known = f"model.layers.{index}", self.config.architecture
         attention, mlp = f"{at}.self_attn", f"{at}.mlp"
         before, after = not known.norm_after, known.norm_after
-        return library.Layer(
+        return structs.Layer(
             qkv=self._linear(f"{at}.{LINEARS['qkv']}", [f"{attention}.{x}_proj" for x in "qkv"]),
             output=self._linear(f"{at}.{LINEARS['output']}"),
             gate_up=self._linear(f"{at}.{LINEARS['gate_up']}", [f"{mlp}.gate_proj", f"{mlp}.up_proj"]),
@@ -104,7 +104,7 @@ class Loader:
         self._kept.append(weight)
         return weight.data_ptr()
 
-    def _linear(self, name: str, parts: list[str] | None = None) -> library.Linear:
+    def _linear(self, name: str, parts: list[str] | None = None) -> structs.Linear:
         """The weights of `parts` on top of each other; `name` is what the report says."""
         parts = parts or [name]
         biased = f"{parts[0]}.bias" in self._names

@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from tandem.engine.native import library
+from tandem.engine.native import library, structs
 
 WIDTHS = (8, 32)  # the first wins a tie
 REPEATS = 7
@@ -23,14 +23,14 @@ class WidthProbe:
         self._engine = library.engine(isa)
         self._found: dict[tuple[int, ...], tuple[int, str]] = {}
 
-    def faster(self, linear: library.Linear) -> tuple[int, str]:
+    def faster(self, linear: structs.Linear) -> tuple[int, str]:
         """Bits of activations, and the reason with both times."""
         shape = (linear.in_features, linear.out_features, linear.is_rotated, linear.num_outliers)
         if shape not in self._found:
             self._found[shape] = self._measure(linear)
         return self._found[shape]
 
-    def _measure(self, linear: library.Linear) -> tuple[int, str]:
+    def _measure(self, linear: structs.Linear) -> tuple[int, str]:
         x = torch.randn(1, linear.in_features, generator=torch.Generator().manual_seed(0))
         variants = {bits: _with_width(linear, bits) for bits in WIDTHS}
         best_s = dict.fromkeys(WIDTHS, float("inf"))
@@ -44,8 +44,8 @@ class WidthProbe:
         return chosen, f"faster here: {times}"
 
 
-def _with_width(linear: library.Linear, bits: int) -> library.PackedLinear:
+def _with_width(linear: structs.Linear, bits: int) -> library.PackedLinear:
     """A copy of the struct; its tensors are kept by the model."""
-    copy = library.Linear.from_buffer_copy(linear)
+    copy = structs.Linear.from_buffer_copy(linear)
     copy.activation_bits = bits
     return library.PackedLinear(copy, (), linear.out_features)
