@@ -45,11 +45,6 @@ class PrefillStats:
     compute_s: float = 0.0
     queue_s: float = 0.0  # summed over prompts: arrival until the first chunk starts
 
-    @property
-    def padding_ratio(self) -> float:
-        """Padded rows over all rows of batched attention."""
-        return self.num_padded_rows / max(self.num_padded_rows + self.num_tokens, 1)
-
 
 class PrefillRunner:
     """Owns nothing but the way from chunks to first tokens."""

@@ -285,7 +285,7 @@ class Flight:
     def _work(self, worker: WorkerInfo) -> Work:
         """What is left to do, from where the client stands."""
         self._fold()
-        return Work.of(self.request, self._epoch, worker.fingerprint)
+        return Work.of(self.request, self._epoch, worker.fingerprint, self._dispatcher.links.router_id)
 
     def _replan_or_raise(self, plan: Plan, error: TandemError) -> None:
         """Send the request back to the queue, or end it: one more plan per stage, within the budget."""

@@ -18,7 +18,7 @@ from tandem.pb.kv.v1 import kv_pb2, kv_pb2_grpc
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
 from tandem.rpc import to_tandem_error
-from tandem.work import Work
+from tandem.work import Work, work_id
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class _Listener:
                 case "started":
                     self._on_event(event.started)
                 case "failed":
-                    self.end(error_from_reason(event.failed.reason, event.failed.message))
+                    self.end(_failure(event.failed))
         except Exception as error:
             self.last.set_exception(error)
 
@@ -123,6 +123,13 @@ class _Listener:
         if delta.finish is not None:
             self.is_over = True
             self.last.set_result(delta)
+
+
+def _failure(failed: pb.WorkFailed) -> TandemError:
+    """As the worker raised it, with the id under which its log has more."""
+    error = error_from_reason(failed.reason, failed.message)
+    error.error_id = failed.error_id or error.error_id
+    return error
 
 
 class DecodeLink:
@@ -205,13 +212,15 @@ class DecodeLink:
 class StoreLink:
     """Gives up KV that no decode worker will fetch, whether or not its handle has arrived."""
 
-    def __init__(self, address: str, plane: InternalPlane) -> None:
+    def __init__(self, address: str, router_id: str, plane: InternalPlane) -> None:
         self._channel = plane.channel(address)
+        self._router_id = router_id
         self._stub: Any = kv_pb2_grpc.KvServiceStub(self._channel)
 
     async def forget(self, request_id: str, tenant: str, epoch: int) -> None:
         """Best effort: what this call misses, the lease frees."""
-        attempt = kv_pb2.ForgetKvRequest(request_id=request_id, tenant=tenant, epoch=epoch)
+        name = work_id(request_id, self._router_id)
+        attempt = kv_pb2.ForgetKvRequest(request_id=name, tenant=tenant, epoch=epoch)
         try:
             await self._stub.ForgetKv(attempt, timeout=FORGET_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
@@ -225,9 +234,9 @@ class WorkerLinks:
     """Follows the registry: a link for each worker it knows."""
 
     def __init__(self, registry: Registry, router_id: str, plane: InternalPlane) -> None:
+        self.router_id = router_id
         self._registry = registry
         self._plane = plane
-        self._router_id = router_id
         self._links: dict[tuple[str, str], PrefillLink | DecodeLink] = {}
         self._closing: set[asyncio.Task[None]] = set()
         registry.subscribe(on_join=self._open, on_loss=self._close)
@@ -253,7 +262,7 @@ class WorkerLinks:
         if info.role is WorkerRole.PREFILL:
             self._links[key] = PrefillLink(info, self._plane, lambda: self._broken(info))
         else:
-            self._links[key] = DecodeLink(info, self._router_id, self._plane, lambda: self._broken(info))
+            self._links[key] = DecodeLink(info, self.router_id, self._plane, lambda: self._broken(info))
 
     def _broken(self, info: WorkerInfo) -> None:
         self._registry.lose(info.worker_id, info.incarnation)

@@ -115,7 +115,7 @@ class Router:
         collectors: Sequence[Collector] = (),
     ) -> None:
         """Begin to serve. The store is at `store_address`, or among the services added here."""
-        self._store = StoreLink(store_address or self.internal_address, self._plane)
+        self._store = StoreLink(store_address or self.internal_address, self._links.router_id, self._plane)
         self.dispatcher = Dispatcher(
             self._config, self._geometry, self._admission, self._links, self._store, self._metrics
         )

@@ -18,6 +18,11 @@ HOP_MARGIN_S = 0.05  # each hop gets a little less time than the one before
 MAX_TIMEOUT_MS = (1 << 32) - 1  # 49 days, what the field on the wire holds
 
 
+def work_id(request_id: str, router_id: str) -> str:
+    """What workers and the store call a request: callers of two routers may choose the same name."""
+    return f"{request_id}@{router_id}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
     """One attempt (`epoch`) at a request. `deadline_s` is on the local monotonic clock."""
@@ -33,9 +38,9 @@ class Work:
     tenant: str = ""
 
     @classmethod
-    def of(cls, request: Request, epoch: int, fingerprint: bytes) -> Work:
+    def of(cls, request: Request, epoch: int, fingerprint: bytes, router_id: str) -> Work:
         return cls(
-            request_id=request.request_id,
+            request_id=work_id(request.request_id, router_id),
             epoch=epoch,
             token_ids=request.token_ids,
             num_prompt_tokens=request.num_prompt_tokens,

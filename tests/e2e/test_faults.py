@@ -268,7 +268,7 @@ async def test_the_only_prefill_worker_restarts():
         same(result, wanted)
 
 
-async def test_a_forward_that_fails_ends_its_request_as_a_bug():
+async def test_a_forward_that_fails_ends_its_request_as_a_bug(caplog):
     """O11, A7: an id for the operator, nothing of the exception for the client, and the worker lives."""
     async with running() as cluster:
         for worker, name in (
@@ -286,6 +286,9 @@ async def test_a_forward_that_fails_ends_its_request_as_a_bug():
 
             assert (failed.code, failed.reason, failed.message) == ("INTERNAL", "BUG", "internal error")
             assert "secret" not in failed.text + repr(failed.trailing)
+            [told] = [record for record in caplog.records if "secret detail" in str(record.exc_text)]
+            assert failed.error.error_id in told.getMessage()
+            caplog.clear()
             assert (await complete(cluster, ask("a story", **LONG))).token_ids
 
 
@@ -498,6 +501,7 @@ async def test_reflection_lists_the_services():
         call.cancel()
 
         assert {service.name for service in response.list_services_response.service} == {
+            "tandem.v1.BatchService",
             "tandem.v1.GenerationService",
             "tandem.v1.ModelService",
             "grpc.health.v1.Health",

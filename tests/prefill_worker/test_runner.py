@@ -84,11 +84,6 @@ def test_padding_is_counted(pool):
     runner.run(whole(make_job(pool, "a", 40), make_job(pool, "b", 32), make_job(pool, "c", 40)))
     assert (runner.stats.num_batches, runner.stats.num_prompts) == (1, 3)
     assert (runner.stats.num_tokens, runner.stats.num_padded_rows) == (112, 8)
-    assert runner.stats.padding_ratio == 8 / 120
-
-
-def test_without_work_the_padding_ratio_is_zero(model):
-    assert PrefillRunner(model).stats.padding_ratio == 0.0
 
 
 def test_a_row_without_usable_logits_spoils_only_itself(model, pool):

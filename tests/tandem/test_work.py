@@ -142,8 +142,9 @@ def test_a_request_becomes_an_order_with_everything_resolved():
         seed=4,
         deadline_s=77.0,
     )
-    work = Work.of(request, 6, b"f")
-    assert (work.key, work.max_tokens, work.seed) == (("r", 6), 9, 4)
+    work, other = (Work.of(request, 6, b"f", router_id) for router_id in ("router-a", "router-b"))
+    assert (work.key, work.max_tokens, work.seed) == (("r@router-a", 6), 9, 4)
+    assert other.request_id != work.request_id, "two callers chose the same name"
     assert (work.sampling.n, work.sampling.temperature) == (1, 0.5)
     assert (work.token_ids, work.max_total_tokens, work.deadline_s) == ((1, 2, 3), 11, 77.0)
 
