@@ -186,7 +186,9 @@ def cancel(output: Path, as_json: bool) -> None:
     if job.queue:
         from tandem.offline.shared.queue import SharedQueue
 
-        SharedQueue(job.service["queue"], job.queue).end("cancelled")
+        shared = SharedQueue(job.service["queue"], job.queue)
+        shared.check_server()
+        shared.end("cancelled")
     status(output, as_json)
 
 

@@ -165,9 +165,7 @@ class BatchRun:
             case _:
                 end = BatchStatus.EXPIRED
                 await self._expire_rest()
-        named = await asyncio.to_thread(self.book.publish, self.batch)
-        await self.enter(end, **named)
-        await asyncio.to_thread(self.book.clear, self.batch)
+        await self._end(end)
 
     async def _expire_rest(self) -> None:
         """Lines that have no record get one that says why."""
@@ -182,6 +180,10 @@ class BatchRun:
 
     async def _fail(self, code: str, message: str, line: int | None = None) -> None:
         error = {"code": code, "message": message, "line": line, "param": None}
+        await self._end(BatchStatus.FAILED, errors=[error])
+
+    async def _end(self, status: BatchStatus, **changes: object) -> None:
+        """For a batch that was cancelled meanwhile this is not the end: its next run comes to that."""
         named = await asyncio.to_thread(self.book.publish, self.batch)
-        await self.enter(BatchStatus.FAILED, errors=[error], **named)
-        await asyncio.to_thread(self.book.clear, self.batch)
+        if await self.enter(status, **named, **changes):
+            await asyncio.to_thread(self.book.clear, self.batch)

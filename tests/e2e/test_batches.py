@@ -32,7 +32,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 COMPLETIONS = "/v1/completions"
 PATIENCE_S = 60.0
-NUM_KILLS = int(os.environ.get("TANDEM_BATCH_KILLS", "1"))  # of the whole service; 20 are the long tier
+NUM_KILLS = int(os.environ.get("TANDEM_BATCH_KILLS", "0"))  # of the whole service; 20 are the long tier
 ENDED = ("completed", "failed", "expired", "cancelled")
 GREEDY = {"ignore_eos": True, "temperature": 0}
 TOKENS = {"alice": "a-token", "bob": "b-token"}
@@ -443,7 +443,8 @@ async def test_a_batch_goes_on_when_the_service_comes_back(tmp_path: Path):
 
 
 @pytest.mark.e2e
-@pytest.mark.timeout(600)
+@pytest.mark.skipif(not NUM_KILLS, reason="20 s for each kill: set TANDEM_BATCH_KILLS")
+@pytest.mark.timeout(1200)
 async def test_a_killed_service_loses_and_repeats_no_line_of_a_batch(tmp_path: Path):
     built, count, batch = settings(tmp_path), 100 + 150 * NUM_KILLS, None
     for kill in range(NUM_KILLS + 1):

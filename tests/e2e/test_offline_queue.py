@@ -180,7 +180,7 @@ async def test_an_embedded_service_answers_every_kind_of_line(tmp_path: Path) ->
 
 
 async def test_a_queue_in_the_background_is_watched_and_cancelled(tmp_path: Path) -> None:
-    output, path = tmp_path / "results.jsonl", write_requests(tmp_path, 400, 100)
+    output, path = tmp_path / "results.jsonl", write_requests(tmp_path, 4000, 100)
     async with EmbeddedService(config()) as service:
         where = ("--output", output, "--server", service.address)
         code, out, err = await done(await queue("submit", path, *where, "--detach", "--json"))
@@ -197,7 +197,7 @@ async def test_a_queue_in_the_background_is_watched_and_cancelled(tmp_path: Path
         code, out, _ = await done(await queue("cancel", output, "--json"))
         cancelled = json.loads(out)
         assert (code, cancelled["state"], cancelled["pid"]) == (0, "cancelled", None)
-        assert cancelled["completed"] == num_lines(output) < 400
+        assert cancelled["completed"] == num_lines(output) < 4000
         code, _, err = await done(await queue("resume", path, *where))
         assert code == 2
         assert "was cancelled" in err
