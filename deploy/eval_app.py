@@ -23,6 +23,9 @@ Texts = Annotated[
     ),
 ]
 Samples = Annotated[int, typer.Option(help="Samples to decode, or to read.", min=1)]
+Log = Annotated[
+    str | None, typer.Option("--log", help="Also to tensorboard:DIR or wandb:PROJECT, where installed.")
+]
 Page = Annotated[
     Path | None,
     typer.Option(help="The page with all tables; docs/results.md of a checkout, else results.md in --out."),
@@ -57,6 +60,7 @@ def _command(name: str) -> Callable[..., None]:
         minutes: o.Minutes = 10.0,
         out: o.Out = FOLDER,
         plots: o.Plots = True,
+        log: Log = None,
         json_output: o.Json = False,
     ) -> None:
         from deploy.commands import eval as commands
@@ -78,12 +82,13 @@ def everything(
     draft: DraftModel = None,
     text: Texts = None,
     samples: Samples = 8,
-    rounds: o.Rounds = 2,
+    rounds: o.Rounds = 8,
     threads: o.Threads = 2,
     minutes: o.Minutes = 13.0,
     out: o.Out = FOLDER,
     page: Page = None,
     plots: o.Plots = True,
+    log: Log = None,
     json_output: o.Json = False,
 ) -> None:
     """Every experiment on small settings within a time, and one page with all tables."""

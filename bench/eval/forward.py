@@ -52,7 +52,7 @@ def run(settings: Settings) -> Findings:
     with Meter(NAME, cost.num_steps) as meter:
         rows = list(cost.batches(meter))
         skipped: list[str] = []
-        for name in ("input", "output", "cache"):
+        for name in ("output", "cache", "input"):
             found, missing = cost.sweep(name, meter)
             rows += found
             skipped += missing
@@ -101,7 +101,7 @@ class Cost:
     ) -> Iterable[Row]:
         """Raises `ConfigError` where memory or time has no room."""
         meter.step()
-        expected_s = self._slowest_s * max(1.0, prompt / self._longest) ** 2
+        expected_s = self._slowest_s * (prompt / self._longest) ** 2 if sweep == "input" else 0.0
         if expected_s > self._settings.left_s:
             raise ConfigError(f"it may take {expected_s:.0f} s, {self._settings.left_s:.0f} are left")
         cell = Cell("prefill", 1, prompt + max(counts))

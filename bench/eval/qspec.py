@@ -38,6 +38,7 @@ WEIGHTS = "int4"
 BATCHES, GAMMAS = (8, 16, 32), range(2, 8)
 GAMMA, ACCEPTANCE_BATCH = 3, 8
 WIDTHS = {4: "W4A4", 8: "W4A8"}
+MOST_ROUNDS = 3
 EMULATED = frozenset({4})  # bits that nothing here multiplies
 TOKENS_PER_SAMPLE = 512  # of text that is read
 SETTING = (
@@ -56,11 +57,11 @@ def run(settings: Settings) -> Findings:
     study = Study(subject, samples.prompts, settings)
     with Meter(NAME, study.num_runs) as meter:
         fidelity, skipped = attempt({"fidelity": text}, study.fidelity, settings, meter)
-        parts = {f"batch {batch}": batch for batch in BATCHES}
-        rows, late = attempt(parts, lambda batch: study.throughput(batch, meter), settings, meter)
         by_gamma, later = attempt(
             {"acceptance": GAMMAS}, lambda gammas: study.acceptance(gammas, meter), settings, meter
         )
+        parts = {f"batch {batch}": batch for batch in BATCHES}
+        rows, late = attempt(parts, lambda batch: study.throughput(batch, meter), settings, meter)
     remarks = [
         f"{subject.name}: {parameters(subject)}; {source.name}: {samples.remark} A batch larger than that "
         f"repeats samples. Perplexity of {len(text)} tokens as in `tandem eval quantization`.",
@@ -80,6 +81,7 @@ class Study:
 
     def __init__(self, subject: Subject, prompts: Sequence[Tokens], settings: Settings) -> None:
         self._subject, self._prompts, self._settings = subject, prompts, settings
+        self._rounds = min(settings.rounds, MOST_ROUNDS)  # each is a whole batch
         setups = {bits: Setup("qspec", target_precision=WEIGHTS, activation_bits=bits) for bits in WIDTHS}
         tokens = PROMPT_TOKENS + OUTPUT_TOKENS
         self._rigs = {
@@ -90,7 +92,7 @@ class Study:
     @property
     def num_runs(self) -> int:
         """Steps of the meter."""
-        rounds, methods = self._settings.rounds, 1 + 2 * len(WIDTHS)
+        rounds, methods = self._rounds, 1 + 2 * len(WIDTHS)
         by_batch = sum(num_runs(methods, rounds * batch, batch, rounds) for batch in BATCHES)
         return by_batch + num_runs(len(WIDTHS) * len(GAMMAS), ACCEPTANCE_BATCH, ACCEPTANCE_BATCH, 1)
 
@@ -108,8 +110,7 @@ class Study:
     def throughput(self, batch: int, meter: Meter) -> Iterator[Throughput]:
         """Every method, in turns."""
         prompts = [self._prompts[index % len(self._prompts)] for index in range(batch)]
-        rounds = self._settings.rounds
-        arms = self._arms()
+        arms, rounds = self._arms(), self._rounds
         found = measure(arms, prompts * rounds, batch, sampling_params("greedy"), rounds, meter.step)
         for method, outcome in found.items():
             yield self._row(method, batch, outcome, found[BASELINE])

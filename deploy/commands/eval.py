@@ -7,10 +7,13 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.eval.experiment import Settings
 from deploy.models import resolve_model
+
+if TYPE_CHECKING:
+    from bench.eval.trackers import Tracker
 
 
 def settings_of(params: dict[str, Any]) -> Settings:
@@ -26,13 +29,12 @@ def run(name: str, params: dict[str, Any], out: Path, with_plots: bool, as_json:
     from bench.eval.catalog import experiment
     from bench.eval.report import Report
     from bench.measure import console
-    from bench.plotting import require_matplotlib
 
-    if with_plots:
-        require_matplotlib()
+    track = _prepare(params["log"], with_plots)
     settings, chosen = settings_of(params), experiment(name)
     report = Report(chosen, settings, chosen.run(settings), command_line())
     files = report.save(out, with_plots)
+    track(report)
     shown = console(as_json)
     report.show(shown)
     shown.print(f"\n{', '.join(file.name for file in files)} are in {out}")
@@ -46,19 +48,29 @@ def run_all(
     """Every experiment, and the page. Raises `ConfigError` for models that are not there."""
     from bench.eval.suite import Suite, default_page
     from bench.measure import console
-    from bench.plotting import require_matplotlib
 
-    if with_plots:
-        require_matplotlib()
+    track = _prepare(params["log"], with_plots)
     suite, shown = Suite(settings_of(params), minutes, command_line()), console(as_json)
+    page = page or default_page(out)
     for report in suite.run():
         report.save(out, with_plots)
+        track(report)
         report.show(shown)
-    page = page or default_page(out)
+        suite.write(page)  # what is done outlives what fails later
     suite.write(page)
     shown.print(f"\n{page} has all tables, {out} the files of each experiment")
     if as_json:
         print(json.dumps({report.experiment.NAME: report.document() for report in suite.reports}))
+
+
+def _prepare(log: str | None, with_plots: bool) -> Tracker:
+    """Whatever could be missing is missed before anything is measured."""
+    from bench.eval.trackers import nowhere, tracker_of
+    from bench.plotting import require_matplotlib
+
+    if with_plots:
+        require_matplotlib()
+    return tracker_of(log) if log else nowhere
 
 
 def command_line() -> str:

@@ -32,15 +32,16 @@ from bench.eval import (
 )
 from bench.eval.attempt import attempt
 from bench.eval.catalog import MODULES, experiment
-from bench.eval.decoding import PROMPT_TOKENS, Arm, measure, num_runs, per_round
-from bench.eval.experiment import Chart, Series, Settings
+from bench.eval.decoding import PROMPT_TOKENS, Arm, Row, measure, num_runs, per_round
+from bench.eval.experiment import Chart, Findings, Series, Settings
 from bench.eval.models import pair_of, target_of
 from bench.eval.perplexity import read
 from bench.eval.report import Report
 from bench.eval.texts import Source, docstrings, read_texts, sources
+from bench.eval.trackers import tracker_of
 from bench.forward.rig import Rig as ForwardRig
 from bench.inflate import BUNDLED, Pair
-from bench.measure import Meter
+from bench.measure import Meter, Sheet, Spread
 from bench.speculation.formula import StepCosts
 from bench.speculation.rig import Rig, Run, Setup
 from deploy.eval_app import HELP, experiments
@@ -416,6 +417,46 @@ def test_all_of_them_in_one_go(pair, texts, tmp_path, monkeypatch) -> None:
     assert f"tandem eval quantization --target {pair.target} --text {texts} --samples 2 --rounds 1" in text
     assert (out / "quantization.csv").exists()
     assert all(f"{name} " in text for name in ("Python", *suite.PACKAGES))
+
+
+@pytest.fixture
+def report() -> Report:
+    """Two rows of made-up figures."""
+    row = Row(
+        "raw", "none", "none", "greedy", 3, 0.2, 4, 100.0, 10.0, 5, 0.5, 0.6, Spread(1, 1, 1), 0.5, True
+    )
+    found = Findings({"rows": [row, replace(row, tokens_per_s=90.0)]}, [Sheet("t", ("a",), [("one",)], 1)])
+    return Report(speculation, Settings(), found, "tandem eval speculation")
+
+
+def test_findings_go_to_tensorboard(report, tmp_path) -> None:
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    tracker_of(f"tensorboard:{tmp_path}")(report)
+    events = accumulators.EventAccumulator(str(tmp_path / "speculation")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("rows/tokens_per_s")] == [(0, 100), (1, 90)]
+    assert "| one |" in events.Tensors("speculation/text_summary")[0].tensor_proto.string_val[0].decode()
+
+
+def test_findings_go_to_weights_and_biases(report, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    tracker_of("wandb:tandem")(report)
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/table/rows_*.json"))
+
+
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("mlflow:x", "must be tensorboard:DIR or wandb:PROJECT"),
+        ("wandb:", "must be tensorboard:DIR or wandb:PROJECT"),
+        ("wandb:project", "needs wandb: pip install wandb"),
+    ],
+)
+def test_other_trackers_are_refused(place, why, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=why):
+        tracker_of(place)
 
 
 def test_time_that_is_left_goes_to_later_experiments() -> None:
