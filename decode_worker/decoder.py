@@ -36,7 +36,7 @@ def chosen_token(token_id: int) -> SampledToken | BadLogits:
 
 def draws_of(sequences: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Draw] | None:
     """For the next `counts[i]` tokens of sequence i; None where all are the most probable."""
-    if all(sequence.is_plainly_greedy for sequence in sequences):
+    if all(sequence.sampling.params.is_greedy for sequence in sequences):
         return None
     return [s.sampling.draw(i) for s, count in zip(sequences, counts, strict=True) for i in range(count)]
 

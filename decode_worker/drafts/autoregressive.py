@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from decode_worker.decoder import draws_of
 from decode_worker.drafts.draft import Proposal
 from decode_worker.sequence import DecodeSequence
 from tandem.engine.batch import SequenceRows
@@ -32,17 +33,18 @@ class AutoregressiveDraft:
         proposals = [Proposal() for _ in sequences]
         wanted = {s: (p, n) for s, p, n in zip(sequences, proposals, counts, strict=True) if n > 0}
         drafting = self._ready(list(wanted))
-        if drafting and self._model.can_guess and all(s.is_plainly_greedy for s in drafting):
+        if drafting and self._model.can_guess and all(s.is_guessable for s in drafting):
             self._guess(drafting, wanted)
         else:
             self._step_by_step(drafting, wanted)
         return proposals
 
     def _guess(self, drafting: list[DecodeSequence], wanted: Wanted) -> None:
-        """All depths in one call: nothing but arg max stands between them."""
+        """All depths in one call: nothing but a choice stands between them."""
         rows = [self._first_rows(sequence) for sequence in drafting]
         thresholds = [self._threshold(sequence) for sequence in drafting]
-        guesses = self._model.guess(rows, [wanted[s][1] for s in drafting], thresholds)
+        counts, draws = [wanted[s][1] for s in drafting], draws_of(drafting, [1] * len(drafting))
+        guesses = self._model.guess(rows, counts, thresholds, draws)
         for sequence, guess in zip(drafting, guesses, strict=True):
             proposal = wanted[sequence][0]
             proposal.token_ids, proposal.is_tau_stop = guess.token_ids, guess.is_unsure

@@ -136,15 +136,20 @@ class ModelRunner:
         return isinstance(self._model, NativeDecoder)
 
     def guess(
-        self, sequences: Sequence[SequenceRows], counts: Sequence[int], thresholds: Sequence[float]
+        self,
+        sequences: Sequence[SequenceRows],
+        counts: Sequence[int],
+        thresholds: Sequence[float],
+        draws: Sequence[Draw] | None = None,
     ) -> list[Guess]:
-        """At most `counts[i]` tokens after sequence i, the most probable each, in one call.
+        """At most `counts[i]` tokens after sequence i, the most probable each, in one call; or drawn, with
+        `draws` [sequences] of the first token each.
 
         A sequence ends early where that token has a probability below `thresholds[i]`.
         """
         if not isinstance(self._model, NativeDecoder):
             raise TypeError("only own kernels guess in one call")
-        return self._model.guess(sequences, counts, thresholds, self.cache)
+        return self._model.guess(sequences, counts, thresholds, draws, self.cache)
 
     def warm_up(self) -> None:
         """Run each kind of row once, in blocks whose content no one relies on yet."""

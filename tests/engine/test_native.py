@@ -253,6 +253,27 @@ def test_guesses_in_one_call_are_those_of_single_forwards(make_runner, lens, cou
     assert torch.equal(runner.cache.read_blocks(range(10)), stored)
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.7}, {"top_k": 20, "min_p": 0.1}])
+def test_drawn_guesses_are_those_of_single_forwards(make_runner, filters):
+    """Each with the number of its position; greedy sequences go along."""
+    runner = make_runner("llama3", implementation="native")
+    params = {"top_p": 1.0, "min_p": 0.0, "top_k": 0} | filters
+    draws = [Draw(11 * i, 5 + i, Stream.TOKEN, i % 3 / 2, **params) for i in range(5)]
+    rows = [SequenceRows(PROMPT[i : i + 9], 0, [i], 1) for i in range(5)]
+    expected: list[list[int]] = [[] for _ in rows]
+    following = rows
+    for depth in range(5):
+        chosen = runner.choose(following, [d._replace(position=d.position + depth) for d in draws])
+        for token_ids, token_id in zip(expected, chosen, strict=True):
+            token_ids.append(token_id)
+        following = [SequenceRows([t], 9 + depth, [i]) for i, t in enumerate(chosen)]
+    guesses = runner.guess(rows, [5] * 5, [0.0] * 5, draws)
+    assert [guess.token_ids for guess in guesses] == expected
+    assert not any(guess.is_unsure for guess in guesses)
+    few = runner.guess(rows, [5] * 5, [1.0] * 5, draws)
+    assert all(guess.is_unsure and not guess.token_ids for guess in few[1:3])
+
+
 def test_guesses_that_do_not_fit_are_refused(make_runner):
     runner = make_runner("llama3", implementation="native")
     rows = [SequenceRows([5, 6], 13, [0])]

@@ -95,9 +95,11 @@ class NativeDecoder:
         sequences: Sequence[SequenceRows],
         counts: Sequence[int],
         thresholds: Sequence[float],
+        draws: Sequence[Draw] | None,
         cache: PagedCache,
     ) -> list[Guess]:
-        """The most probable tokens after each sequence, one forward per depth, all in one call.
+        """The tokens after each sequence, one forward per depth, all in one call: the most probable ones, or
+        drawn, `draws` [sequences] being those of the first token.
 
         At most `counts[i]` (1 or more) for sequence i, fewer where the most probable token has a probability
         below `thresholds[i]`. ValueError where its blocks do not hold all of them but the last.
@@ -109,7 +111,8 @@ class NativeDecoder:
                 raise ValueError("the guesses do not fit in their blocks")
         angles, engine = self._reach(batch), library.engine(self._isa)
         wanted = array("i", counts), array("f", thresholds)
-        found = engine.guess(self._model, _addressed(cache), batch.numbers, angles.address, *wanted)
+        packed = None if draws is None else library.pack_draws(draws)
+        found = engine.guess(self._model, _addressed(cache), batch.numbers, angles.address, *wanted, packed)
         lens, unsure = found[num * most : num * (most + 1)], found[num * (most + 1) :]
         return [
             Guess(found[i * most : i * most + count].tolist(), bool(unsure[i]))

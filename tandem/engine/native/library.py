@@ -21,7 +21,7 @@ from tandem.engine.quantization.formats import INT8_MOST, QuantizedWeight
 from tandem.errors import ConfigError
 
 PANEL = 16  # outputs that lie together
-ABI = 5
+ABI = 6
 FORMATS = {torch.float32: 0, torch.float16: 1}
 INT8, CODE4 = 2, 3
 PIECE_INPUTS = 4  # inputs whose codes lie together
@@ -156,9 +156,10 @@ class Engine:
         angles: int,
         counts: array[int],
         thresholds: array[float],
+        draws: bytes | None,
     ) -> array[int]:
-        """Forward by forward the most probable tokens: `[sequences, most]` ids with room for the largest of
-        `counts`, then how many were found for each sequence, then 1 for each that is unsure."""
+        """Forward by forward a token each: `[sequences, most]` ids with room for the largest of `counts`,
+        then how many were found for each sequence, then 1 for each that is unsure."""
         most = max(counts)
         found = array("i", bytes(4 * len(counts) * (most + 2)))
         self._library.tandem_guess(
@@ -170,6 +171,7 @@ class Engine:
             most,
             _address(counts),
             _address(thresholds),
+            draws,
             _address(found),
         )
         return found
@@ -226,7 +228,7 @@ def load(isa: str) -> ctypes.CDLL:
     found.tandem_engine_delete.restype = None
     found.tandem_forward.argtypes = (handle,) * 8
     found.tandem_forward.restype = None
-    found.tandem_guess.argtypes = (*(handle,) * 5, ctypes.c_int32, *(handle,) * 3)
+    found.tandem_guess.argtypes = (*(handle,) * 5, ctypes.c_int32, *(handle,) * 4)
     found.tandem_guess.restype = None
     integer = ctypes.c_int32
     found.tandem_choose.argtypes = (handle, integer, ctypes.c_int64, integer, handle, integer, handle)

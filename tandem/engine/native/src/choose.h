@@ -82,6 +82,9 @@ class Sampler {
         return invert(vocab, chance_of(d));
     }
 
+    // The share of the most probable token in what the last draw of a row chose from.
+    float confidence(int vocab) const { return float(1 / total_of(vocab)); }
+
    private:
     std::vector<float> weights_;  // unnormalized probabilities; the largest is 1
     std::vector<float> sorted_;

@@ -324,7 +324,7 @@ struct Engine {
 extern "C" {
 
 // Bumped with every change of a struct or function below.
-int32_t tandem_abi() { return 5; }
+int32_t tandem_abi() { return 6; }
 
 void* tandem_engine_new(int32_t threads) { return new tandem::Engine(threads); }
 void tandem_engine_delete(void* engine) { delete static_cast<tandem::Engine*>(engine); }
@@ -340,12 +340,15 @@ void tandem_forward(void* engine, const tandem::Model* model, const tandem::Cach
 // Forwards until every sequence has its guesses; the first takes a batch with one row of logits per sequence.
 // `found` is [sequences, most] token ids, then how many were found for each sequence, then 1 for each that is unsure.
 void tandem_guess(void* engine, const tandem::Model* model, const tandem::Cache* cache, const int32_t* numbers,
-                  const float* angles, int32_t most, const int32_t* counts, const float* thresholds, int32_t* found) {
+                  const float* angles, int32_t most, const int32_t* counts, const float* thresholds,
+                  const tandem::Draw* draws, int32_t* found) {
     auto& e = *static_cast<tandem::Engine*>(engine);
     const tandem::Batch batch = e.unpack(*model, numbers, angles);
     int32_t* num_found = found + size_t(batch.sequences) * most;
-    const tandem::Guesses guesses{most, counts, thresholds, found, num_found, num_found + batch.sequences};
-    tandem::guess(batch, guesses, model->vocab, [&](const tandem::Batch& next) { e.forward(*model, *cache, next); });
+    const tandem::Guesses guesses{most, counts, thresholds, draws, found, num_found, num_found + batch.sequences};
+    tandem::Sampler sampler;
+    tandem::guess(batch, guesses, model->vocab, sampler,
+                  [&](const tandem::Batch& next) { e.forward(*model, *cache, next); });
 }
 
 // A token for each row of `logits` [rows, stride]; with `masked` some may be -inf.

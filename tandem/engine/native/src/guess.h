@@ -16,6 +16,7 @@ struct Guesses {
     int32_t most;             // tokens of the longest guess
     const int32_t* counts;    // [sequences] tokens wanted, at least 1
     const float* thresholds;  // [sequences] end where the most probable token has less; 0: never
+    const Draw* draws;        // [sequences] how the first token is drawn; null: the most probable
     int32_t* token_ids;       // [sequences, most]
     int32_t* found;           // [sequences] tokens written
     int32_t* is_unsure;       // [sequences] 1 where the threshold ended it
@@ -54,27 +55,40 @@ struct NextRows {
 };
 
 // One more token, if the model is sure enough of it; whether the sequence goes on.
-inline bool extend(const Guesses& g, int s, const float* logits, int vocab) {
-    const int token_id = std::max(most_probable(logits, vocab), 0);
+inline bool extend(const Guesses& g, int s, const float* logits, int vocab, Sampler& sampler) {
     const float threshold = g.thresholds[s];
-    g.is_unsure[s] = threshold > 0 && !(confidence(logits, vocab, token_id) >= threshold);
-    if (g.is_unsure[s]) return false;
-    g.token_ids[size_t(s) * g.most + g.found[s]++] = token_id;
+    const bool is_drawn = g.draws && g.draws[s].temperature != 0;
+    int token_id;
+    if (is_drawn) {
+        Draw next = g.draws[s];
+        next.position += g.found[s];
+        token_id = sampler.choose(logits, vocab, next, false);
+    } else {
+        token_id = most_probable(logits, vocab);
+    }
+    if (threshold > 0) {
+        const bool is_sure =
+            token_id >= 0 &&
+            (is_drawn ? sampler.confidence(vocab) : confidence(logits, vocab, token_id)) >= threshold;
+        if ((g.is_unsure[s] = !is_sure)) return false;
+    }
+    g.token_ids[size_t(s) * g.most + g.found[s]++] = std::max(token_id, 0);
     return g.found[s] < g.counts[s];
 }
 
 // `forward(batch)` fills a row of logits per sequence. Tables and angles reach as far as the guesses do.
 template <class Forward>
-void guess(const Batch& first, const Guesses& g, int vocab, Forward forward) {
+void guess(const Batch& first, const Guesses& g, int vocab, Sampler& sampler, Forward forward) {
     std::vector<int32_t> alive(first.sequences), next;
     std::iota(alive.begin(), alive.end(), 0);
-    std::fill_n(g.found, first.sequences, 0);
+    std::fill_n(g.found, 2 * first.sequences, 0);  // `is_unsure` lies behind it
     NextRows rows;
     for (Batch batch = first;; batch = rows.batch(first, g, alive)) {
         forward(batch);
         next.clear();
         for (size_t row = 0; row < alive.size(); row++)
-            if (extend(g, alive[row], first.logits + row * round_up(vocab, PANEL), vocab)) next.push_back(alive[row]);
+            if (extend(g, alive[row], first.logits + row * round_up(vocab, PANEL), vocab, sampler))
+                next.push_back(alive[row]);
         if (next.empty()) return;
         alive.swap(next);
     }
