@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,9 +17,6 @@ Server = Annotated[
 ]
 HttpServer = Annotated[
     str | None, typer.Option(help="URL of the same service's HTTP, for --protocols and its metrics.")
-]
-MetricsUrl = Annotated[
-    str | None, typer.Option(help="The server's /metrics, read during the run, where it is elsewhere.")
 ]
 Protocols = Annotated[
     bool, typer.Option("--protocols", help="Send the same over HTTP, too: what does it cost beside gRPC?")
@@ -50,10 +47,12 @@ PrefixShare = Annotated[
 Prefixes = Annotated[int, typer.Option(help="How many such beginnings there are.", min=1)]
 CancelShare = Annotated[float, typer.Option(help="Share of requests the client cancels.", min=0, max=1)]
 CancelAfter = Annotated[float, typer.Option(help="Seconds after which it does.", min=0)]
-Limit = Annotated[float | None, typer.Option(help="A limit in ms for goodput; ITL at a request's p99.")]
 Limits = Annotated[
     list[str] | None,
-    typer.Option("--slo", help="ttft=500ms,itl=50ms; of one class batch:e2e=30s. May be repeated."),
+    typer.Option(
+        "--slo",
+        help="Limits: ttft=500ms,itl=50ms,tpot=40ms,e2e=9s; of one class batch:e2e=30s. May be repeated.",
+    ),
 ]
 Classes = Annotated[
     list[str] | None,
@@ -82,7 +81,6 @@ def serve(
     model: o.Model = None,
     draft: o.Draft = None,
     http_server: HttpServer = None,
-    metrics_url: MetricsUrl = None,
     protocols: Protocols = False,
     model_name: ModelName = "",
     vocab_size: VocabSize = 1000,
@@ -104,23 +102,22 @@ def serve(
     turns: Turns = "1",
     think_time: ThinkTime = 1.0,
     slo: Limits = None,
-    slo_ttft_ms: Limit = None,
-    slo_itl_ms: Limit = None,
-    slo_tpot_ms: Limit = None,
-    slo_e2e_ms: Limit = None,
     warm_up: WarmUp = 4,
     seed: Seed = 0,
     max_goodput: Search = False,
     trials: Trials = 3,
     attainment: Attainment = 0.9,
-    plots: o.Plots = True,
     out: o.Out = Path("bench-results/serve"),
     json_output: o.Json = False,
 ) -> None:
     """Load-test a service: latencies from the schedule, goodput under limits, where the time went."""
+    _load_test(context.params, max_goodput, out, json_output)
+
+
+def _load_test(params: dict[str, Any], with_search: bool, out: Path, as_json: bool) -> None:
     from deploy.commands import load as command
 
-    command.run(context.params, max_goodput, out, json_output)
+    command.run(params, with_search, out, as_json)
 
 
 def split(

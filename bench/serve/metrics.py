@@ -105,11 +105,7 @@ def summarize(
         "prompt_tokens_per_s": _rounded(sum(r.prompt_tokens for r in ok) * per_s),
         "goodput_rps": _rounded(num_good * per_s),
         "attainment": _ratio(num_good, len(counted)),
-        "ttft_ms": distribution([r.ttft_ms for r in ok if r.ttft_ms is not None]),
-        "ttft_sent_ms": distribution([r.ttft_sent_ms for r in ok if r.ttft_sent_ms is not None]),
-        "itl_ms": distribution([gap for record in ok for gap in record.itl_ms]),
-        "tpot_ms": distribution([r.tpot_ms for r in ok if r.tpot_ms is not None]),
-        "e2e_ms": distribution([record.e2e_ms for record in ok]),
+        **_latencies(ok),
         "tokens_per_arrival": _ratio(sum(r.output_tokens for r in ok), num_arrivals),
         "cached_share": _ratio(sum(r.cached_tokens for r in ok), sum(r.prompt_tokens for r in ok)),
         "acceptance_rate": _ratio(sum(r.accepted for r in records), sum(r.drafted for r in records)),
@@ -119,6 +115,17 @@ def summarize(
         "client_bottleneck": bool(own_lags_ms) and nearest_rank(own_lags_ms, 99) > MAX_LAG_MS,
         "errors_by_reason": _by_reason(counted),
         "classes": _by_class(counted, slo, per_s),
+    }
+
+
+def _latencies(ok: Sequence[RequestRecord]) -> dict[str, dict[str, float | int | None]]:
+    """Of those that were answered."""
+    return {
+        "ttft_ms": distribution([r.ttft_ms for r in ok if r.ttft_ms is not None]),
+        "ttft_sent_ms": distribution([r.ttft_sent_ms for r in ok if r.ttft_sent_ms is not None]),
+        "itl_ms": distribution([gap for record in ok for gap in record.itl_ms]),
+        "tpot_ms": distribution([r.tpot_ms for r in ok if r.tpot_ms is not None]),
+        "e2e_ms": distribution([record.e2e_ms for record in ok]),
     }
 
 
@@ -150,10 +157,7 @@ def _by_class(records: Sequence[RequestRecord], slo: Limits, per_s: float) -> di
             "ok": len(ok),
             "goodput_rps": _rounded(num_good * per_s),
             "attainment": _ratio(num_good, len(own)),
-            "ttft_ms": distribution([r.ttft_ms for r in ok if r.ttft_ms is not None]),
-            "itl_ms": distribution([gap for record in ok for gap in record.itl_ms]),
-            "tpot_ms": distribution([r.tpot_ms for r in ok if r.tpot_ms is not None]),
-            "e2e_ms": distribution([record.e2e_ms for record in ok]),
+            **_latencies(ok),
         }
     return found
 

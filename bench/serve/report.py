@@ -42,7 +42,7 @@ def document(
     }
 
 
-def save(folder: Path, content: dict[str, Any], *, with_plots: bool = True) -> list[Path]:
+def save(folder: Path, content: dict[str, Any]) -> list[Path]:
     """`serve.json`, `serve.csv`, `serve.html`, and PNG pictures where there is matplotlib to draw them.
 
     The folder is made if need be. Returns the pictures.
@@ -52,9 +52,7 @@ def save(folder: Path, content: dict[str, Any], *, with_plots: bool = True) -> l
     stages = sorted({name for record in records for name in record.stages_ms})
     write_csv(folder / f"{NAME}.csv", [_row(record, stages) for record in records])
     (folder / f"{NAME}.html").write_text(page(content, records), encoding="utf-8")
-    if not with_plots or importlib.util.find_spec("matplotlib") is None:
-        return []
-    return list(plots.draw(folder, content, records))
+    return list(plots.draw(folder, content, records)) if importlib.util.find_spec("matplotlib") else []
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -16,7 +16,9 @@ def server_side(document: dict[str, Any]) -> str:
     """Queue, KV occupancy and acceptance over time, or why there are none."""
     found = document.get("server")
     if found is None:
-        return "<p>The server's /metrics were not read: over gRPC, name them by --metrics-url.</p>"
+        return (
+            "<p>The server's /metrics were not read: over gRPC, name the service's URL by --http-server.</p>"
+        )
     readings = readings_of(found["readings"])
     said = f"{len(readings)} readings of {escape(found['url'])}, {found['failed']} failed."
     if len(readings) < 2:

@@ -162,9 +162,7 @@ class LoadTest:
     async def search(self) -> Found:
         """The highest Poisson rate at which enough requests meet the limits. Raises `ConfigError`."""
         if self.options.limits == Slos():
-            raise ConfigError(
-                "a search for the most goodput needs a limit: --slo-ttft-ms, --slo ttft=500ms, …"
-            )
+            raise ConfigError("a search for the most goodput needs a limit, such as --slo ttft=500ms")
         await self._warm_up()
         say = Console(stderr=True, highlight=False).print
 

@@ -31,9 +31,9 @@ class Slos:
         return self.of(record.request_class).is_met(record)
 
 
-def parse_slos(texts: Sequence[str], default: Slo) -> Slos:
-    """Limits as the command line has them, over `default`. Raises `ConfigError`."""
-    by_class: dict[str, Slo] = {}
+def parse_slos(texts: Sequence[str]) -> Slos:
+    """Limits as the command line has them. Raises `ConfigError`."""
+    default, by_class = Slo(), dict[str, Slo]()
     for text in texts:
         name, colon, limits = text.rpartition(":")
         if colon:

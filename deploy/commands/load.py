@@ -16,7 +16,6 @@ from bench.serve.arrivals import Schedule, arrival_named
 from bench.serve.compare import compare
 from bench.serve.conversation import parse_class
 from bench.serve.driver import Cancelling
-from bench.serve.metrics import Slo
 from bench.serve.protocol import check_comparable, protocol_cost
 from bench.serve.scrape import Scraper
 from bench.serve.session import LoadTest, Model, Options
@@ -31,11 +30,11 @@ from tandem.errors import ConfigError
 def run(params: dict[str, Any], with_search: bool, out: Path, as_json: bool) -> None:
     """Run, save, show. The server is host:port of gRPC or a URL of HTTP. Raises `ConfigError`."""
     content = asyncio.run(_run(params, with_search))
-    pictures = report.save(out, content, with_plots=params["plots"])
+    pictures = report.save(out, content)
     shown = console(as_json)
     report.show(content, shown)
     shown.print(f"\nserve.json, serve.csv, serve.html and {len(pictures)} PNGs are in {out}")
-    if params["plots"] and not pictures:
+    if not pictures:
         shown.print("PNGs need matplotlib: pip install 'tandem-serve[bench]'")
     if as_json:
         print(json.dumps(report.headline(content)))
@@ -84,8 +83,7 @@ def render(result: Path) -> None:
 def _options(params: dict[str, Any]) -> Options:
     """From the command's parameters. Raises `ConfigError`."""
     arrival = arrival_named(params["arrival"])
-    slo = Slo(**{name: params[f"slo_{name}"] for name in ("ttft_ms", "itl_ms", "tpot_ms", "e2e_ms")})
-    slos = parse_slos(params["slo"] or (), slo)
+    slos = parse_slos(params["slo"] or ())
     same = ("num_requests", "concurrency", "prefix_share", "num_prefixes", "warm_up", "seed", "turns")
     return Options(
         arrival=Schedule(arrival, params["rate"], params["burstiness"], params["ramp_to"]),
@@ -155,9 +153,9 @@ async def _targets(
 def _scraping(service: Running, access: Access, params: dict[str, Any]) -> Callable[[], Scraper] | None:
     """What reads the server's metrics, where it is known where they are. Raises `ConfigError`."""
     base = service.address if "://" in service.address else params["http_server"] or service.http_url
-    url = params["metrics_url"] or (base and f"{base.rstrip('/').removesuffix('/v1')}/metrics")
-    if not url:
+    if not base:
         return None
+    url = f"{base.rstrip('/').removesuffix('/v1')}/metrics"
     scraping = partial(Scraper, url, access.token, params["tls_ca"])
     scraping()  # is it one?
     return scraping

@@ -34,12 +34,12 @@ async def test_the_same_requests_over_grpc_and_http_give_the_same_texts(tmp_path
     prompts = tmp_path / "prompts.jsonl"
     lines = [{"prompt": f"story {n}", "max_tokens": 6 + n % 9, "ignore_eos": True} for n in range(40)]
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    common = ("--input", prompts, "--arrival", "constant", "--rate", 40, "--slo-ttft-ms", 20_000)
+    common = ("--input", prompts, "--arrival", "constant", "--rate", 40, "--slo", "ttft=20s")
     keys = tmp_path / "keys"
     keys.write_text("a-token-of-this-test-and-no-other\n")
     keys.chmod(0o600)
     settings = replace(config(router={"http_port": 0}), security=SecurityConfig(api_key_file=keys))
-    common += ("--api-key-file", keys, "--no-plots")
+    common += ("--api-key-file", keys)
     async with EmbeddedService(settings) as service:
         url, name = f"http://{service.http_address}", service.config.model.served_name
         both = ("--protocols", "--http-server", url)
@@ -48,8 +48,7 @@ async def test_the_same_requests_over_grpc_and_http_give_the_same_texts(tmp_path
         searched = bench_serve(
             *("--server", service.address, "--out", tmp_path / "search", "--num-requests", 10, "--rate", 4),
             *("--api-key-file", keys),
-            *("--max-goodput", "--trials", 1, "--slo-ttft-ms", 0.001, "--output-tokens", 2, "--warm-up", 0),
-            "--no-plots",
+            *("--max-goodput", "--trials", 1, "--slo", "ttft=0.001ms", "--output-tokens", 2, "--warm-up", 0),
         )
     assert grpc.keys() >= KEYS
     for summary in (grpc, http):
@@ -75,13 +74,12 @@ async def test_the_same_requests_over_grpc_and_http_give_the_same_texts(tmp_path
     [
         (["--arrival", "sometimes"], "arrival must be one of"),
         (["--arrival", "trace"], "--arrival trace needs a trace file"),
-        (["--max-goodput"], "needs a limit: --slo-ttft-ms"),
+        (["--max-goodput"], "needs a limit, such as --slo"),
         (["--server", "http://127.0.0.1:9"], "give --model-name"),
         (["--input", "/no/such/file"], "cannot read /no/such/file"),
         (["--slo", "batch:speed=1s"], "limits are like interactive:ttft=500ms"),
         (["--request-class", "chat"], "classes are like"),
         (["--protocols"], "--protocols needs gRPC as --server"),
-        (["--metrics-url", "somewhere"], "is no URL"),
         (["--input-tokens", "many"], "lengths must be like"),
     ],
 )

@@ -185,13 +185,13 @@ def test_classes_of_a_file(tmp_path: Path) -> None:
 
 
 def test_each_class_has_its_own_limits() -> None:
-    slos = parse_slos(["ttft=100ms", "chat:ttft=0.2s,itl=50ms", "batch:e2e=30s"], Slo(e2e_ms=900))
+    slos = parse_slos(["ttft=100ms", "chat:ttft=0.2s,itl=50ms", "batch:e2e=30s", "e2e=900ms"])
     assert slos == Slos(
         Slo(ttft_ms=100, e2e_ms=900), {"chat": Slo(ttft_ms=200, itl_ms=50), "batch": Slo(e2e_ms=30_000)}
     )
     for text in ("ttft", "chat:ttft=5", "chat:speed=5ms", "chat:", "ttft=-1ms", "ttft=1h"):
         with pytest.raises(ConfigError, match="limits are like"):
-            parse_slos([text], Slo())
+            parse_slos([text])
     arrivals = [(0.15, 1), (0.19, 1)]
     chat = record(0, 0, 0, arrivals, 0.2, request_class="chat")
     other = record(1, 0, 0, arrivals, 0.2)

@@ -130,7 +130,7 @@ def test_the_page_says_what_the_server_said_and_what_classes_got() -> None:
     assert "HTTP beside gRPC" in html
     without = document()
     del without["server"]
-    assert "name them by --metrics-url" in html_of(without)
+    assert "name the service's URL by --http-server" in html_of(without)
 
 
 def test_what_cannot_be_compared_over_both_protocols_is_said_before() -> None:
