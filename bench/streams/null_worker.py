@@ -14,6 +14,7 @@ import grpc
 
 from tandem.config import ClusterConfig
 from tandem.fingerprint import model_fingerprint
+from tandem.internal import InternalPlane
 from tandem.ledger import Ledger
 from tandem.pb.kv.v1 import kv_pb2
 from tandem.pb.v1 import generation_pb2
@@ -126,7 +127,7 @@ async def start_workers(config: ClusterConfig, router: str, steps_per_s: float) 
 async def _start(
     config: ClusterConfig, router: str, role: pb.WorkerRole.ValueType, add: Callable[[grpc.aio.Server], None]
 ) -> WorkerHost:
-    host, name = WorkerHost(router), f"null-{role}"
+    host, name = WorkerHost(router, InternalPlane.of(config)), f"null-{role}"
     info = pb.WorkerInfo(
         worker_id=name,
         role=role,

@@ -12,6 +12,7 @@ import pytest
 from tandem import registration, rpc
 from tandem.audit import AuditServicer, audit_from_pb, audit_to_pb, fetch_audit
 from tandem.errors import InvalidRequest
+from tandem.internal import InternalPlane
 from tandem.ledger import Ledger, PoolAudit
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
@@ -149,7 +150,7 @@ async def test_a_host_serves_registers_with_its_address_and_says_goodbye():
     router, added = FakeRouter(), []
     server, port = await serve(router)
     ledger = Ledger("prefill", "blocks", 9)
-    hosts = [WorkerHost(f"127.0.0.1:{port}") for _ in range(2)]
+    hosts = [WorkerHost(f"127.0.0.1:{port}", InternalPlane()) for _ in range(2)]
     for host in hosts:
         await host.start(
             pb.WorkerInfo(worker_id="w"), added.append, lambda: WorkerLoad(9, 0, 0), ledger.audit
@@ -170,7 +171,7 @@ async def test_a_host_serves_registers_with_its_address_and_says_goodbye():
 async def test_a_host_whose_router_is_gone_stops_all_the_same():
     router = FakeRouter()
     server, port = await serve(router)
-    host = WorkerHost(f"127.0.0.1:{port}")
+    host = WorkerHost(f"127.0.0.1:{port}", InternalPlane())
     await host.start(INFO, lambda server: None, lambda: WorkerLoad(0, 0, 0), Ledger("p", "blocks", 1).audit)
     await until(lambda: router.heartbeats)
     await server.stop(None)
@@ -181,7 +182,7 @@ async def test_a_host_whose_router_is_gone_stops_all_the_same():
 async def test_a_host_drains_until_nothing_runs_waits_or_is_held():
     router = FakeRouter()
     server, port = await serve(router)
-    host = WorkerHost(f"127.0.0.1:{port}")
+    host = WorkerHost(f"127.0.0.1:{port}", InternalPlane())
     ledger, loads = Ledger("decode", "blocks", 9), [WorkerLoad(9, 0, 1)]
     await host.start(INFO, lambda server: None, lambda: loads[0], ledger.audit)
     await until(lambda: router.registered)
@@ -211,7 +212,7 @@ def test_a_host_listens_where_the_router_can_reach_it():
 
 
 async def test_a_host_that_never_started_stops():
-    await WorkerHost("127.0.0.1:1").stop()
+    await WorkerHost("127.0.0.1:1", InternalPlane()).stop()
 
 
 # --- the audit ------------------------------------------------------------------------------------
