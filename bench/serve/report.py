@@ -23,6 +23,7 @@ from bench.serve.session import Options, Run
 from tandem.errors import ConfigError
 
 NAME = "serve"
+FORMAT = 2  # of `serve.json`; one of another version has other figures
 
 
 def document(
@@ -31,6 +32,7 @@ def document(
     """Everything that is written; the same run gives the same page."""
     return {
         "kind": "tandem bench serve",
+        "format": FORMAT,
         "began": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "target": target,
         "model": model,
@@ -62,9 +64,12 @@ def load(path: Path) -> dict[str, Any]:
         content = json.loads(file.read_text())
         if content["kind"] != "tandem bench serve":
             raise ValueError(content["kind"])
-        return dict(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        written = content.get("format")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} is no load test's result ({type(error).__name__}: {error})") from error
+    if written != FORMAT:
+        raise ConfigError(f"{file} is of another version of tandem: run the load test again")
+    return dict(content)
 
 
 def show(content: dict[str, Any], console: Console) -> None:

@@ -131,6 +131,9 @@ def test_the_files_of_a_run(server, tmp_path: Path) -> None:
     assert html.count("<g>") == 60  # two rows of the timelines for each
     with pytest.raises(ConfigError, match="is no load test's result"):
         report.load(tmp_path / "serve.csv")
+    (tmp_path / "serve.json").write_text(json.dumps({**content, "format": 1}))
+    with pytest.raises(ConfigError, match="another version of tandem: run the load test again"):
+        report.load(tmp_path)
 
 
 ON_ONE_CORE = """
