@@ -20,6 +20,7 @@ from tests.e2e.harness import (
     quiesce,
     read_tokens,
     running,
+    slow_steps,
     store_of,
     until,
 )
@@ -149,11 +150,12 @@ async def test_both_objects_are_given_up_when_nobody_fetches_them():
 async def test_a_lost_decode_worker_is_replaced_with_a_fresh_pair_of_objects():
     async with running(settings(), num_decode=2) as cluster:
         message = ask(PROMPT, **{**SAMPLING, "max_tokens": 60})
-        call, result = open_stream(cluster, message), Result()
-        await read_tokens(call, result, 5)
-        worker = next(d for d in cluster.decodes if d.worker.num_running)
-        await crash(worker)
-        await read_tokens(call, result, 60)
+        with slow_steps(cluster.decodes[0]), slow_steps(cluster.decodes[1]):
+            call, result = open_stream(cluster, message), Result()
+            await read_tokens(call, result, 5)
+            worker = next(d for d in cluster.decodes if d.worker.num_running)
+            await crash(worker)
+            await read_tokens(call, result, 60)
         async with running() as plain:
             assert result.token_ids == (await complete(plain, message)).token_ids
 

@@ -139,14 +139,15 @@ async def test_a_decode_worker_that_falls_silent_and_comes_back():
     """B4: its late tokens reach nobody, and its blocks come back."""
     async with running(config(router=QUICK_LOSS), num_decode=2) as cluster:
         wanted = await complete(cluster, ask("a story", **LONG))
-        call = open_stream(cluster, ask("a story", **LONG))
-        result = await read_tokens(call, Result(), 5)
-        silent = by_id(cluster.decodes, result.admitted[0].decode_worker)
-        with gate(silent.worker._decoder, "step") as held:
-            await fall_silent(silent)
-            await drain(call, result)
-            assert held.num_passed == 0
-            assert silent.worker.audit().owned > 0
+        with slow_steps(cluster.decodes[0]), slow_steps(cluster.decodes[1]):
+            call = open_stream(cluster, ask("a story", **LONG))
+            result = await read_tokens(call, Result(), 5)
+            silent = by_id(cluster.decodes, result.admitted[0].decode_worker)
+            with gate(silent.worker._decoder, "step") as held:
+                await fall_silent(silent)
+                await drain(call, result)
+                assert held.num_passed == 0
+                assert silent.worker.audit().owned > 0
 
         same(result, wanted)
 
