@@ -36,8 +36,8 @@ class BatchBook:
                 shutil.rmtree(place)  # of a batch that was never told of
 
     def all(self) -> list[Batch]:
-        """Oldest first."""
-        return sorted(self._batches.values(), key=lambda batch: (batch.created_s, batch.id))
+        """Oldest first; those of one second in the order they came."""
+        return sorted(self._batches.values(), key=lambda batch: batch.created_s)
 
     def get(self, tenant: str, batch_id: str) -> Batch:
         """Raises `NO_SUCH_BATCH`, for another's as well."""

@@ -71,7 +71,7 @@ class FileStore:
     def of(self, tenant: str) -> list[StoredFile]:
         """Newest first."""
         files = [file for file in list(self._files.values()) if file.tenant == tenant]
-        return sorted(files, key=lambda file: (file.created_s, file.id), reverse=True)
+        return sorted(files, key=lambda file: file.created_s)[::-1]
 
     def get(self, tenant: str, file_id: str) -> StoredFile:
         """Raises `NO_SUCH_FILE`, for another's as well."""

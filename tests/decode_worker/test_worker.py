@@ -106,6 +106,7 @@ async def test_one_message_per_client_and_step():
         await until(lambda: gate.entered == 1)
         gate.let()
         await until(lambda: gate.entered == 2)
+        await asyncio.sleep(0)  # the first step's messages are on the loop, perhaps behind this test
         seen, seen_other = len(rig.client.messages), len(other.messages)
         gate.let()
         await until(lambda: gate.entered == 3)
