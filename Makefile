@@ -6,14 +6,14 @@ STAMP := $(VENV)/.installed
 PROTO_VENV := .venv-proto
 PROTO_STAMP := $(PROTO_VENV)/.installed
 
-.PHONY: setup proto proto-check lint type test test-fast test-ray redis e2e bench demo serve models clean
+.PHONY: setup proto proto-check lint type test test-fast test-long test-ray redis e2e bench demo serve models clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make serve   start the service on the bundled model and keep it running"
 	@echo "make demo    send eight prompts through the whole path and stop"
-	@echo "make test    run every test          make test-fast   only the quick ones"
-	@echo "make test-ray  the tests that start Ray clusters"
+	@echo "make test    run the tests           make test-fast   only the quick ones"
+	@echo "make test-ray  the tests that start Ray clusters   make test-long  a few at full size"
 	@echo "make lint type proto setup bench e2e models"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -49,10 +49,13 @@ type: $(STAMP)
 	$(BIN)/mypy
 
 test: $(STAMP) redis
-	$(BIN)/python -m pytest -m "not ray"
+	$(BIN)/python -m pytest -m "not ray and not long"
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not e2e and not ray"
+	$(BIN)/python -m pytest -m "not slow and not e2e and not ray and not long"
+
+test-long: $(STAMP) redis
+	$(BIN)/python -m pytest -m long
 
 test-ray: $(STAMP)
 	$(BIN)/python -m pytest -m ray

@@ -300,7 +300,7 @@ def test_a_size_that_does_not_exist_is_refused() -> None:
     assert "111m, 1b, 8b, not 2b" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_benchmark_in_small(monkeypatch) -> None:
     """Every part of it on the raw pair, with one group that can be measured and one that cannot."""
     monkeypatch.setattr(runner, "inflated_pair", lambda to: BUNDLED)

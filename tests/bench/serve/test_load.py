@@ -155,7 +155,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_five_hundred_streams_on_one_core(protocol) -> None:
     """About 550 at once, 50 tokens over 5.5 s each: 5,000 arrivals a second.
