@@ -88,7 +88,7 @@ def measure_costs(model: ModelRunner, rows: Sequence[int] = ROWS, depth: int = 0
     context = min(CONTEXT, model.cache.num_blocks * size) - max(depth, 1)
     table = range(-(-(context + max(depth, 1)) // size))
     batches = [[SequenceRows((0,), context, table)] * num_rows for num_rows in rows]
-    swept = np.zeros(SWEEP_BYTES, np.uint8)
+    swept = np.ones(SWEEP_BYTES, np.uint8)  # zeros that nobody wrote would all be one page
     best_s = [float("inf")] * len(batches)
     began_s = time.perf_counter()
     for number in range(MOST_REPEATS):

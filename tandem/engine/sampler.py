@@ -54,15 +54,10 @@ class Sampler:
         """One result per row. The states are read, not advanced."""
         if not states:
             return []
-        changed = [i for i, state in enumerate(states) if state.params.changes_logits]
-        if changed:
-            scores = logits.float().clone()
-            for i in changed:
-                _penalize(scores[i], states[i])
-        else:
-            scores = logits
-        token_ids = choose(scores, [state.draw(0, stream) for state in states], masked=bool(changed))
-        if changed:  # what is no number must not hide behind a bias
+        is_changed = any(state.params.changes_logits for state in states)
+        scores = _penalized(logits, states) if is_changed else logits
+        token_ids = choose(scores, [state.draw(0, stream) for state in states], masked=is_changed)
+        if is_changed:  # what is no number must not hide behind a bias
             is_good = logits.sum(-1).isfinite().tolist()
             token_ids = [i if good else NO_TOKEN for i, good in zip(token_ids, is_good, strict=True)]
         return [
@@ -117,10 +112,7 @@ def process_logits(logits: torch.Tensor, states: Sequence[SamplingState]) -> tor
 
     Greedy rows get bias, penalties and `min_tokens` only; their token is the argmax.
     """
-    scores = logits.float().clone()
-    for row, state in zip(scores, states, strict=True):
-        if state.params.changes_logits:
-            _penalize(row, state)
+    scores = _penalized(logits, states)
     drawn = [i for i, state in enumerate(states) if not state.params.is_greedy]
     if len(drawn) == len(states):
         return _filter(scores, [state.params for state in states])
@@ -143,6 +135,15 @@ def invert_cdf(probs: torch.Tensor, chance: np.ndarray[tuple[int], np.dtype[np.f
     threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
     found = torch.searchsorted(cdf, threshold, right=True)[:, 0]
     return found.clamp_(max=probs.shape[-1] - 1)
+
+
+def _penalized(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    """A copy with bias, penalties and `min_tokens` applied."""
+    scores = logits.float().clone()
+    for row, state in zip(scores, states, strict=True):
+        if state.params.changes_logits:
+            _penalize(row, state)
+    return scores
 
 
 def _penalize(row: torch.Tensor, state: SamplingState) -> None:

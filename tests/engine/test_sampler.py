@@ -9,7 +9,15 @@ from transformers.generation import logits_process as hf
 
 from tandem.engine import sampler
 from tandem.engine.rng import Stream, uniforms
-from tandem.engine.sampler import NO_TOKEN, BadLogits, SampledToken, Sampler, choose, process_logits
+from tandem.engine.sampler import (
+    NO_TOKEN,
+    BadLogits,
+    SampledToken,
+    Sampler,
+    choose,
+    most_probable,
+    process_logits,
+)
 from tandem.engine.sampling_state import SamplingState
 from tandem.sampling import SamplingParams
 
@@ -203,6 +211,13 @@ def test_kernels_draw_what_torch_draws(monkeypatch, vocab, temperature, filters)
     monkeypatch.setattr(sampler, "kernels_for", lambda device: None)
     assert choose(raw, draws) == by_kernels
     assert len(set(by_kernels)) > 5
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-30, 1e-60])
+def test_a_tiny_temperature_is_greedy(temperature):
+    raw = logits(20)
+    draws = [state(seed=i, temperature=temperature).draw() for i in range(20)]
+    assert choose(raw, draws) == most_probable(raw)
 
 
 @pytest.mark.parametrize("has_kernels", [True, False])

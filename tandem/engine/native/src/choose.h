@@ -19,6 +19,9 @@ struct Draw {
     int64_t top_k;  // 0: all
 };
 
+// Also where a temperature is too small for a float: nothing but the largest would be left.
+inline bool is_greedy(const Draw& d) { return float(d.temperature) == 0.0f; }
+
 struct Largest {
     float value;
     bool are_finite;  // all logits
@@ -74,7 +77,7 @@ class Sampler {
     int choose(const float* logits, int vocab, const Draw& d, bool masked) {
         const Largest largest = largest_of(logits, vocab);
         if (!(masked || largest.are_finite) || !std::isfinite(largest.value)) return -1;
-        if (d.temperature == 0) return first_of(largest.value, logits);
+        if (is_greedy(d)) return first_of(largest.value, logits);
         weigh(logits, vocab, largest.value, float(d.temperature));
         if (d.top_k > 0 && d.top_k < vocab) keep_top_k(vocab, int(d.top_k));
         if (d.top_p < 1) keep_top_p(vocab, d.top_p);

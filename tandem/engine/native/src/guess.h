@@ -57,7 +57,7 @@ struct NextRows {
 // One more token, if the model is sure enough of it; whether the sequence goes on.
 inline bool extend(const Guesses& g, int s, const float* logits, int vocab, Sampler& sampler) {
     const float threshold = g.thresholds[s];
-    const bool is_drawn = g.draws && g.draws[s].temperature != 0;
+    const bool is_drawn = g.draws && !is_greedy(g.draws[s]);
     int token_id;
     if (is_drawn) {
         Draw next = g.draws[s];
