@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -202,10 +204,17 @@ class EmbeddedService:
         process = child.process
         if process is None or process.returncode is not None:
             return
-        process.terminate()
+        _signal(process, signal.SIGTERM)
         try:
             async with asyncio.timeout(STOP_S):
                 await process.wait()
         except TimeoutError:
-            process.kill()
+            _signal(process, signal.SIGKILL)
             await process.wait()
+
+
+def _signal(process: Process, number: signal.Signals) -> None:
+    """Like `process.send_signal`, which polls first: of a child that has just ended it would take the exit
+    code away from asyncio's watcher, who then reports 255 for an unknown child process."""
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, number)
