@@ -1,0 +1,40 @@
+"""Split against unsplit, as an experiment."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from bench.eval import split
+from tests.bench.eval.files import written
+
+
+def cell(mix: str, rate: float, mode: str, good: float | None) -> split.Cell:
+    return split.Cell(mix, rate, mode, 9, 1.0, None, 2.0, None, 50.0, 1.0, good, 1.0)
+
+
+def test_split_against_unsplit(settings, tmp_path, monkeypatch) -> None:
+    few, many = split.MIXES
+    cells = [
+        cell(m, r, mode, 0.5 + (mode == "split") * (r - 2) / 10)
+        for m in (few, many)
+        for r in (1.0, 2.0, 3.0)
+        for mode in split.MODES
+    ]
+    asked = []
+    monkeypatch.setattr(split, "measure", lambda *given: asked.append(given) or cells)
+    chosen = replace(settings, deadline_s=time.monotonic() + 60)
+    found = split.run(chosen)
+    [(seconds, _, models, deadline_s)] = asked
+    assert seconds == pytest.approx(0.6 * 60 / 18, rel=0.01)
+    assert deadline_s == chosen.deadline_s
+    assert models["speculation"] == {"draft": "model", "draft_path": str(settings.draft)}
+    assert models["model"] == {"path": str(settings.target)}
+    assert found.remarks[1].startswith(
+        f"Good requests: split against unsplit loses with {few} at 1/s (40% against 50%), {many} at 1/s"
+    )
+    assert f"wins with {few} at 3/s (60% against 50%)" in found.remarks[1]
+    assert "auto against unsplit draws with" in found.remarks[2]
+    assert {"split-few-long.png", "split-many-long.png"} <= written(split, settings, found, tmp_path)
