@@ -100,24 +100,25 @@ class KvRestorer:
         )
         async with aclosing(reading) as chunks:
             async for chunk, payload in chunks:
-                codec = self._codec_of(headers[0])
+                coding = self._coding_of(headers[0])
                 began_ns = time.monotonic_ns()
                 num_bytes += len(payload)
                 skip = max(0, first - chunk.block_start)
                 chosen = blocks[chunk.block_start + skip : chunk.block_start + chunk.num_blocks]
                 payload = payload[skip * (len(payload) // chunk.num_blocks) :]
                 await to_thread_to_end(
-                    import_kv, cache, chosen, payload, chunk.layer_start, chunk.num_layers, codec
+                    import_kv, cache, chosen, payload, chunk.layer_start, chunk.num_layers, *coding
                 )
                 spent_ns += time.monotonic_ns() - began_ns
         if first and self._report is not None:
             self._report.num_bytes += handle.num_bytes - num_bytes
         return spent_ns
 
-    def _codec_of(self, header: ObjectHeader) -> str:
+    def _coding_of(self, header: ObjectHeader) -> tuple[str, str]:
+        """The codec, and the dtype of raw numbers."""
         if self._codec not in ("auto", header.codec):
             raise FailedPrecondition("FINGERPRINT_MISMATCH", "prefill and decode builds differ")
-        return header.codec
+        return header.codec, header.dtype
 
     async def _place_draft(self, sequence: DecodeSequence, handle: KvHandle, cache: PagedCache) -> None:
         """Without it the draft reads the prompt by itself."""

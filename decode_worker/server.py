@@ -43,7 +43,13 @@ class DecodeServer:
         the model loads."""
         draft_path = usable_draft(config)
         engine = await asyncio.to_thread(
-            load_engine, config, worker_id, config.cache.decode_bytes, config.decode.threads, draft_path
+            load_engine,
+            config,
+            worker_id,
+            config.cache.decode_bytes,
+            config.decode.threads,
+            draft_path,
+            kv_dtype=config.kv_dtypes.decode,
         )
         decoder = await asyncio.to_thread(make_decoder, config.speculation, engine)
         fingerprint = model_fingerprint(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,7 @@ def load_config(
     if batch_dir is not None:
         values.setdefault("batches", {})["dir"] = str(batch_dir.resolve())
     values.setdefault("security", {}).update({name: value for name, value in security.items() if value})
-    config = ClusterConfig.from_dict(values)
-    return replace(config, model=settle(config.model))
+    return settle(ClusterConfig.from_dict(values))
 
 
 def config_of(file: Path | None, options: Mapping[str, Any]) -> ClusterConfig:

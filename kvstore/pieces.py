@@ -24,7 +24,8 @@ Export = Callable[[ChunkRange], Awaitable[Buffer]]  # the raw bytes of a part, c
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PieceFormat:
-    """What all pieces of a worker have in common. They are raw, however KV travels otherwise."""
+    """What all pieces of a worker have in common. They are raw and in the dtype of prefill workers, however
+    KV travels otherwise."""
 
     tokens: int  # of one piece: whole blocks
     fingerprint: bytes
@@ -39,10 +40,10 @@ class PieceFormat:
         return cls(
             tokens=config.kvstore.prefix_tokens,
             fingerprint=fingerprint,
-            dtype=config.model.dtype,
+            dtype=config.kv_dtypes.prefill,
             num_layers=geometry.num_layers,
             block_size=config.cache.block_size,
-            block_bytes=geometry.block_bytes(config.cache.block_size, config.model.dtype),
+            block_bytes=geometry.block_bytes(config.cache.block_size, config.kv_dtypes.prefill),
             chunk_bytes=config.kvstore.chunk_bytes,
         )
 

@@ -55,11 +55,12 @@ class HandoffContext:
         cls, config: ClusterConfig, engine: Engine, client: KvClient, fingerprint: bytes
     ) -> HandoffContext:
         cache, draft_cache = engine.model.cache, engine.draft.cache if engine.draft else None
+        wire_dtype = config.kv_dtypes.wire
         form = Format(
-            dtype=config.model.dtype,
+            dtype=wire_dtype,
             fingerprint=fingerprint,
             chunk_bytes=config.kvstore.chunk_bytes,
-            codec=LinkCodec.of(config.kvstore.codec, cache),
+            codec=LinkCodec.of(config.kvstore.codec, cache, wire_dtype),
         )
         overlap, kept = config.kvstore.overlap_tokens, None
         if config.cache.prefix_bytes > 0:

@@ -29,9 +29,11 @@ class LinkCodec:
         self._last = ""
 
     @classmethod
-    def of(cls, codec: str, cache: PagedCache) -> LinkCodec:
-        """For the value of `kvstore.codec`."""
-        return cls(measure_codecs(cache) if codec == "auto" else [CodecCost(codec, 1.0, 0.0, 0.0)])
+    def of(cls, codec: str, cache: PagedCache, dtype: str) -> LinkCodec:
+        """For the value of `kvstore.codec`, where raw KV travels in `dtype`."""
+        if codec == "auto":
+            return cls(measure_codecs(cache, dtype))
+        return cls([CodecCost(codec, 1.0, 0.0, 0.0)])
 
     @property
     def bytes_per_s(self) -> float | None:

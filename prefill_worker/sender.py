@@ -31,21 +31,26 @@ T = TypeVar("T")
 class Format:
     """What all objects of a worker have in common."""
 
-    dtype: str
+    dtype: str  # of raw KV on the wire
     fingerprint: bytes
     chunk_bytes: int
     codec: LinkCodec  # of what goes to a decode worker; prefixes stay raw
 
 
 async def export_part(
-    cache: PagedCache, blocks: Sequence[int], num_tokens: int, part: ChunkRange, codec: str = "raw"
+    cache: PagedCache,
+    blocks: Sequence[int],
+    num_tokens: int,
+    part: ChunkRange,
+    codec: str = "raw",
+    dtype: str | None = None,
 ) -> memoryview:
-    """The bytes of a part of `blocks`, which hold `num_tokens` tokens in all."""
+    """The bytes of a part of `blocks`, which hold `num_tokens` tokens in all; raw in `dtype`."""
     size, last = cache.block_size, part.block_start + part.num_blocks
     num_in_part = min(num_tokens, last * size) - part.block_start * size
     chosen = blocks[part.block_start : last]
     return await to_thread_to_end(
-        export_kv, cache, chosen, num_in_part, part.layer_start, part.num_layers, codec
+        export_kv, cache, chosen, num_in_part, part.layer_start, part.num_layers, codec, dtype
     )
 
 
@@ -116,11 +121,12 @@ class ObjectSender:
             num_tokens=self._job.num_tokens,
             block_size=self._cache.block_size,
             num_blocks=blocks,
-            total_bytes=blocks * block_bytes(self._cache, self._codec),
+            total_bytes=blocks * block_bytes(self._cache, self._codec, self._form.dtype),
         )
 
     async def _send_part(self, part: ChunkRange) -> None:
-        payload = await export_part(self._cache, self._blocks, self._job.num_tokens, part, self._codec)
+        encoding = self._codec, self._form.dtype
+        payload = await export_part(self._cache, self._blocks, self._job.num_tokens, part, *encoding)
         await self._writer.write(part, payload)
 
 

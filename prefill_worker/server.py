@@ -42,7 +42,14 @@ class PrefillServer:
         draft_path = usable_draft(config) if reads_for_draft else None
         budget_bytes, threads = config.cache.prefill_bytes, config.prefill.threads
         engine = await asyncio.to_thread(
-            load_engine, config, worker_id, budget_bytes, threads, draft_path, shares_weights=False
+            load_engine,
+            config,
+            worker_id,
+            budget_bytes,
+            threads,
+            draft_path,
+            shares_weights=False,
+            kv_dtype=config.kv_dtypes.prefill,
         )
         fingerprint = model_fingerprint(config)
         router_address = await router

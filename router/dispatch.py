@@ -112,14 +112,15 @@ class Dispatcher:
 
     def needs(self, request: Request) -> Needs:
         """What the request takes of each pool."""
-        cache, model = self._config.cache, self._config.model
+        held = self._config.kv_dtypes
         return needs_of(
             request,
             self._geometry,
-            cache.block_size,
-            model.dtype,
+            self._config.cache.block_size,
+            held.decode,
             draft=self._draft,
             stores_draft=self._config.speculation.draft_prefill == "prefill_worker",
+            stored_dtype=held.wire,
         )
 
     def start(self, requests: Sequence[Request]) -> list[Flight]:

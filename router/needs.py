@@ -32,8 +32,10 @@ def needs_of(
     lookahead: int = 0,
     draft: ModelGeometry | None = None,
     stores_draft: bool = False,
+    stored_dtype: str | None = None,
 ) -> Needs:
-    """The memory-fit arithmetic. `lookahead` is how many draft tokens a step may write past the end.
+    """The memory-fit arithmetic. `lookahead` is how many draft tokens a step may write past the end; KV has
+    `dtype` at decode workers, and in the store `stored_dtype` if that is another one.
 
     For a resumed request the tokens already delivered are prefilled like a prompt; they count
     towards `max_tokens`, so the total does not change.
@@ -42,13 +44,15 @@ def needs_of(
     tokens = request.max_total_tokens + lookahead
     block_bytes = geometry.block_bytes(block_size, dtype)
     draft_bytes = draft.block_bytes(block_size, dtype) if draft else 0
+    stored = [geometry, draft] if draft and stores_draft else [geometry]
+    stored_bytes = sum(model.block_bytes(block_size, stored_dtype or dtype) for model in stored)
     decode_blocks = num_blocks(tokens, block_size)
     prefill_blocks = num_blocks(prefill_tokens, block_size)
     return Needs(
         tokens=tokens,
         decode_blocks=decode_blocks,
         decode_bytes=decode_blocks * (block_bytes + draft_bytes),
-        store_bytes=prefill_blocks * (block_bytes + (draft_bytes if stores_draft else 0)),
+        store_bytes=prefill_blocks * stored_bytes,
         prefill_blocks=prefill_blocks,
         prefill_tokens=prefill_tokens,
     )

@@ -200,7 +200,7 @@ class Router:
             name=self._config.model.served_name,
             max_context=self._geometry.max_context,
             vocab_size=self._geometry.vocab_size,
-            kv_bytes_per_token=self._geometry.kv_bytes_per_token(self._config.model.dtype),
+            kv_bytes_per_token=self._geometry.kv_bytes_per_token(self._config.kv_dtypes.decode),
             block_size=self._config.cache.block_size,
             fingerprint=self._fingerprint.hex(),
         )

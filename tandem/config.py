@@ -29,6 +29,7 @@ from tandem.config_door import SecurityConfig as SecurityConfig
 from tandem.config_index import IndexConfig as IndexConfig
 from tandem.config_values import build, check, check_positive
 from tandem.geometry import DTYPE_BYTES, KV_CODECS
+from tandem.kv_dtypes import KvDtypes
 
 MIB = 1 << 20
 DRAFTS = ("none", "ngram", "model", "self", "qspec")
@@ -51,7 +52,7 @@ class ModelConfig:
 
     path: Path = BUNDLED_MODELS / "target"
     name: str = ""  # what clients call it; the folder's name by default
-    dtype: str = "float32"  # of activations and KV
+    dtype: str = "float32"  # of activations, and of KV unless `cache` says otherwise
     implementation: str = "auto"  # auto | native | lean | transformers (tandem.engine.implementation)
     quantization: str = "none"  # of linear weights (tandem.engine.quantization); the output head stays whole
     linear: str = "auto"  # auto | fp32 | fp16: storage of linear weights on a CPU (tandem.engine.linear)
@@ -83,6 +84,8 @@ class CacheConfig:
     block_size: int = 16  # tokens
     prefill_bytes: int = 256 * MIB
     decode_bytes: int = 512 * MIB
+    prefill_dtype: str = "auto"  # of KV in prefill workers: float32, bfloat16, float16; auto: the model's
+    decode_dtype: str = "auto"  # of KV in decode workers; where it is another one, KV is rounded on its way
     store_bytes: int = 512 * MIB  # of prompts on their way from prefill to decode
     prefix_bytes: int = 0  # of the store, for prompts' beginnings to be used again; 0: none is kept
     keep_blocks: bool = False  # decode workers keep those of ended requests, and fetch only what they lack
@@ -91,6 +94,9 @@ class CacheConfig:
         check_positive(self, "block_size", "prefill_bytes", "decode_bytes", "store_bytes")
         check(self.prefix_bytes >= 0, "cache prefix_bytes must be 0 (no cached prefixes) or more")
         check(64 % self.block_size == 0, f"block size must divide 64, not {self.block_size}")
+        for name in ("prefill_dtype", "decode_dtype"):
+            dtype, known = getattr(self, name), ("auto", *DTYPE_BYTES)
+            check(dtype in known, f"cache {name} must be one of {', '.join(known)}, not {dtype}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,6 +244,15 @@ class ClusterConfig:
             not self.cache.keep_blocks or self.kvstore.codec == "raw",
             f"cache keep_blocks needs codec raw: behind {self.kvstore.codec} KV is not what prefill computes",
         )
+        for setting, is_used in (
+            ("cache keep_blocks", self.cache.keep_blocks),
+            ("kvstore publish all", self.kvstore.publish == "all"),
+        ):
+            check(
+                not is_used or self.kv_dtypes.are_one,
+                f"{setting} needs one KV dtype, not {self.kv_dtypes.prefill} at prefill and "
+                f"{self.kv_dtypes.decode} at decode: what decode workers hold is not what prefill computes",
+            )
         check(
             self.kvstore.publish == "prompt" or self.cache.prefix_bytes > 0,
             "kvstore publish all needs room for what is published: set cache.prefix_bytes",
@@ -256,6 +271,12 @@ class ClusterConfig:
     def from_dict(cls, values: dict[str, Any]) -> ClusterConfig:
         """Build from nested plain values. Unknown keys and wrong types raise `ConfigError`."""
         return build(cls, values)
+
+    @property
+    def kv_dtypes(self) -> KvDtypes:
+        """Of KV on both sides."""
+        sides = (self.cache.prefill_dtype, self.cache.decode_dtype)
+        return KvDtypes(*(self.model.dtype if dtype == "auto" else dtype for dtype in sides))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), default=str)

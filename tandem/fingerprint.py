@@ -1,6 +1,7 @@
 """The name of a model build: what must be equal on both sides before KV may cross.
 
-Two workers with the same fingerprint compute the same KV for the same tokens in the same layout.
+Two workers with the same fingerprint compute the same KV for the same tokens in the same layout, up to the
+rounding of the dtype that each side holds it in, which is part of the fingerprint.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ SAMPLE_BYTES = 4096
 
 
 def model_fingerprint(config: ClusterConfig) -> bytes:
-    """SHA-256 over configuration, tokenizer, weights, what runs them, dtype, KV layout and codec, block size.
+    """SHA-256 over settings, tokenizer, weights, what runs them, dtypes, KV layout and codec, block size.
 
     Weights count by their size, their header and 64 evenly spread samples of 4 KiB, so that a
     checkpoint of many gigabytes is named in milliseconds.
     """
-    model = config.model
+    model, held = config.model, config.kv_dtypes
     storage = f"{model.dtype}|{model.implementation}|{model.linear}|{model.quantization}"
     digest = hashlib.sha256(
-        f"v5|{storage}|{config.cache.block_size}|{KV_LAYOUT}|{config.kvstore.codec}".encode()
+        f"v6|{storage}|{config.cache.block_size}|{KV_LAYOUT}|{config.kvstore.codec}"
+        f"|{held.prefill}|{held.decode}".encode()
     )
     digest.update(checkpoint_digest(config.model.path))
     if config.speculation.draft_path is not None:

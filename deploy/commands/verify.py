@@ -84,6 +84,7 @@ def _row(arm: Arm, findings: Findings) -> dict[str, Any]:
     return {
         "arm": arm.name,
         "codec": arm.codec,
+        "dtypes": arm.dtypes,
         "of": arm.of,
         "places": drift.num_places,
         "max_abs": drift.max_abs,
@@ -103,6 +104,8 @@ def _show(findings: Findings, console: Console) -> None:
         figures = (f"{drift.max_abs:.3g}", f"{drift.mean_abs:.3g}", f"{drift.agreement:.2%}")
         table.add_row(arm.name, arm.codec, str(drift.num_places), *figures, _verdict(arm, findings))
     console.print(table)
+    for dtypes in {arm.dtypes for arm in findings.travelled if arm.dtypes}:
+        console.print(f"\nKV is rounded on its way, prefill → decode: {dtypes}")
     console.print("\nΔ of logits; at decode workers of the log-probabilities of what they chose")
     console.print(f"one bit wrong: noticed {findings.num_noticed} of {findings.num_flips} times")
     sound = "KV arrives as it was computed" if findings.is_sound else "[red]KV does not arrive as it was[/]"

@@ -4,7 +4,7 @@ The control compares this process with itself: other chunks, other company. Wher
 all, raw KV that travelled must make none either; where a model's kernels are not exact, it may make no
 greater one. Positive controls are KV whose digests are right and whose content is not: blocks in the wrong
 order, which change but the last bits, as cached keys know their positions, and another prompt's KV. KV in
-fewer bits must do less harm than that.
+fewer bits, or rounded to the dtype of decode workers, must do less harm than that.
 """
 
 from __future__ import annotations
@@ -29,12 +29,19 @@ TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arm:
-    """One comparison over all samples. `codec` is that of KV that travelled."""
+    """One comparison over all samples. `codec` is that of KV that travelled; `dtypes` are those of both ends,
+    where they differ."""
 
     name: str
     drift: Drift
     codec: str = ""
     of: str = "logits"
+    dtypes: str = ""
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing may be lost on the way."""
+        return self.codec == "raw" and not self.dtypes
 
 
 @dataclass(slots=True)
@@ -56,7 +63,7 @@ class Findings:
         is_noticed = arm.drift.max_abs > self.control.drift.max_abs
         if arm in self.wrong:
             return is_noticed
-        if arm.codec == "raw":
+        if arm.is_exact:
             return not is_noticed
         return arm.drift.mean_abs < self.wrong[-1].drift.mean_abs
 
@@ -93,15 +100,16 @@ class Verification:
             await self._compare(config, router)
 
     async def _compare(self, config: ClusterConfig, router: grpc.aio.Channel) -> None:
-        codec = config.kvstore.codec
+        codec, held = config.kvstore.codec, config.kv_dtypes
+        dtypes = "" if held.are_one else f"{held.prefill} → {held.decode}"
         passage = Passage(config, router)
         async with self._pairs(passage, router) as pairs:
             for pair in pairs:
                 here, answers = await self._travel(passage, pair)
                 way = f"{pair.prefill[0]} → "
                 self.findings.travelled += [
-                    Arm(way + "here", here, codec),
-                    Arm(way + pair.decode[0], answers, codec, "log-probabilities"),
+                    Arm(way + "here", here, codec, dtypes=dtypes),
+                    Arm(way + pair.decode[0], answers, codec, "log-probabilities", dtypes),
                 ]
         if not self.findings.wrong:
             self.findings.wrong += [
@@ -126,11 +134,11 @@ class Verification:
             assert found is not None, "it was one when the service was asked"
             first, handle = found
             async with passage.held(handle):
-                await passage.place(handle, local, self._there)
+                await passage.place(handle, local.reader.cache, local.area(self._there))
                 going_on = replace(work, token_ids=work.token_ids + first.token_ids)
                 deltas = await passage.decode(pair.decode[1], going_on, handle)
             local.prefill(self._here, sample.prompt)
-            here.add(local.follow(self._here, sample), local.follow(self._there, sample))
+            here.add(local.follow(self._here, sample), local.follow_read(self._there, sample))
             tokens = [token for delta in deltas for token in delta.token_ids]
             logprobs = [entry.logprob for delta in deltas for entry in delta.logprobs]
             local.prefill(self._here, sample.prompt)
@@ -145,7 +153,7 @@ class Verification:
             local.prefill(self._here, sample.prompt if is_shuffled else sample.prompt[::-1])
             handle = await passage.send(local, self._here, passage.work(sample, 1), is_shuffled)
             async with passage.held(handle):
-                await passage.place(handle, local, self._there)
+                await passage.place(handle, local.cache, local.area(self._there))
                 if not self.findings.num_flips:
                     noticed, tried = await passage.flip_bits(handle)
                     self.findings.num_noticed, self.findings.num_flips = noticed, tried

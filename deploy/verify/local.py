@@ -10,6 +10,7 @@ from typing import Any
 from tandem.config import ClusterConfig
 from tandem.engine.batch import SequenceRows
 from tandem.engine.loading import load_engine
+from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import SampledToken, Sampler
 from tandem.engine.sampling_state import SamplingState
 from tandem.errors import ConfigError, Internal
@@ -32,17 +33,18 @@ class Sample:
 
 
 class Local:
-    """A model over a cache of some areas, each for one sequence of at most `num_tokens`."""
+    """A model over a cache of some areas, each for one sequence of at most `num_tokens`. Where decode workers
+    hold KV in another dtype than prefill workers, `reader` is the model over a cache of theirs."""
 
     def __init__(self, config: ClusterConfig, num_areas: int, num_tokens: int) -> None:
         geometry, size = ModelGeometry.from_path(config.model.path), config.cache.block_size
         if num_tokens > geometry.max_context:
             raise ConfigError(f"{num_tokens} tokens are more than the model's {geometry.max_context}")
         self._blocks = num_blocks(num_tokens, size)
-        budget = num_areas * self._blocks * geometry.block_bytes(size, config.model.dtype)
-        engine = load_engine(config, "verify", budget, config.prefill.threads, shares_weights=False)
-        self.model = engine.model
-        self.cache = engine.model.cache
+        count, held = num_areas * self._blocks, config.kv_dtypes
+        self.model = _load(config, count, held.prefill)
+        self.reader = self.model if held.are_one else _load(config, count, held.decode)
+        self.cache = self.model.cache
 
     def area(self, number: int) -> range:
         """Its blocks."""
@@ -80,9 +82,11 @@ class Local:
 
     def follow(self, number: int, sample: Sample, forced: Sequence[int] | None = None) -> Any:
         """Logits behind each forced token, [tokens, vocab], from the KV of the prompt in an area."""
-        forced = sample.forced if forced is None else forced
-        rows = SequenceRows(forced, len(sample.prompt), self.area(number), num_logits=len(forced))
-        return self.model.forward(self.model.batch([rows])).clone()
+        return self._follow(self.model, number, sample, sample.forced if forced is None else forced)
+
+    def follow_read(self, number: int, sample: Sample) -> Any:
+        """The same from the KV in an area of the reader."""
+        return self._follow(self.reader, number, sample, sample.forced)
 
     def follow_together(self, samples: Sequence[Sample]) -> list[Any]:
         """The same for all samples in one forward, each in the area of its number."""
@@ -94,6 +98,18 @@ class Local:
         ends = [*accumulate(len(sample.forced) for sample in samples)]
         return [logits[end - len(s.forced) : end] for s, end in zip(samples, ends, strict=True)]
 
+    def _follow(self, model: ModelRunner, number: int, sample: Sample, forced: Sequence[int]) -> Any:
+        rows = SequenceRows(forced, len(sample.prompt), self.area(number), num_logits=len(forced))
+        return model.forward(model.batch([rows])).clone()
+
     def _state(self, seed: int) -> SamplingState:
         params = SamplingParams(temperature=1.0, seed=seed, ignore_eos=True)
         return SamplingState(params, seed, (), self.model.vocab_size, device=self.model.device)
+
+
+def _load(config: ClusterConfig, num_blocks: int, kv_dtype: str) -> ModelRunner:
+    budget = num_blocks * ModelGeometry.from_path(config.model.path).block_bytes(
+        config.cache.block_size, kv_dtype
+    )
+    threads = config.prefill.threads
+    return load_engine(config, "verify", budget, threads, shares_weights=False, kv_dtype=kv_dtype).model

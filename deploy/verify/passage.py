@@ -26,6 +26,7 @@ from prefill_worker.sender import Format, ObjectSender
 from tandem.client import as_tandem_error
 from tandem.config import ClusterConfig
 from tandem.engine.kv_transfer import import_kv
+from tandem.engine.paged_cache import PagedCache
 from tandem.errors import DataLoss, Unavailable
 from tandem.fingerprint import model_fingerprint
 from tandem.geometry import num_blocks
@@ -114,25 +115,24 @@ class Passage:
             blocks = [*blocks[1:-1], blocks[0], *blocks[-1:]]  # the last one may be partly filled
         config = self._config
         form = Format(
-            dtype=config.model.dtype,
+            dtype=config.kv_dtypes.prefill,
             fingerprint=self._fingerprint,
             chunk_bytes=config.kvstore.chunk_bytes,
-            codec=LinkCodec.of("raw", local.cache),
+            codec=LinkCodec.of("raw", local.cache, config.kv_dtypes.prefill),
         )
         job = PrefillJob(work, lambda event: None)
         async with ObjectSender(self._client, form, job, local.cache, blocks) as sender:
             await sender.send(len(blocks))
             return await sender.seal()
 
-    async def place(self, handle: KvHandle, local: Local, number: int) -> None:
-        """Fetch, check and place KV in an area of our own cache, as a decode worker does."""
-        area = local.area(number)
+    async def place(self, handle: KvHandle, cache: PagedCache, area: Sequence[int]) -> None:
+        """Fetch, check and place KV in blocks of a cache of our own, as a decode worker does."""
         headers: list[ObjectHeader] = []
         async with aclosing(self._client.get(handle, HOLDER, on_header=headers.append)) as chunks:
             async for chunk, payload in chunks:
                 blocks = area[chunk.block_start : chunk.block_start + chunk.num_blocks]
                 layers = chunk.layer_start, chunk.num_layers
-                import_kv(local.cache, blocks, payload, *layers, headers[0].codec)
+                import_kv(cache, blocks, payload, *layers, headers[0].codec, headers[0].dtype)
 
     async def flip_bits(self, handle: KvHandle) -> tuple[int, int]:
         """Read an object over and over with one bit wrong each time: how often that was noticed, of how many

@@ -65,8 +65,9 @@ class PagedAttention:
         if decode is not None:
             rows = q[: batch.num_rows] if decode.rows is None else q[decode.rows.flatten()]
             _scatter(out, self._decode(rows, decode, cache, layer), decode.rows, decode.real)
+        held = kv.to(cache.dtype).to(q.dtype)  # as a later chunk finds it: cuts make no difference
         for group in batch.fresh:
-            self._fresh(out, q, kv, group, batch)
+            self._fresh(out, q, held, group, batch)
         for chunk in batch.chunks:
             self._chunk(out, q, chunk, batch, cache, layer)
         return out
@@ -79,7 +80,7 @@ class PagedAttention:
         matrices, rows = sequences * self.kv_heads, most_rows * group
         if most_rows > 1:
             q = q.view(sequences, most_rows, self.kv_heads, group, dim).transpose(1, 2)
-        keys, values = cache.gather(layer, decode.gather_index, matrices)
+        keys, values = (x.to(q.dtype) for x in cache.gather(layer, decode.gather_index, matrices))
         bias = decode.bias(self.window, self.kv_heads, group, q.dtype)
         attended = self._attend(pad_rows(q.reshape(matrices, rows, dim)), keys, values, bias)
         if attended.shape[1] != rows:
@@ -106,7 +107,7 @@ class PagedAttention:
         layer: int,
     ) -> None:
         """New rows of one prompt against everything cached so far, themselves included."""
-        keys, values = cache.gather(layer, chunk.gather_index, self.kv_heads)
+        keys, values = (x.to(q.dtype) for x in cache.gather(layer, chunk.gather_index, self.kv_heads))
         rows = slice(chunk.first_row, chunk.first_row + chunk.num_rows)
         out[rows] = self._slices(q[rows][None], keys, values, chunk.start, batch)[0]
 

@@ -30,9 +30,9 @@ class CodecCost:
         return self.encode_s + self.wire_bytes / bytes_per_s + self.decode_s
 
 
-def measure_codecs(cache: PagedCache) -> list[CodecCost]:
-    """`raw` and every codec that makes this cache's KV smaller."""
-    head_dim, dtype = cache.geometry.head_dim, cache.dtype
+def measure_codecs(cache: PagedCache, raw_dtype: str) -> list[CodecCost]:
+    """`raw` and every codec that makes this cache's KV smaller than it is raw, in that dtype."""
+    head_dim, dtype = cache.geometry.head_dim, getattr(torch, raw_dtype)
     vectors = max(1, SAMPLE_BYTES // vector_bytes("raw", head_dim, dtype))
     sample = torch.randn(vectors, head_dim).to(dtype)
     smaller = [codec for codec in KV_CODECS if _can_shrink(codec, head_dim, dtype)]

@@ -51,13 +51,20 @@ class Decoder(Protocol):
 
 
 def load_decoder(
-    path: Path, dtype: torch.dtype, storage: Storage, device: torch.device | str, implementation: str
+    path: Path,
+    dtype: torch.dtype,
+    storage: Storage,
+    device: torch.device | str,
+    implementation: str,
+    kv_dtype: torch.dtype,
 ) -> Decoder:
-    """Open a local checkpoint. Raises `ConfigError` for what cannot be served."""
+    """Open a local checkpoint, to run over caches of `kv_dtype`. Raises `ConfigError` for what cannot be
+    served."""
     raw = read_config(path)
-    dtype_name, device_name = str(dtype).removeprefix("torch."), torch.device(device).type
+    dtype_name, kv_dtype_name = (str(each).removeprefix("torch.") for each in (dtype, kv_dtype))
+    device_name = torch.device(device).type
     storage = _as_stored(storage, quantization_of(raw), path)
-    name, reason = choose(path, raw, implementation, dtype_name, device_name)
+    name, reason = choose(path, raw, implementation, dtype_name, device_name, kv_dtype_name)
     if name == "native":
         return NativeDecoder.load(path, LeanConfig.parse(raw), raw, storage)
     if name == "lean":

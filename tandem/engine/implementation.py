@@ -1,8 +1,9 @@
 """What would run a checkpoint's forward on this machine, found out without loading torch.
 
-`native`: own C++ kernels (Llama family, float32 activations on a CPU). `lean`: the same architectures by
-torch. `transformers`: its own modules, for everything else. Their KV differs in the last bits, so all
-workers of a service use one; `settle` fixes it before they start.
+`native`: own C++ kernels (Llama family, float32 activations and KV on a CPU). `lean`: the same architectures
+by torch, with KV of any dtype. `transformers`: its own modules, for everything else. Their KV differs in the
+last bits, so all workers of a service use one; `settle` fixes it before they start. Where prefill and decode
+hold KV in different dtypes nothing is exact to the last bit, and each side takes what suits it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tandem.config import IMPLEMENTATIONS, ModelConfig
+from tandem.config import IMPLEMENTATIONS, ClusterConfig
 from tandem.engine.checkpoint import read_config
 from tandem.engine.lean.config import LeanConfig, NotLeanError
 from tandem.engine.native import build
@@ -20,7 +21,9 @@ from tandem.errors import ConfigError
 VECTOR = 8  # head dimensions come in whole vectors of the kernels
 
 
-def choose(path: Path, raw: dict[str, Any], wanted: str, dtype: str, device: str) -> tuple[str, str]:
+def choose(
+    path: Path, raw: dict[str, Any], wanted: str, dtype: str, device: str, kv_dtype: str
+) -> tuple[str, str]:
     """The implementation and why. Builds the kernels if they are to run.
 
     Raises `ConfigError` if the one asked for cannot run this checkpoint here.
@@ -40,6 +43,8 @@ def choose(path: Path, raw: dict[str, Any], wanted: str, dtype: str, device: str
     if wanted == "lean":
         return wanted, "asked for"
     try:
+        if kv_dtype != "float32":
+            raise build.NotNativeError(f"they hold KV in float32, not in {kv_dtype}")
         isa = build.instruction_set()
         if config.geometry.head_dim % VECTOR:
             raise build.NotNativeError(f"head_dim {config.geometry.head_dim} is no multiple of {VECTOR}")
@@ -51,9 +56,10 @@ def choose(path: Path, raw: dict[str, Any], wanted: str, dtype: str, device: str
     return "native", f"kernels for {isa}"
 
 
-def settle(model: ModelConfig) -> ModelConfig:
-    """The same settings with `auto` replaced by what runs here."""
-    if model.implementation != "auto":
-        return model
-    name, _ = choose(model.path, read_config(model.path), "auto", model.dtype, "cpu")
-    return replace(model, implementation=name)
+def settle(config: ClusterConfig) -> ClusterConfig:
+    """The same settings with `auto` replaced by what runs here, where all workers are to run the same."""
+    model, held = config.model, config.kv_dtypes
+    if model.implementation != "auto" or not held.are_one:
+        return config
+    name, _ = choose(model.path, read_config(model.path), "auto", model.dtype, "cpu", held.decode)
+    return replace(config, model=replace(model, implementation=name))

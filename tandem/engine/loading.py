@@ -54,8 +54,10 @@ def load_engine(
     threads: int,
     draft: Path | None = None,
     shares_weights: bool = True,
+    kv_dtype: str = "auto",
 ) -> Engine:
-    """Load the configured checkpoint, and a draft, with as many KV blocks as the budget holds.
+    """Load the configured checkpoint, and a draft, with as many KV blocks of `kv_dtype` (the model's dtype by
+    default) as the budget holds.
 
     `draft` is a draft model's checkpoint; without one the target's own weights may draft, unless
     `shares_weights` is False.
@@ -63,51 +65,59 @@ def load_engine(
     Raises `ConfigError` if a checkpoint is unusable or the budget is smaller than one block.
     """
     torch.set_num_threads(threads)
-    block_bytes = _block_bytes(config, config.model.path)
-    num_blocks = budget_bytes // (block_bytes + (_block_bytes(config, draft) if draft else 0))
+    held = config.model.dtype if kv_dtype == "auto" else kv_dtype
+    block_bytes = _block_bytes(config, config.model.path, held)
+    num_blocks = budget_bytes // (block_bytes + (_block_bytes(config, draft, held) if draft else 0))
     if num_blocks < 1:
         raise ConfigError(
             f"{budget_bytes} bytes of KV cache hold no block of {block_bytes} bytes; give the worker more"
         )
-    model = _load(config, config.model.path, num_blocks, config.model.quantization)
+    model = _load(config, config.model.path, num_blocks, held, config.model.quantization)
     model.warm_up()
     pool = BlockPool(pool_name, num_blocks, config.cache.block_size)
     log.info("%s runs by %s", config.model.served_name, model.describe())
-    drafting = _draft(config, model, draft, num_blocks) if draft or shares_weights else None
+    drafting = _draft(config, model, draft, num_blocks, held) if draft or shares_weights else None
     if drafting is not None:
         log.info("its draft runs by %s", drafting.describe())
     return Engine(model, pool, num_blocks, block_bytes, drafting)
 
 
 def _draft(
-    config: ClusterConfig, target: ModelRunner, path: Path | None, num_blocks: int
+    config: ClusterConfig, target: ModelRunner, path: Path | None, num_blocks: int, kv_dtype: str
 ) -> ModelRunner | None:
     """A draft model over a cache of its own, or the target's weights in fewer bits over the target's."""
     speculation = config.speculation
     if path is not None:
-        model = _load(config, path, num_blocks, speculation.draft_quantization)
+        model = _load(config, path, num_blocks, kv_dtype, speculation.draft_quantization)
         model.warm_up()
         return model
     if speculation.draft == "self":
         bits = speculation.draft_activation_bits
         width = bits or DRAFT_ACTIVATION_BITS
-        model = _load(config, config.model.path, 1, speculation.draft_quantization, width).over(target.cache)
+        model = _load(config, config.model.path, 1, kv_dtype, speculation.draft_quantization, width)
+        model = model.over(target.cache)
         return model if bits else model.with_activations_of(0)
     if speculation.draft == "qspec":
         return target.with_activations_of(speculation.draft_activation_bits)
     return None
 
 
-def _block_bytes(config: ClusterConfig, path: Path) -> int:
-    return ModelGeometry.from_path(path).block_bytes(config.cache.block_size, config.model.dtype)
+def _block_bytes(config: ClusterConfig, path: Path, kv_dtype: str) -> int:
+    return ModelGeometry.from_path(path).block_bytes(config.cache.block_size, kv_dtype)
 
 
 def _load(
-    config: ClusterConfig, path: Path, num_blocks: int, quantization: str, activation_bits: int = 32
+    config: ClusterConfig,
+    path: Path,
+    num_blocks: int,
+    kv_dtype: str,
+    quantization: str,
+    activation_bits: int = 32,
 ) -> ModelRunner:
     return ModelRunner.load(
         path,
         dtype=config.model.dtype,
+        kv_dtype=kv_dtype,
         linear=config.model.linear,
         implementation=config.model.implementation if path == config.model.path else "auto",
         quantization=quantization,

@@ -47,6 +47,7 @@ class ModelRunner:
         path: Path,
         *,
         dtype: str = "float32",
+        kv_dtype: str = "auto",
         linear: str = "auto",
         quantization: str = "none",
         activation_bits: int = 32,
@@ -55,21 +56,26 @@ class ModelRunner:
         device: torch.device | str = "cpu",
         implementation: str = "auto",
     ) -> Self:
-        """Open a local checkpoint. Raises `ConfigError` for what cannot be served."""
+        """Open a local checkpoint; its KV is held in `dtype` too unless `kv_dtype` names another. Raises
+        `ConfigError` for what cannot be served."""
         torch_dtype: torch.dtype = getattr(torch, dtype)
+        held: torch.dtype = torch_dtype if kv_dtype == "auto" else getattr(torch, kv_dtype)
         geometry = ModelGeometry.from_path(path)
         storage = Storage(linear, quantization, activation_bits)
         with torch.inference_mode():
-            model = load_decoder(path, torch_dtype, storage, device, implementation)
-            cache = PagedCache(geometry, num_blocks, block_size, torch_dtype, device)
+            model = load_decoder(path, torch_dtype, storage, device, implementation, held)
+            cache = PagedCache(geometry, num_blocks, block_size, held, device)
         return cls(model, geometry, cache, model.linears)
 
     def over(self, cache: PagedCache) -> ModelRunner:
-        """The same weights over another runner's cache. ValueError unless its tokens have the same shape."""
+        """The same weights over another runner's cache. ValueError unless its tokens have the same shape, in
+        numbers that the kernels can read."""
         mine, theirs = self.cache.geometry, cache.geometry
         for name in ("num_layers", "num_kv_heads", "head_dim"):
             if getattr(mine, name) != getattr(theirs, name):
                 raise ValueError(f"the models differ in {name}: they cannot share a cache")
+        if isinstance(self._model, NativeDecoder) and cache.dtype != self.cache.dtype:
+            raise ValueError(f"own kernels hold KV in {self.cache.dtype}, not in {cache.dtype}")
         return ModelRunner(self._model, self.geometry, cache, self._linears)
 
     def with_activations_of(self, bits: int) -> ModelRunner:

@@ -72,9 +72,10 @@ class PagedCache:
     def write(self, layer: int, slot_mapping: torch.Tensor, kv: torch.Tensor) -> None:
         """Store new keys and values, one slot per row.
 
-        `slot_mapping` is [rows] int64; `kv` [rows, 2 · kv_heads, head_dim] has the keys' heads first.
+        `slot_mapping` is [rows] int64; `kv` [rows, 2 · kv_heads, head_dim] has the keys' heads first. It is
+        rounded to the cache's dtype; what that cannot hold is stored as infinite.
         """
-        self._slots[layer].index_copy_(1, slot_mapping, kv.transpose(0, 1))
+        self._slots[layer].index_copy_(1, slot_mapping, kv.transpose(0, 1).to(self.dtype))
         self.layers_written = layer + 1
 
     def clear(self, block_ids: torch.Tensor) -> None:
@@ -109,17 +110,19 @@ class PagedCache:
         data: bytes | bytearray | memoryview,
         layer_start: int = 0,
         num_layers: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """Fill blocks from the bytes of `read_blocks`. ValueError if the size does not match.
+        """Fill blocks from the bytes of `read_blocks`, of a cache of `dtype` if that is another one.
+        ValueError if the size does not match.
 
         Slots after the last token must hold finite numbers; the sender zeroes them.
         """
         layers = self._layers(layer_start, num_layers)
         num_layers, _, kv_heads, _, block_size, head_dim = layers.shape
         incoming = tensor_over(
-            data, self.dtype, (len(block_ids), num_layers, 2, block_size, kv_heads, head_dim)
+            data, dtype or self.dtype, (len(block_ids), num_layers, 2, block_size, kv_heads, head_dim)
         )
-        layers.index_copy_(3, self._ids(block_ids), incoming.permute(1, 2, 4, 0, 3, 5).to(self.device))
+        layers.index_copy_(3, self._ids(block_ids), incoming.permute(1, 2, 4, 0, 3, 5).to(self._data))
 
     def check_finite(self, block_ids: Sequence[int], num_tokens: int) -> bool:
         """Whether the first `num_tokens` tokens of these blocks hold only finite numbers, in every layer."""

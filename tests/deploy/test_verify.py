@@ -110,6 +110,19 @@ def test_codecs_are_measured_and_raw_is_exact():
     assert document["is_sound"]
 
 
+async def test_kv_of_unlike_dtypes_is_measured_and_need_not_be_exact(capsys):
+    async with running(config(cache={"decode_dtype": "bfloat16"})) as cluster:
+        findings = await command.collect(cluster.config, cluster.router.internal_address, (), SIZE)
+        found = await verify(cluster)
+    command._show(findings, command.Console())
+    assert "rounded on its way, prefill → decode: float32 → bfloat16" in capsys.readouterr().out
+    assert found["all"]["is_sound"]
+    for way in ("prefill-0 → here", "prefill-0 → decode-0"):
+        assert found[way]["dtypes"] == "float32 → bfloat16"
+        assert 0 < found[way]["max_abs"] < found["a reversed prompt"]["max_abs"]
+    assert found["here, other chunks"]["max_abs"] == 0
+
+
 async def test_people_get_a_table(capsys):
     async with running() as cluster:
         findings = await command.collect(cluster.config, cluster.router.internal_address, (), SIZE)

@@ -34,7 +34,7 @@ def cache_of(head_dim: int, dtype: torch.dtype) -> PagedCache:
     ],
 )
 def test_every_codec_that_saves_bytes_is_measured(head_dim, dtype, expected):
-    costs = measure_codecs(cache_of(head_dim, dtype))
+    costs = measure_codecs(cache_of(head_dim, dtype), str(dtype).removeprefix("torch."))
     assert [cost.codec for cost in costs] == expected
     raw = vector_bytes("raw", head_dim, dtype)
     for cost in costs[1:]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tandem.config import ClusterConfig, ModelConfig
+from tandem.config import CacheConfig, ClusterConfig, ModelConfig
 from tandem.engine.implementation import settle
 from tandem.errors import ConfigError
 from tandem.fingerprint import model_fingerprint
@@ -17,14 +17,22 @@ def model(path, **changes):
     return ModelConfig(path=path, **changes)
 
 
+def settled(path, cache=None, **changes):
+    config = ClusterConfig(model=model(path, **changes), cache=cache or CacheConfig())
+    return settle(config).model.implementation
+
+
 def test_auto_becomes_what_runs_here(saved_model, monkeypatch):
     llama, gemma = saved_model("llama3")[1], saved_model("gemma2")[1]
-    assert settle(model(llama)).implementation == "native"
-    assert settle(model(llama, dtype="bfloat16")).implementation == "transformers"
-    assert settle(model(gemma)).implementation == "transformers"
-    assert settle(model(llama, implementation="lean")).implementation == "lean"
+    assert settled(llama) == "native"
+    assert settled(llama, dtype="bfloat16") == "transformers"
+    assert settled(gemma) == "transformers"
+    assert settled(llama, implementation="lean") == "lean"
+    halves = CacheConfig(prefill_dtype="float16", decode_dtype="float16")
+    assert settled(llama, halves) == "lean"  # own kernels hold KV in float32
+    assert settled(llama, CacheConfig(decode_dtype="bfloat16")) == "auto"  # each side takes its own
     monkeypatch.setenv("TANDEM_NATIVE", "off")
-    assert settle(model(llama)).implementation == "lean"
+    assert settled(llama) == "lean"
 
 
 def test_unlike_implementations_never_share_kv(saved_model):

@@ -13,11 +13,23 @@ from tandem.engine.batch import SequenceRows
 from tandem.engine.kv_codec import decode, encode, vector_bytes
 from tandem.engine.kv_transfer import block_bytes, export_kv, import_kv
 from tandem.engine.model_runner import ModelRunner
+from tandem.engine.paged_cache import PagedCache
 from tandem.errors import Internal
-from tandem.geometry import KV_CODECS
+from tandem.geometry import KV_CODECS, ModelGeometry
 
 # Of the largest number of a group: half a step, and the rounding of its scale to eight bits.
 MAX_ERROR = {"raw": 0.0, "fp16": 2**-11, "int8": 0.5 / 127 + 2**-8, "int4": 0.5 / 7 + 2**-8}
+
+GEOMETRY = ModelGeometry(
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    hidden_size=32,
+    vocab_size=100,
+    max_context=64,
+    num_parameters=1,
+)
 
 
 @given(
@@ -100,3 +112,28 @@ def test_greedy_tokens_behind_kv_that_travelled(model, codec, least):
     print(f"{codec}: {100 * found:.2f} % of greedy tokens, logits drift by {drift:.3f} at most")
     assert found >= least
     assert (drift == 0) == (codec == "raw")
+
+
+@given(seed=st.integers(0, 99), pair=st.permutations(("float32", "bfloat16", "float16")))
+def test_raw_kv_is_rounded_to_the_wire_and_to_its_reader_and_no_further(seed, pair):
+    """Once through every dtype on the way: what the reader holds is what torch makes of it."""
+    wire, *ends = pair
+    writer, reader = (PagedCache(GEOMETRY, 4, 4, getattr(torch, dtype)) for dtype in ends)
+    values = torch.randn(3, 2, 2, 4, 2, 8, generator=torch.Generator().manual_seed(seed))
+    writer.write_blocks([2, 0, 3], values.view(torch.uint8).flatten().numpy().data, dtype=torch.float32)
+    for layer in range(2):
+        sent = export_kv(writer, [2, 0, 3], 12, layer, 1, dtype=wire)
+        assert len(sent) * 2 == 3 * block_bytes(writer, "raw", wire)
+        import_kv(reader, [1, 2, 0], sent, layer, 1, dtype=wire)
+    expected = values
+    for dtype in (ends[0], wire, ends[1]):
+        expected = expected.to(getattr(torch, dtype))
+    assert torch.equal(reader.read_blocks([1, 2, 0]), expected)
+
+
+def test_a_number_that_the_wire_cannot_hold_does_not_leave():
+    cache = PagedCache(GEOMETRY, 1, 4)
+    cache.write(0, torch.tensor([1]), torch.full((1, 4, 8), 1e5))
+    assert export_kv(cache, [0], 4, 0, 1, dtype="bfloat16")
+    with pytest.raises(Internal, match="non-finite value"):
+        export_kv(cache, [0], 4, 0, 1, dtype="float16")

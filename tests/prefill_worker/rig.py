@@ -37,7 +37,7 @@ def make_context(client, model, pool, chunk_bytes: int = MIB, draft=None) -> Han
         dtype="float32",
         fingerprint=FINGERPRINT,
         chunk_bytes=chunk_bytes,
-        codec=LinkCodec.of("raw", model.cache),
+        codec=LinkCodec.of("raw", model.cache, "float32"),
     )
     draft_cache = draft.cache if draft else None
     return HandoffContext(client, model.cache, pool, form, OVERLAP_TOKENS, draft_cache)

@@ -51,6 +51,6 @@ def test_the_choice_follows_the_link_both_ways():
 
 
 def test_a_configured_codec_is_what_it_is():
-    link = LinkCodec.of("int8", cache=None)
+    link = LinkCodec.of("int8", cache=None, dtype="float32")
     link.note(MIB, 1e-6)
     assert link.choose() == "int8"

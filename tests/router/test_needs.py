@@ -98,3 +98,11 @@ def test_the_context_limit_names_the_callers_numbers():
         check_context(9001, 512, 8192)
     assert caught.value.reason == "PROMPT_TOO_LONG"
     assert caught.value.message == "prompt is 9001 tokens; the limit is 8192 minus max_tokens 512"
+
+
+def test_decode_and_store_are_counted_each_in_their_own_dtype():
+    wide = needs_of(request_of(20, 40), TARGET, 16, "float32", draft=DRAFT, stores_draft=True)
+    half = needs_of(
+        *(request_of(20, 40), TARGET, 16, "float32"), draft=DRAFT, stores_draft=True, stored_dtype="float16"
+    )
+    assert (half.decode_bytes, half.store_bytes) == (wide.decode_bytes, wide.store_bytes // 2)
