@@ -1,6 +1,8 @@
-"""The other processes of the measurement: a router's null workers, or a plain gRPC server of the stream.
+"""The other processes of the measurement: null workers, and servers of the stream that are no router.
 
     python -m bench.streams.child workers ROUTER_ADDRESS STEPS_PER_S CONFIG
+    python -m bench.streams.child null STEPS_PER_S      the same without a router to register with
+    python -m bench.streams.child relay WORKERS_ADDRESS
     python -m bench.streams.child plain STEPS_PER_S
 
 Says its port in one line (workers: 0, once they have registered) and serves until standard input ends.
@@ -11,14 +13,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import grpc
 
-from bench.streams.null_worker import TEXT, TOKEN, start_workers
+from bench.streams.null_worker import TEXT, TOKEN, NullDecode, NullPrefill, start_workers
+from bench.streams.relay import RelayServicer
 from tandem.config import ClusterConfig
 from tandem.pb.v1 import generation_pb2 as pb
+from tandem.pb.worker.v1 import worker_pb2_grpc
 
 SERVICE = "tandem.v1.GenerationService"
 
@@ -48,22 +52,25 @@ class PlainServicer:
             step.set()
 
 
-async def serve_plain(steps_per_s: float) -> None:
-    server, servicer = grpc.aio.server(), PlainServicer(steps_per_s)
+async def serve_streams(servicer: PlainServicer | RelayServicer, beside: Coroutine[Any, Any, None]) -> None:
     handler = grpc.unary_stream_rpc_method_handler(
         servicer.StreamGenerate,
         request_deserializer=pb.StreamGenerateRequest.FromString,
         response_serializer=pb.StreamGenerateResponse.SerializeToString,
     )
+    server = grpc.aio.server()
     service = grpc.method_handlers_generic_handler(SERVICE, {"StreamGenerate": handler})
     server.add_generic_rpc_handlers((service,))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    ticking = asyncio.ensure_future(servicer.tick())
-    print(port, flush=True)
-    await asyncio.to_thread(sys.stdin.read)
-    ticking.cancel()
-    await server.stop(0)
+    task = asyncio.ensure_future(beside)
+    await _serve(server)
+    task.cancel()
+
+
+async def serve_null(steps_per_s: float) -> None:
+    server = grpc.aio.server()
+    worker_pb2_grpc.add_PrefillServiceServicer_to_server(NullPrefill(), server)
+    worker_pb2_grpc.add_DecodeServiceServicer_to_server(NullDecode(steps_per_s), server)
+    await _serve(server)
 
 
 async def serve_workers(router: str, steps_per_s: float, config: ClusterConfig) -> None:
@@ -74,14 +81,28 @@ async def serve_workers(router: str, steps_per_s: float, config: ClusterConfig) 
         await host.stop(0)
 
 
-def main() -> None:
-    kind, *rest = sys.argv[1:]
-    with contextlib.suppress(KeyboardInterrupt):
-        if kind == "plain":
-            asyncio.run(serve_plain(float(rest[0])))
-        else:
-            asyncio.run(serve_workers(rest[0], float(rest[1]), ClusterConfig.from_json(rest[2])))
+async def _serve(server: grpc.aio.Server) -> None:
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(port, flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(0)
+
+
+async def serve(kind: str, *rest: str) -> None:
+    match kind:
+        case "workers":
+            await serve_workers(rest[0], float(rest[1]), ClusterConfig.from_json(rest[2]))
+        case "null":
+            await serve_null(float(rest[0]))
+        case "relay":
+            relay = RelayServicer(rest[0])
+            await serve_streams(relay, relay.run())
+        case "plain":
+            plain = PlainServicer(float(rest[0]))
+            await serve_streams(plain, plain.tick())
 
 
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve(*sys.argv[1:]))

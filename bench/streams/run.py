@@ -1,7 +1,8 @@
-"""What a router process costs with nothing behind it, beside a plain gRPC server of the same stream.
+"""What a router process costs with nothing behind it, beside servers of the same stream that route nothing.
 
-Real processes: a router with its gRPC front, null workers of the real protocol, a plain `grpc.aio` server,
-and this one, which reads the streams. What is compared is the CPU time of the servers' processes, in turns.
+Real processes: a router with its gRPC front, null workers of the real protocol, a `grpc.aio` server that
+makes a router's calls and nothing else (relay), one that makes none (plain), and this one, which reads the
+streams. What is compared is the CPU time of the servers' processes, in turns.
 """
 
 from __future__ import annotations
@@ -93,6 +94,16 @@ def router(load: Load) -> Iterator[Server]:
 
 
 @contextmanager
+def relay(load: Load) -> Iterator[Server]:
+    """The server that makes the same calls to null workers."""
+    with (
+        child("bench.streams.child", "null", str(load.steps_per_s)) as (_, workers),
+        child("bench.streams.child", "relay", f"127.0.0.1:{workers}") as (process, port),
+    ):
+        yield Server(f"127.0.0.1:{port}", process.pid)
+
+
+@contextmanager
 def plain(load: Load) -> Iterator[Server]:
     """The plain server."""
     with child("bench.streams.child", "plain", str(load.steps_per_s)) as (process, port):
@@ -142,7 +153,7 @@ async def _long(streams: Streams, server: Server, load: Load) -> tuple[float, fl
 
 def run(load: Load, rounds: int, out: Path, as_json: bool) -> dict[str, Any]:
     """Measure both in turns, print the table, write CSV and JSON; the document that was written."""
-    arms = {"router": router, "plain": plain}
+    arms = {"router": router, "relay": relay, "plain": plain}
     visits: dict[str, list[Visit]] = {name: [] for name in arms}
     with Meter("streams", rounds * len(arms)) as meter:
         for _ in range(rounds):
@@ -153,11 +164,13 @@ def run(load: Load, rounds: int, out: Path, as_json: bool) -> dict[str, Any]:
     shown = console(as_json)
     title = f"{load.streams} streams at once: median (low…high)"
     shown.print(table(title, HEADINGS, [_cells(name, load, several) for name, several in visits.items()]))
-    ratio = Spread.of_ratios(*([v.us_per_message for v in visits[name]] for name in arms))
-    request = Spread.of(one.ms_per_request for one in visits["router"])
+    ratio = Spread.of_ratios(*([v.us_per_message for v in visits[name]] for name in ("router", "plain")))
+    request, calls, stream = (Spread.of(v.ms_per_request for v in visits[name]).median for name in arms)
     shown.print(
         f"router / plain per message {ratio.median:.2f} ({ratio.low:.2f}…{ratio.high:.2f}), "
-        f"goal ≤ {MOST_MESSAGE_RATIO}; per request {request.median:.2f} ms, goal ≤ {MOST_MS_PER_REQUEST:g}"
+        f"goal ≤ {MOST_MESSAGE_RATIO}; per request {request:.2f} ms, goal ≤ {MOST_MS_PER_REQUEST:g}: "
+        f"the client's stream {stream:.2f}, calls to workers {calls - stream:.2f}, "
+        f"routing {request - calls:.2f}"
     )
     rows = [{"server": name, **flat(one)} for name, several in visits.items() for one in several]
     content = {"machine": machine(1), "load": flat(load), "rows": rows, "message_ratio": ratio.median}
