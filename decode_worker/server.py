@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from functools import partial
 
 import grpc
 
+from decode_worker.decoder import Decoder
 from decode_worker.drafting import make_decoder
 from decode_worker.restore import KvRestorer
 from decode_worker.reuse import BlockNames, Reuse
@@ -16,6 +18,7 @@ from kvstore.client import KvClient
 from kvstore.pieces import PieceFormat, Pieces
 from tandem.config import ClusterConfig
 from tandem.draft_checkpoint import usable_draft
+from tandem.engine.cores import Cores, cores_of
 from tandem.engine.loading import Engine, load_engine
 from tandem.engine.paged_cache import PagedCache
 from tandem.fingerprint import model_fingerprint
@@ -58,29 +61,23 @@ class DecodeServer:
         store_channel = plane.channel(router_address)
         client = KvClient(store_channel, config.kvstore)
         reuse, report = _reuse(config, engine, client, fingerprint)
+        cores = cores_of(config.cores, config.decode.threads)
         worker = DecodeWorker(
             config.decode,
             engine.model,
             engine.pool,
             Tokenizer.from_dir(config.model.path),
-            KvRestorer(
-                client, engine.model.cache, engine.pool, _own_cache(engine), config.kvstore.codec, report
-            ),
+            _restorer(config, engine, client, report),
             decoder,
             reuse,
+            cores,
         )
         host = WorkerHost(router_address, plane)
         servicer = DecodeServicer(worker, fingerprint)
         await host.start(
             engine.worker_info(worker_id, pb.WORKER_ROLE_DECODE, fingerprint),
             lambda server: worker_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server),
-            lambda: WorkerLoad(
-                engine.pool.num_free,
-                worker.num_running,
-                worker.num_waiting,
-                speculation=decoder.report(),
-                prefixes=report,
-            ),
+            partial(_load, engine, worker, decoder, cores, report),
             worker.audit,
         )
         return cls(host, worker, store_channel, engine.describe())
@@ -99,6 +96,26 @@ class DecodeServer:
         await self._host.stop()
         await self.worker.stop()
         await self._store.close()
+
+
+def _load(
+    engine: Engine, worker: DecodeWorker, decoder: Decoder, cores: Cores, prefixes: PrefixReport | None
+) -> WorkerLoad:
+    return WorkerLoad(
+        engine.pool.num_free,
+        worker.num_running,
+        worker.num_waiting,
+        num_cores=cores.num_cores,
+        speculation=decoder.report(),
+        prefixes=prefixes,
+    )
+
+
+def _restorer(
+    config: ClusterConfig, engine: Engine, client: KvClient, report: PrefixReport | None
+) -> KvRestorer:
+    own = _own_cache(engine)
+    return KvRestorer(client, engine.model.cache, engine.pool, own, config.kvstore.codec, report)
 
 
 def _reuse(

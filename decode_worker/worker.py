@@ -33,6 +33,7 @@ from decode_worker.sequence import DecodeSequence, Emit, Event
 from kvstore.key import KvHandle
 from tandem.config import DecodeConfig
 from tandem.engine.block_pool import BlockPool
+from tandem.engine.cores import Cores, OwnCores
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.work_state import sampling_state
 from tandem.errors import DeadlineExceeded, Internal, TandemError, Unavailable
@@ -59,6 +60,7 @@ class DecodeWorker:
         restorer: KvRestorer,
         decoder: Decoder | None = None,
         reuse: Reuse = NOTHING,
+        cores: Cores | None = None,
     ) -> None:
         self._model = model
         self._pool = pool
@@ -68,6 +70,7 @@ class DecodeWorker:
         self._reservations = Reservations(pool, self._publisher.give_up, reuse.names)
         self._prefetches = Prefetches(pool, self._reservations, restorer)
         self._decoder = decoder or PlainDecoder(model)
+        self._cores = cores or OwnCores(1)
         self._scheduler = DecodeScheduler(config.max_batch)
         self._prompts = LocalPrefill(model, config.prefill_tokens)
         self._inbox: deque[DecodeSequence] = deque()  # KV in place, not yet in the scheduler
@@ -130,7 +133,8 @@ class DecodeWorker:
         sequence.is_cancelled = True
         if task := self._restoring.get(sequence):
             task.cancel()
-        self._notify()
+        with self._wake:
+            self._wake.notify()
 
     async def stop(self) -> None:
         """End every sequence, then the step thread."""
@@ -187,15 +191,12 @@ class DecodeWorker:
     def _note_freed(self) -> None:
         self._reservations.note_freed()
 
-    def _notify(self) -> None:
-        with self._wake:
-            self._wake.notify()
-
     # --- step thread ---
 
     def _run(self) -> None:
         while self._wait_for_work():
             try:
+                self._cores.take()
                 self._step()
             except Exception:  # the top of the loop: one bad step must not end the worker
                 log.exception("decode step failed")
@@ -212,6 +213,7 @@ class DecodeWorker:
                     return False
                 if self._scheduler.num_running or self._scheduler.num_waiting or self._prompts:
                     return True
+                self._cores.rest()
                 self._wake.wait()
 
     def _step(self) -> None:
@@ -226,10 +228,8 @@ class DecodeWorker:
         except Exception as error:
             self._fail(batch, error)
             return
-        events = [
-            (sequence, self._try_accept(sequence, advance))
-            for sequence, advance in zip(batch, advances, strict=True)
-        ]
+        advanced = zip(batch, advances, strict=True)
+        events = [(sequence, self._try_accept(sequence, advance)) for sequence, advance in advanced]
         self._decoder.settle(batch)
         for sequence in self._scheduler.leave(lambda sequence: sequence.is_finished):
             self._leave(sequence)

@@ -16,11 +16,12 @@ from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from tandem.config import ClusterConfig
+from tandem.config import ClusterConfig, CoresConfig
 from tandem.errors import ConfigError, TandemError, Unavailable
 from tandem.internal import InternalPlane
 
@@ -70,6 +71,8 @@ class EmbeddedService:
             *(_Child("decode", f"decode-{index}") for index in range(num_decode)),
         ]
         self._watchers: list[asyncio.Task[None]] = []
+        self._settings = config  # of its processes
+        self._claims = -1  # a file without a name, by which workers share the cores
         self._stopping = False
         self._failed: asyncio.Future[TandemError] = asyncio.get_running_loop().create_future()
 
@@ -80,6 +83,7 @@ class EmbeddedService:
 
     async def __aenter__(self) -> Self:
         """Start everything and wait until it serves. Raises `ConfigError` or `Unavailable`."""
+        self._settings = self._sharing_cores()
         try:
             await asyncio.gather(*(self._spawn(child) for child in (self._router, *self._workers)))
             facts = await self._facts(self._router)
@@ -110,17 +114,30 @@ class EmbeddedService:
             watcher.cancel()
         if self._watchers:
             await asyncio.wait(self._watchers)
+        if self._claims >= 0:
+            os.close(self._claims)
+            self._claims = -1
 
     def pids(self) -> dict[str, int]:
         """Process ids by name."""
         children = (self._router, *self._workers)
         return {child.worker_id: child.process.pid for child in children if child.process}
 
+    def _sharing_cores(self) -> ClusterConfig:
+        """Workers share the machine's cores, unless the settings give either side threads of its own."""
+        config = self.config
+        if config.prefill.threads or config.decode.threads or config.cores.claims:
+            return config
+        if not hasattr(os, "memfd_create"):
+            return config
+        self._claims = os.memfd_create("tandem-cores")
+        return replace(config, cores=CoresConfig(claims=Path(f"/proc/{os.getpid()}/fd/{self._claims}")))
+
     async def _spawn(self, child: _Child) -> None:
         child.starts.append(time.monotonic())
         child.process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "deploy.process", child.role),
-            *("--config", self.config.to_json()),
+            *("--config", self._settings.to_json()),
             *("--worker-id", child.worker_id),
             *("--log-level", self._log_level),
             stdin=PIPE,

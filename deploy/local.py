@@ -18,6 +18,7 @@ from deploy.store import EmbeddedStore
 from prefill_worker.server import PrefillServer
 from router.server import Router
 from tandem.config import ClusterConfig
+from tandem.errors import ConfigError
 from tandem.ledger import PoolAudit
 from tandem.rpc import channel
 
@@ -28,6 +29,8 @@ class LocalCluster:
     """Router, store and any number of workers on one event loop, with compute threads of their own."""
 
     def __init__(self, config: ClusterConfig, num_prefill: int = 1, num_decode: int = 1) -> None:
+        if config.cores.claims:
+            raise ConfigError("workers of one process cannot share cores: leave out cores.claims")
         self.config = config
         self._num_prefill = num_prefill
         self._num_decode = num_decode

@@ -13,6 +13,7 @@ from prefill_worker.service import PrefillServicer
 from prefill_worker.worker import PrefillWorker
 from tandem.config import ClusterConfig
 from tandem.draft_checkpoint import usable_draft
+from tandem.engine.cores import cores_of
 from tandem.engine.loading import load_engine
 from tandem.fingerprint import model_fingerprint
 from tandem.internal import InternalPlane
@@ -57,6 +58,7 @@ class PrefillServer:
         store_channel = plane.channel(router_address)
         client = KvClient(store_channel, config.kvstore)
         context = HandoffContext.of(config, engine, client, fingerprint)
+        cores = cores_of(config.cores, config.prefill.threads)
         worker = PrefillWorker(
             config.prefill,
             engine.model,
@@ -64,6 +66,7 @@ class PrefillServer:
             Tokenizer.from_dir(config.model.path),
             context,
             engine.draft,
+            cores,
         )
         host = WorkerHost(router_address, plane)
         servicer = PrefillServicer(worker, fingerprint)
@@ -74,6 +77,7 @@ class PrefillServer:
                 engine.pool.num_free,
                 worker.num_running,
                 worker.num_waiting,
+                num_cores=cores.num_cores,
                 prefixes=context.prefixes.report if context.prefixes else None,
             ),
             worker.audit,

@@ -28,6 +28,7 @@ from prefill_worker.job import Event, PrefillJob
 from prefill_worker.runner import Chunk, PrefillRunner
 from tandem.config import PrefillConfig
 from tandem.engine.block_pool import BlockPool
+from tandem.engine.cores import Cores, OwnCores
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import BadLogits, SampledToken
 from tandem.engine.work_state import logprobs_of
@@ -59,12 +60,14 @@ class PrefillWorker:
         tokenizer: Tokenizer,
         handoff: HandoffContext,
         draft: ModelRunner | None = None,
+        cores: Cores | None = None,
     ) -> None:
         self._config = config
         self._model = model
         self._pool = pool
         self._tokenizer = tokenizer
         self._runner = PrefillRunner(model, draft)
+        self._cores = cores or OwnCores(1)
         self.stats = self._runner.stats
         self._buckets = LengthBuckets(config)
         self._long: deque[PrefillJob] = deque()  # prompts with chunks left
@@ -152,6 +155,7 @@ class PrefillWorker:
     def _run(self) -> None:
         while self._wait_for_work():
             try:
+                self._cores.take()
                 self._step()
             except Exception:  # the top of the loop: one bad step must not end the worker
                 log.exception("prefill step failed")
@@ -174,6 +178,7 @@ class PrefillWorker:
                 is_due = due_s is not None and due_s <= now_s
                 if self._long or (is_due and self._buckets.can_start_any(self._fits)):
                     return True
+                self._cores.rest()
                 self._wake.wait(self._nap_s(due_s, now_s))
         return False
 

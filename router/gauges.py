@@ -61,6 +61,8 @@ def _workers(views: Sequence[WorkerView]) -> Iterable[Metric]:
     yield _gauge("worker_requests_running", "In progress, as the worker says.", WORKER, running)
     waiting = [(of, load.num_waiting) for of, load in named]
     yield _gauge("worker_requests_waiting", "Waiting inside the worker, as it says.", WORKER, waiting)
+    cores = [(of, load.num_cores) for of, load in named]
+    yield _gauge("worker_cores", "Cores that computed the worker's last step, as it says.", WORKER, cores)
     yield from _prefixes([(of, load.prefixes) for of, load in named if load.prefixes])
     yield from _speculation(
         [((view.info.worker_id,), view.load.speculation) for view in views if view.load.speculation]

@@ -5,6 +5,7 @@ ClusterConfig
 ├── cache     CacheConfig      block size and memory budgets
 ├── prefill   PrefillConfig    batching of prompts
 ├── decode    DecodeConfig     batching of outputs
+├── cores     CoresConfig      how the workers of one machine share its cores
     ├── speculation SpeculationConfig  what drafts, and how far ahead
 ├── kvstore   KvStoreConfig    leases and limits of the store
 ├── router    RouterConfig     queue, deadlines, heartbeats
@@ -107,10 +108,11 @@ class PrefillConfig:
     bucket_tolerance: float = 0.25  # lengths in a batch differ by at most this share of the longest
     max_batch: int = 32  # prompts in one forward
     max_wait_s: float = 0.004  # a lone prompt waits this long for company at most
-    threads: int = 1
+    threads: int = 0  # that compute; 0: a share of the machine's cores (cores.claims), or one
 
     def __post_init__(self) -> None:
-        check_positive(self, "token_budget", "max_batch", "threads")
+        check_positive(self, "token_budget", "max_batch")
+        check(self.threads >= 0, "prefill threads must be 0 (a share of the cores) or more")
         check(0 <= self.bucket_tolerance <= 1, "prefill bucket_tolerance must be in [0, 1]")
         check(self.max_wait_s >= 0, "prefill max_wait_s must not be negative")
 
@@ -121,10 +123,18 @@ class DecodeConfig:
 
     max_batch: int = 64  # sequences in one step
     prefill_tokens: int = 128  # of prompts that come without KV, computed between two steps
-    threads: int = 1
+    threads: int = 0  # that compute; 0: a share of the machine's cores (cores.claims), or one
 
     def __post_init__(self) -> None:
-        check_positive(self, "max_batch", "prefill_tokens", "threads")
+        check_positive(self, "max_batch", "prefill_tokens")
+        check(self.threads >= 0, "decode threads must be 0 (a share of the cores) or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoresConfig:
+    """How workers without threads of their own share the cores of one machine."""
+
+    claims: Path | None = None  # the file by which they do; the embedded service makes one, elsewhere none is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,6 +237,7 @@ class ClusterConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     prefill: PrefillConfig = field(default_factory=PrefillConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    cores: CoresConfig = field(default_factory=CoresConfig)
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     kvstore: KvStoreConfig = field(default_factory=KvStoreConfig)
     router: RouterConfig = field(default_factory=RouterConfig)

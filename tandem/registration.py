@@ -33,6 +33,7 @@ class WorkerLoad:
     num_running: int = 0
     num_waiting: int = 0
     draining: bool = False
+    num_cores: int = 0  # that computed its last step
     speculation: SpeculationReport | None = None
     prefixes: PrefixReport | None = None
 
@@ -44,6 +45,7 @@ class WorkerLoad:
             message.num_running,
             message.num_waiting,
             message.draining,
+            message.num_cores,
             SpeculationReport.from_pb(message.speculation) if speculates else None,
             PrefixReport.from_pb(message.prefixes) if message.HasField("prefixes") else None,
         )
@@ -103,6 +105,7 @@ class RouterLink:
             num_running=load.num_running,
             num_waiting=load.num_waiting,
             draining=load.draining,
+            num_cores=load.num_cores,
             speculation=load.speculation.to_pb() if load.speculation else None,
             prefixes=load.prefixes.to_pb() if load.prefixes else None,
         )

@@ -64,7 +64,7 @@ def load_engine(
 
     Raises `ConfigError` if a checkpoint is unusable or the budget is smaller than one block.
     """
-    torch.set_num_threads(threads)
+    torch.set_num_threads(threads or 1)
     held = config.model.dtype if kv_dtype == "auto" else kv_dtype
     block_bytes = _block_bytes(config, config.model.path, held)
     num_blocks = budget_bytes // (block_bytes + (_block_bytes(config, draft, held) if draft else 0))

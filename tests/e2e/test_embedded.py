@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,13 @@ from deploy.embedded import MAX_RESTARTS, EmbeddedService
 from tandem.audit import fetch_audit
 from tandem.client import TandemClient
 from tandem.config import ModelConfig
+from tandem.cores import usable_cores
 from tandem.errors import ConfigError, StreamBroken, TandemError, Unavailable
 from tandem.rpc import channel
 from tandem.sampling import SamplingParams
 from tests.checkpoints import tiny_llama
 from tests.e2e.harness import Result, config, until
+from tests.web import get
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
@@ -134,6 +138,29 @@ async def test_a_router_that_is_killed_ends_streams_at_the_client():
 
     assert isinstance(raised.value, (Unavailable, StreamBroken))
     await until(lambda: not any(map(is_alive, pids.values())), 5)
+
+
+async def test_a_worker_has_all_cores_while_the_other_waits():
+    """Prefill and decode of one request take turns; a worker that was killed takes nothing with it."""
+    wanted = len(usable_cores()) or 1
+    async with EmbeddedService(config(router={"http_port": 0})) as service:
+        cores = await cores_after(service, SamplingParams(max_tokens=20))
+        assert cores == {"prefill-0": wanted, "decode-0": wanted}
+        kill = partial(os.kill, service.pids()["prefill-0"], signal.SIGKILL)
+        assert (await collect(service.address, LONG, 10, kill)).finished
+        assert (await cores_after(service, LONG))["decode-0"] == wanted
+    own = config(router={"http_port": 0}, decode={"threads": 1})
+    async with EmbeddedService(own) as service:
+        assert await cores_after(service, LONG) == {"prefill-0": 1, "decode-0": 1}
+
+
+async def cores_after(service, sampling):
+    """That computed the last steps of a request, as the workers' next heartbeats say."""
+    await collect(service.address, sampling)
+    await asyncio.sleep(2 * service.config.router.heartbeat_s)
+    text = (await get(service.http_address, "/metrics")).body.decode()
+    found = re.findall(r'tandem_worker_cores{role="\w+",worker="([-\w]+)"} (\d+)', text)
+    return {name: int(count) for name, count in found}
 
 
 async def test_nobody_outlives_a_parent_that_is_killed():

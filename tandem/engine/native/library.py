@@ -205,15 +205,24 @@ def choose(isa: str, logits: torch.Tensor, draws: bytes, *, masked: bool) -> lis
 
 
 _DRAW = struct.Struct("=QQQdddq")  # seed, position, stream, temperature, top_p, min_p, top_k
-_engines = threading.local()
+
+
+class _Engines(threading.local):
+    """Those of one thread, by instruction set and number of threads."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, int], Engine] = {}
+
+
+_engines = _Engines()
 
 
 def engine(isa: str) -> Engine:
     """This thread's engine, with as many threads as torch uses. Models take turns on its buffers."""
-    wanted = (isa, torch.get_num_threads())
-    if getattr(_engines, "key", None) != wanted:
-        _engines.key, _engines.value = wanted, Engine(load(isa), wanted[1])
-    found: Engine = _engines.value
+    wanted = (isa, torch.get_num_threads())  # which may change from step to step, and back
+    found = _engines.kept.get(wanted)
+    if found is None:
+        found = _engines.kept[wanted] = Engine(load(isa), wanted[1])
     return found
 
 

@@ -687,6 +687,7 @@ class HeartbeatRequest(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     SPECULATION_FIELD_NUMBER: _builtins.int
     PREFIXES_FIELD_NUMBER: _builtins.int
+    NUM_CORES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Who."""
     incarnation: _builtins.str
@@ -699,6 +700,8 @@ class HeartbeatRequest(_message.Message):
     """Requests waiting inside the worker."""
     draining: _builtins.bool
     """No new work, please."""
+    num_cores: _builtins.int
+    """Cores that computed its last step."""
     @_builtins.property
     def speculation(self) -> Global___SpeculationReport:
         """From a worker that speculates."""
@@ -718,10 +721,11 @@ class HeartbeatRequest(_message.Message):
         draining: _builtins.bool = ...,
         speculation: Global___SpeculationReport | None = ...,
         prefixes: Global___PrefixReport | None = ...,
+        num_cores: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefixes", b"prefixes", "speculation", b"speculation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "incarnation", b"incarnation", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefixes", b"prefixes", "speculation", b"speculation", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "incarnation", b"incarnation", "num_cores", b"num_cores", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefixes", b"prefixes", "speculation", b"speculation", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
