@@ -6,7 +6,7 @@
     bonus token      drawn from the target's last row when every draft token was accepted
 
 `match` serves greedy decoding and the `exact` policy, where the target's token at each position is
-fixed by its own rule: greedy, or a draw with the number that belongs to (seed, position). `accept`
+fixed by its own rule: greedy, or a draw with the numbers that belong to (seed, position). `accept`
 is speculative sampling (Leviathan, Kalman, Matias 2023; Chen et al. 2023): its output has exactly the
 target's distribution.
 """
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-Probs = npt.NDArray[np.float64]
+Probs = npt.NDArray[np.floating]
 TINY = 1e-12  # residual mass below this is rounding: target and draft agree
 
 
@@ -57,8 +57,6 @@ def residual(draft_probs: Probs, target_probs: Probs) -> Probs:
     return rest / mass if np.isfinite(mass) and mass > TINY else target_probs
 
 
-def draw(probs: Probs, chance: float) -> int:
-    """Inverse CDF: never a token of probability zero."""
-    cdf = probs.cumsum()
-    threshold = min(chance * cdf[-1], np.nextafter(cdf[-1], 0.0))
-    return int(np.searchsorted(cdf, threshold, side="right"))
+def draw(probs: Probs, waits: npt.NDArray[np.float64]) -> int:
+    """The token that comes first where each waits for `waits` [vocab] over its probability."""
+    return int((probs / waits).argmax())

@@ -53,7 +53,7 @@ class DecodeSequence:
     token_ids: list[int] = field(init=False)  # prompt and output; the last one is `next_token`
     speculated: SpeculationUsage = field(default_factory=SpeculationUsage)
     needs_logits: bool = field(init=False)  # for penalties or log-probabilities; others need tokens only
-    is_guessable: bool = field(init=False)  # a draft needs no more than its own draws to go on and on
+    is_guessable: bool = field(init=False)  # no choice of a token depends on the tokens before it
     is_plainly_greedy: bool = field(init=False)  # tokens are the arg max of raw logits, nothing else is asked
     is_cancelled: bool = False
     is_finished: bool = False
@@ -61,7 +61,7 @@ class DecodeSequence:
     def __post_init__(self) -> None:
         params = self.sampling.params
         self.needs_logits = params.changes_logits or params.logprobs is not None
-        self.is_guessable = not params.changes_logits and self.draft_stream is not Stream.DRAFT
+        self.is_guessable = not params.changes_logits
         self.is_plainly_greedy = params.is_greedy and not self.needs_logits
         self.num_computed = len(self.work.token_ids) - 1 if self.handle else 0
         self.next_token = self.work.token_ids[-1]

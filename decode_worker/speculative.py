@@ -25,10 +25,9 @@ from decode_worker.earnings import Earnings
 from decode_worker.lookahead import Lookahead, StepOutcome
 from decode_worker.sequence import DecodeSequence
 from decode_worker.step_costs import StepCosts
-from decode_worker.verification import verify, verify_chosen
+from decode_worker.verification import drafted_rows, verify, verify_chosen
 from tandem.engine.batch import SequenceRows
 from tandem.engine.model_runner import ModelRunner
-from tandem.engine.rng import Stream
 from tandem.speculation import MAX_ASSISTANT_TOKENS
 from tandem.speculation_usage import SpeculationReport, SpeculationUsage
 
@@ -59,12 +58,7 @@ class SpeculativeDecoder:
         began_s, caught_up_s = time.perf_counter(), self._draft.catch_up_s
         proposals = self._propose(sequences)
         drafted_s = time.perf_counter()
-        rows = [self._rows(*pair) for pair in zip(sequences, proposals, strict=True)]
-        if not any(s.needs_logits or s.draft_stream is Stream.DRAFT for s in sequences):
-            draws = draws_of(sequences, [len(each.token_ids) for each in rows])
-            advances = verify_chosen(sequences, proposals, self._model.choose(rows, draws))
-        else:
-            advances = verify(sequences, proposals, self._model.forward(self._model.batch(rows)))
+        advances = self._verify(sequences, proposals)
         verified_s = time.perf_counter()
         draft_s, catch_up_s = drafted_s - began_s, self._draft.catch_up_s - caught_up_s
         self._learn(StepOutcome(sequences, advances, draft_s - catch_up_s, verified_s - drafted_s), draft_s)
@@ -99,6 +93,15 @@ class SpeculativeDecoder:
                 sequence.sampling.rollback(sequence.sampling.position - position)
                 self._draft.leave(sequence)  # it may be half-way; it starts afresh
         return [self._sane(p, n) for p, n in zip(proposals, counts, strict=True)]
+
+    def _verify(self, sequences: Sequence[DecodeSequence], proposals: Sequence[Proposal]) -> list[Advance]:
+        """One forward over all rows; it chooses the tokens too unless Python has to see the logits."""
+        rows = [self._rows(*pair) for pair in zip(sequences, proposals, strict=True)]
+        drafted = drafted_rows(sequences, proposals)
+        if any(s.needs_logits for s in sequences) or (drafted and not self._model.can_guess):
+            return verify(sequences, proposals, self._model.forward(self._model.batch(rows)))
+        draws = draws_of(sequences, [len(each.token_ids) for each in rows])
+        return verify_chosen(sequences, proposals, self._model.choose(rows, draws, drafted))
 
     def _sane(self, proposal: Proposal, count: int) -> Proposal:
         """Cut at the first token outside the vocabulary: nothing is ever indexed with it."""

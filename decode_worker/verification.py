@@ -6,8 +6,8 @@ gives the bonus token. Sampling states are advanced over every token taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
+from itertools import accumulate, repeat
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from decode_worker import acceptance
 from decode_worker.decoder import Advance, chosen_token
 from decode_worker.drafts.draft import Proposal
 from decode_worker.sequence import DecodeSequence
-from tandem.engine.rng import Stream, uniforms
+from tandem.engine.draw import NOT_DRAFTED, Drafted
+from tandem.engine.rng import Stream, exponentials, uniforms
 from tandem.engine.sampler import (
     BadLogits,
     SampledToken,
@@ -25,6 +26,7 @@ from tandem.engine.sampler import (
     process_logits,
     sampled_token,
 )
+from tandem.engine.sampling_state import SamplingState
 
 Pair = tuple[DecodeSequence, Proposal]
 
@@ -47,13 +49,28 @@ def verify(sequences: Sequence[DecodeSequence], proposals: Sequence[Proposal], l
 def verify_chosen(
     sequences: Sequence[DecodeSequence], proposals: Sequence[Proposal], token_ids: Sequence[int]
 ) -> list[Advance]:
-    """As `verify` where a draft token stands if it is the one the target chose; `token_ids` [rows]."""
+    """As `verify`, of the tokens that a forward chose for its rows, `token_ids` [rows]."""
     advances, row = [], 0
     for sequence, proposal in zip(sequences, proposals, strict=True):
         advances.append(_begun(proposal))
         _walk(sequence, proposal, advances[-1], token_ids, row)
         row += 1 + len(proposal.token_ids)
     return advances
+
+
+def drafted_rows(sequences: Sequence[DecodeSequence], proposals: Sequence[Proposal]) -> list[Drafted] | None:
+    """What speculative sampling judges in each row of a verifying forward; None where it judges nothing."""
+    if not any(sequence.draft_stream is Stream.DRAFT for sequence in sequences):
+        return None
+    rows: list[Drafted] = []
+    for sequence, proposal in zip(sequences, proposals, strict=True):
+        if sequence.draft_stream is Stream.DRAFT:
+            probs = proposal.probs or repeat(None)
+            rows += map(Drafted, proposal.token_ids, probs)
+        else:
+            rows += [NOT_DRAFTED] * len(proposal.token_ids)
+        rows.append(NOT_DRAFTED)
+    return rows
 
 
 def _begun(proposal: Proposal) -> Advance:
@@ -117,27 +134,21 @@ def _judge(pairs: Sequence[Pair], offset: int, logits: Any) -> list[SampledToken
     states = [sequence.sampling for sequence, _ in pairs]
     probs = process_logits(logits, states).double().softmax(-1).cpu().numpy()
     is_finite = np.isfinite(probs).all(-1)
-    seeds, positions = [state.seed for state in states], [state.position for state in states]
-    chances = {
-        stream: uniforms(seeds, positions, stream).tolist()
-        for stream in (Stream.TOKEN, Stream.ACCEPT, Stream.RESIDUAL)
-    }
     results: list[SampledToken | BadLogits] = []
     for i, (state, (_, proposal)) in enumerate(zip(states, pairs, strict=True)):
-        chance = {stream: found[i] for stream, found in chances.items()}
-        token_id = _choose(proposal, offset, probs[i], chance) if is_finite[i] else None
+        token_id = _choose(proposal, offset, probs[i], state) if is_finite[i] else None
         results.append(BadLogits() if token_id is None else sampled_token(token_id, logits[i], state))
     return results
 
 
-def _choose(
-    proposal: Proposal, offset: int, target_probs: acceptance.Probs, chance: Mapping[Stream, float]
-) -> int:
+def _choose(proposal: Proposal, offset: int, target_probs: acceptance.Probs, state: SamplingState) -> int:
     """The token of one place, by the numbers that belong to it."""
+    key = [state.seed], [state.position]
     if offset == len(proposal.token_ids):
-        return acceptance.draw(target_probs, chance[Stream.TOKEN])
+        return acceptance.draw(target_probs, exponentials(*key, Stream.TOKEN, len(target_probs))[0])
     draft_id = proposal.token_ids[offset]
     draft_probs = proposal.probs[offset] if proposal.probs else acceptance.point(draft_id, target_probs)
-    if acceptance.is_accepted(draft_id, draft_probs, target_probs, chance[Stream.ACCEPT]):
+    if acceptance.is_accepted(draft_id, draft_probs, target_probs, uniforms(*key, Stream.ACCEPT).item()):
         return draft_id
-    return acceptance.draw(acceptance.residual(draft_probs, target_probs), chance[Stream.RESIDUAL])
+    rest = acceptance.residual(draft_probs, target_probs)
+    return acceptance.draw(rest, exponentials(*key, Stream.RESIDUAL, len(rest))[0])

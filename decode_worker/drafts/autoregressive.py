@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from decode_worker.decoder import draws_of
 from decode_worker.drafts.draft import Proposal
 from decode_worker.sequence import DecodeSequence
 from tandem.engine.batch import SequenceRows
+from tandem.engine.draw import Draw
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.rng import Stream
 from tandem.engine.sampler import draw, process_logits
@@ -43,11 +43,12 @@ class AutoregressiveDraft:
         """All depths in one call: nothing but a choice stands between them."""
         rows = [self._first_rows(sequence) for sequence in drafting]
         thresholds = [self._threshold(sequence) for sequence in drafting]
-        counts, draws = [wanted[s][1] for s in drafting], draws_of(drafting, [1] * len(drafting))
+        counts, draws = [wanted[s][1] for s in drafting], _draws_of(drafting)
         guesses = self._model.guess(rows, counts, thresholds, draws)
         for sequence, guess in zip(drafting, guesses, strict=True):
             proposal = wanted[sequence][0]
-            proposal.token_ids, proposal.is_tau_stop = guess.token_ids, guess.is_unsure
+            proposal.token_ids, proposal.probs = guess.token_ids, guess.probs
+            proposal.is_tau_stop = guess.is_unsure
             num_read = len(guess.token_ids) - (not guess.is_unsure)  # of its own guesses
             self._computed(sequence, len(sequence.token_ids) + num_read)
 
@@ -112,7 +113,7 @@ class AutoregressiveDraft:
                 proposals[i].is_tau_stop = True
                 continue
             if probs is not None and sequence.draft_stream is Stream.DRAFT:
-                proposals[i].probs.append(probs[i].cpu().numpy())
+                proposals[i].probs.append(probs[i].float().cpu().numpy())
             proposals[i].token_ids.append(token_id)
             sequence.sampling.append(token_id)
             going_on.append(sequence)
@@ -121,3 +122,10 @@ class AutoregressiveDraft:
     def _threshold(self, sequence: DecodeSequence) -> float:
         asked = sequence.work.speculation.assistant_confidence_threshold
         return self._default_threshold if asked is None else asked
+
+
+def _draws_of(sequences: Sequence[DecodeSequence]) -> list[Draw] | None:
+    """For the first guess of each; None where all are the most probable."""
+    if all(sequence.draft_stream is None for sequence in sequences):
+        return None
+    return [s.sampling.draw(0, s.draft_stream or Stream.TOKEN) for s in sequences]

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from decode_worker.acceptance import Probs
 from decode_worker.sequence import DecodeSequence
+from tandem.engine.draw import Probs
 
 
 @dataclass(slots=True)
 class Proposal:
-    """Draft tokens for one sequence. `probs` are what they were drawn from; None where that is a point."""
+    """Draft tokens for one sequence. `probs` are what they were drawn from, where the draft was not sure."""
 
     token_ids: list[int] = field(default_factory=list)
-    probs: list[Probs] = field(default_factory=list)  # [vocab] each; empty unless drawn for `accept`
+    probs: list[Probs] = field(
+        default_factory=list
+    )  # [vocab] each; empty unless drawn for speculative sampling
     is_tau_stop: bool = False  # the draft was unsure and stopped before its number
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from tandem.engine.draw import Probs
 from tandem.engine.paged_cache import PagedCache
 
 KV_TILE = 64  # decode attention pads each context to a multiple of this many tokens
@@ -48,10 +49,11 @@ class SequenceRows:
 
 @dataclass(frozen=True, slots=True)
 class Guess:
-    """What a model would go on with, most probable token by most probable token."""
+    """What a model would go on with, most probable or drawn token by token."""
 
     token_ids: list[int]
     is_unsure: bool  # it ended because the next token was not probable enough
+    probs: list[Probs] = field(default_factory=list)  # what each was drawn from; of draws for a draft only
 
 
 @dataclass(slots=True)

@@ -1,8 +1,13 @@
-"""How one token is drawn: what acts on its distribution, and what its random number depends on."""
+"""How one token is drawn: what acts on its distribution, and what its random numbers depend on."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Probs = npt.NDArray[np.float32]  # [vocab]
 
 
 class Draw(NamedTuple):
@@ -15,3 +20,13 @@ class Draw(NamedTuple):
     top_p: float
     min_p: float
     top_k: int
+
+
+class Drafted(NamedTuple):
+    """What a draft proposed for a row, for speculative sampling to judge."""
+
+    token_id: int  # -1: nothing
+    probs: Probs | None = None  # what it was drawn from; None: the draft was sure
+
+
+NOT_DRAFTED = Drafted(-1)

@@ -14,7 +14,7 @@ import torch
 
 from tandem.engine.batch import Guess, SequenceRows
 from tandem.engine.decoder import Batch, Decoder, load_decoder
-from tandem.engine.draw import Draw
+from tandem.engine.draw import Drafted, Draw
 from tandem.engine.linear import LinearChoice
 from tandem.engine.native.decoder import NativeDecoder
 from tandem.engine.paged_cache import PagedCache
@@ -125,20 +125,28 @@ class ModelRunner:
         """Fill the cache with the batch's rows; `[num_logits_rows, vocab]` float32 of the rows asked for."""
         return self._model.forward(batch, self.cache).float()
 
-    def choose(self, sequences: Sequence[SequenceRows], draws: Sequence[Draw] | None = None) -> list[int]:
+    def choose(
+        self,
+        sequences: Sequence[SequenceRows],
+        draws: Sequence[Draw] | None = None,
+        drafted: Sequence[Drafted] | None = None,
+    ) -> list[int]:
         """A forward, and a token for each row whose logits are asked for: as its draw says, or without draws
         the most probable; `NO_TOKEN` where a logit is no finite number.
 
-        The same as `forward` and `sampler.choose`, but cheaper.
+        The same as `forward` and `sampler.choose`, but cheaper. Where own kernels run (`can_guess`), rows may
+        be judged by speculative sampling: a row's token is the one that was `drafted` for it, or another.
         """
         if isinstance(self._model, NativeDecoder):
-            return self._model.choose(sequences, draws, self.cache)
+            return self._model.choose(sequences, draws, drafted, self.cache)
+        if drafted is not None:
+            raise TypeError("only own kernels judge draft tokens within the forward")
         logits = self.forward(self.batch(sequences))
         return most_probable(logits) if draws is None else choose(logits, draws)
 
     @property
     def can_guess(self) -> bool:
-        """Whether `guess` runs here."""
+        """Whether own kernels run here, which guess and judge in one call."""
         return isinstance(self._model, NativeDecoder)
 
     def guess(

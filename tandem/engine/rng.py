@@ -32,11 +32,29 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+def _keys(seeds: Sequence[int], positions: Sequence[int], stream: Stream) -> npt.NDArray[np.uint64]:
+    x = np.array([seed & SEED_BITS for seed in seeds], np.uint64)
+    for word in (np.array(positions, np.uint64), np.uint64(stream)):
+        x = _mix((x ^ word) + _GOLDEN)
+    return x
+
+
 def uniforms(
     seeds: Sequence[int], positions: Sequence[int], stream: Stream = Stream.TOKEN
 ) -> npt.NDArray[np.float64]:
     """One number in [0, 1) for each (seed, position), with 53 random bits."""
-    x = np.array([seed & SEED_BITS for seed in seeds], np.uint64)
-    for word in (np.array(positions, np.uint64), np.uint64(stream)):
-        x = _mix((x ^ word) + _GOLDEN)
-    return (_mix(x + _GOLDEN) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (_mix(_keys(seeds, positions, stream) + _GOLDEN) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def exponentials(
+    seeds: Sequence[int], positions: Sequence[int], stream: Stream, count: int
+) -> npt.NDArray[np.float64]:
+    """`[rows, count]` numbers above 0 with mean 1, exponentially distributed, for each (seed, position).
+
+    Divided by weights, the smallest one is at index i with the probability of weight i (the Gumbel-max
+    trick). They do not depend on the weights: similar distributions mostly draw the same index, with a
+    probability of at least (1 - d) / (1 + d) at a total variation distance of d (Daliri et al. 2024).
+    """
+    x = _keys(seeds, positions, stream)[:, None] ^ np.arange(count, dtype=np.uint64)
+    uniform = ((_mix(x + _GOLDEN) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return -np.log1p(-uniform)

@@ -14,18 +14,21 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from tandem.engine.draw import Draw
 from tandem.engine.native import build, library
 from tandem.engine.native.build import NotNativeError
-from tandem.engine.rng import Stream, uniforms
+from tandem.engine.rng import Stream, exponentials
 from tandem.engine.sampling_state import SamplingState
 from tandem.errors import ConfigError
 from tandem.sampling import SamplingParams
 
 NO_TOKEN = -1  # in place of the most probable token of a row without usable logits
 _NEVER = float("-inf")
+
+Waits = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +80,14 @@ def choose(scores: torch.Tensor, draws: Sequence[Draw], *, masked: bool = False)
     drawn = [i for i, each in enumerate(draws) if each.temperature]
     if drawn:
         some = [draws[i] for i in drawn]
-        token_ids[drawn] = invert_cdf(_filter(scores[drawn], some).double().softmax(-1), _chances(some))
+        token_ids[drawn] = _race(_filter(scores[drawn], some), _waits(some, scores.shape[-1]))
     found: list[int] = torch.where(is_good, token_ids, NO_TOKEN).tolist()
     return found
 
 
-def _chances(draws: Sequence[Draw]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _waits(draws: Sequence[Draw], vocab: int) -> Waits:
     stream = Stream(draws[0].stream)
-    return uniforms([d.seed for d in draws], [d.position for d in draws], stream)
+    return exponentials([d.seed for d in draws], [d.position for d in draws], stream, vocab)
 
 
 @cache
@@ -122,19 +125,13 @@ def process_logits(logits: torch.Tensor, states: Sequence[SamplingState]) -> tor
 
 
 def draw(scores: torch.Tensor, states: Sequence[SamplingState], stream: Stream) -> torch.Tensor:
-    """Token ids `[rows]` by inverse CDF, with the number that belongs to each (seed, position)."""
-    chance = uniforms([s.seed for s in states], [s.position for s in states], stream)
-    return invert_cdf(scores.double().softmax(-1), chance)
+    """Token ids `[rows]`, with the numbers that belong to each (seed, position)."""
+    return _race(scores, _waits([state.draw(0, stream) for state in states], scores.shape[-1]))
 
 
-def invert_cdf(probs: torch.Tensor, chance: np.ndarray[tuple[int], np.dtype[np.float64]]) -> torch.Tensor:
-    """The first token whose cumulative probability exceeds chance · total; never one of probability 0."""
-    cdf = probs.cumsum(-1)  # [rows, vocab] float64
-    total = cdf[:, -1:]
-    threshold = torch.from_numpy(chance).to(cdf.device)[:, None] * total
-    threshold = torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
-    found = torch.searchsorted(cdf, threshold, right=True)[:, 0]
-    return found.clamp_(max=probs.shape[-1] - 1)
+def _race(scores: torch.Tensor, waits: Waits) -> torch.Tensor:
+    """The token that comes first where each waits for `waits` [rows, vocab] over its probability."""
+    return (scores.double().softmax(-1) / torch.from_numpy(waits).to(scores.device)).argmax(-1)
 
 
 def _penalized(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:

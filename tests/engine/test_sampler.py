@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from tandem.engine import sampler
-from tandem.engine.rng import Stream, uniforms
+from tandem.engine.rng import Stream, exponentials, uniforms
 from tandem.engine.sampler import (
     NO_TOKEN,
     BadLogits,
@@ -252,3 +252,39 @@ def test_uniforms_are_uniform_and_uncorrelated(vary):
     counts = np.bincount((200 * numbers).astype(int), minlength=200)
     assert ((counts - 500) ** 2 / 500).sum() < 300
     assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.02  # 6 standard deviations
+
+
+@pytest.mark.parametrize("vary", ["seed", "position"])
+def test_the_first_to_arrive_is_drawn_with_its_probability(vary):
+    """Chi-square of 5 degrees exceeds 32 with probability below 1e-5."""
+    probs = np.array([0.4, 0.3, 0.15, 0.1, 0.04, 0.01])
+    index, fixed = list(range(50_000)), [7] * 50_000
+    keys = (index, fixed) if vary == "seed" else (fixed, index)
+    waits = exponentials(*keys, Stream.DRAFT, len(probs))
+    assert (waits > 0).all()
+    assert np.isfinite(waits).all()
+    counts = np.bincount((waits / probs).argmin(-1), minlength=len(probs))
+    assert ((counts - 50_000 * probs) ** 2 / (50_000 * probs)).sum() < 32
+    assert abs(np.corrcoef(waits.T)[np.triu_indices(len(probs), 1)]).max() < 0.03  # 6 standard deviations
+
+
+def test_waits_depend_on_seed_position_and_stream_only():
+    both = exponentials([5, -5], [1, 2], Stream.TOKEN, 9)
+    assert both[1].tolist() == exponentials([-5], [2], Stream.TOKEN, 9)[0].tolist()
+    assert both[0, :4].tolist() == exponentials([5], [1], Stream.TOKEN, 4)[0].tolist()
+    streams = [exponentials([5], [1], stream, 9).tolist()[0] for stream in Stream]
+    assert len({value for row in streams for value in row}) == len(Stream) * 9
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_similar_distributions_mostly_draw_the_same_token(monkeypatch, has_kernels):
+    """At least as often as Daliri et al. promise; four standard deviations are allowed for."""
+    if not has_kernels:
+        monkeypatch.setattr(sampler, "kernels_for", lambda device: None)
+    raw = 2 * logits(1).expand(4000, -1)
+    other = raw + 0.4 * logits(4000)
+    draws = [state(seed=i, temperature=1.0).draw() for i in range(4000)]
+    same = np.mean([a == b for a, b in zip(choose(raw, draws), choose(other, draws), strict=True)])
+    distance = (raw.softmax(-1) - other.softmax(-1)).abs().sum(-1) / 2
+    promised = ((1 - distance) / (1 + distance)).mean().item()
+    assert promised - 4 * 0.5 / 4000**0.5 < same < 1 - distance.mean().item() + 4 * 0.5 / 4000**0.5

@@ -12,11 +12,12 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tandem.engine.batch import Guess, SequenceRows
 from tandem.engine.checkpoint import eos_token_ids
-from tandem.engine.draw import Draw
+from tandem.engine.draw import Drafted, Draw
 from tandem.engine.lean.config import LeanConfig
 from tandem.engine.lean.rope import inverse_frequencies
 from tandem.engine.lean.shapes import HEAD, tensor_shapes
@@ -25,6 +26,7 @@ from tandem.engine.native import build, library, structs
 from tandem.engine.native.batch import NativeBatch
 from tandem.engine.native.loader import Loader
 from tandem.engine.paged_cache import PagedCache
+from tandem.engine.rng import Stream
 from tandem.engine.storage import Storage
 
 ANGLE_PAGE = 512  # positions whose angles are added at once
@@ -79,15 +81,21 @@ class NativeDecoder:
         return logits[:, : self._vocab]
 
     def choose(
-        self, sequences: Sequence[SequenceRows], draws: Sequence[Draw] | None, cache: PagedCache
+        self,
+        sequences: Sequence[SequenceRows],
+        draws: Sequence[Draw] | None,
+        drafted: Sequence[Drafted] | None,
+        cache: PagedCache,
     ) -> list[int]:
         """A forward, and a token for each row whose logits are asked for: as its draw says, or the most
-        probable, the first of several; -1 where a logit is no finite number."""
+        probable, the first of several; -1 where a logit is no finite number. With `drafted` by speculative
+        sampling: the draft's token of the row, or another in its place."""
         batch = self.batch(sequences, cache)
         angles, chosen = self._reach(batch), array("i", bytes(4 * batch.num_logits))
         packed = None if draws is None else library.pack_draws(draws)
+        judged = None if drafted is None else library.pack_drafted(drafted)
         engine, memory = library.engine(self._isa), _addressed(cache)
-        engine.forward(self._model, memory, batch.numbers, angles.address, None, chosen, packed)
+        engine.forward(self._model, memory, batch.numbers, angles.address, None, chosen, packed, judged)
         return chosen.tolist()
 
     def guess(
@@ -102,7 +110,8 @@ class NativeDecoder:
         drawn, `draws` [sequences] being those of the first token.
 
         At most `counts[i]` (1 or more) for sequence i, fewer where the most probable token has a probability
-        below `thresholds[i]`. ValueError where its blocks do not hold all of them but the last.
+        below `thresholds[i]`. A draft's own draws come with their distributions. ValueError where the blocks
+        do not hold all of them but the last.
         """
         num, most, size = len(sequences), max(counts), cache.block_size
         batch = NativeBatch.build(sequences, size, cache.num_blocks, most - 1)
@@ -112,12 +121,20 @@ class NativeDecoder:
         angles, engine = self._reach(batch), library.engine(self._isa)
         wanted = array("i", counts), array("f", thresholds)
         packed = None if draws is None else library.pack_draws(draws)
-        found = engine.guess(self._model, _addressed(cache), batch.numbers, angles.address, *wanted, packed)
+        is_judged = [draw.stream == Stream.DRAFT for draw in draws or ()]
+        probs = np.empty((num, most, self._vocab), np.float32) if any(is_judged) else None
+        address = None if probs is None else probs.ctypes.data
+        memory = _addressed(cache)
+        found = engine.guess(self._model, memory, batch.numbers, angles.address, *wanted, packed, address)
         lens, unsure = found[num * most : num * (most + 1)], found[num * (most + 1) :]
-        return [
+        guesses = [
             Guess(found[i * most : i * most + count].tolist(), bool(unsure[i]))
             for i, count in enumerate(lens)
         ]
+        for i, guess in enumerate(guesses):
+            if probs is not None and is_judged[i]:
+                guess.probs.extend(probs[i, : lens[i]])
+        return guesses
 
     def _reach(self, batch: NativeBatch) -> _Angles:
         """Of all positions of a batch, whose tokens are checked on the way; whoever uses them holds them."""

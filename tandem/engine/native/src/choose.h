@@ -63,12 +63,24 @@ inline uint64_t mix(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-// In [0, 1), with 53 random bits.
-inline double chance_of(const Draw& d) {
-    const uint64_t golden = 0x9E3779B97F4A7C15u;
-    const uint64_t x = mix((mix((d.seed ^ d.position) + golden) ^ d.stream) + golden);
-    return double(mix(x + golden) >> 11) * 0x1p-53;
+enum Stream : uint64_t { TOKEN = 0, DRAFT = 1, ACCEPT = 2, RESIDUAL = 3 };  // tandem/engine/rng.py
+
+constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15u;
+
+inline uint64_t key_of(const Draw& d, uint64_t stream) {
+    return mix((mix((d.seed ^ d.position) + GOLDEN) ^ stream) + GOLDEN);
 }
+
+// In [0, 1), with 53 random bits.
+inline double chance_of(const Draw& d, uint64_t stream) {
+    return double(mix(key_of(d, stream) + GOLDEN) >> 11) * 0x1p-53;
+}
+
+// What a draft proposed for a row that speculative sampling judges.
+struct Drafted {
+    int64_t token_id;    // -1: nothing
+    const float* probs;  // [vocab] what it was drawn from; null: the draft was sure
+};
 
 // Draws rows of one vocabulary, one after the other.
 class Sampler {
@@ -82,15 +94,39 @@ class Sampler {
         if (d.top_k > 0 && d.top_k < vocab) keep_top_k(vocab, int(d.top_k));
         if (d.top_p < 1) keep_top_p(vocab, d.top_p);
         if (d.min_p > 0) drop_below(float(d.min_p), vocab);
-        return invert(vocab, chance_of(d));
+        return first_to_arrive(weights_, vocab, key_of(d, d.stream));
+    }
+
+    // The draft's token where it is accepted, else one from what the target has more of (decode_worker/acceptance.py).
+    int judge(const float* logits, int vocab, const Draw& d, const Drafted& drafted) {
+        const int chosen = choose(logits, vocab, d, false);
+        const int64_t proposed = drafted.token_id;
+        if (chosen < 0 || proposed < 0 || is_greedy(d)) return chosen;
+        const double total = total_of(vocab), drawn_with = drafted.probs ? drafted.probs[proposed] : 1.0;
+        if (drawn_with > 0 && chance_of(d, ACCEPT) * drawn_with < weights_[proposed] / total) return int(proposed);
+        double rest = 0;
+        sorted_.resize(vocab);
+        for (int i = 0; i < vocab; i++) {
+            const double theirs = drafted.probs ? drafted.probs[i] : double(i == proposed);
+            rest += sorted_[i] = float(std::max(weights_[i] / total - theirs, 0.0));
+        }
+        return first_to_arrive(rest > TINY ? sorted_ : weights_, vocab, key_of(d, RESIDUAL));
     }
 
     // The share of the most probable token in what the last draw of a row chose from.
     float confidence(int vocab) const { return float(1 / total_of(vocab)); }
 
+    // What the last draw of a row chose from.
+    void copy_probs(float* probs, int vocab) const {
+        const double total = total_of(vocab);
+        for (int i = 0; i < vocab; i++) probs[i] = float(weights_[i] / total);
+    }
+
    private:
+    static constexpr double TINY = 1e-12;  // a residual of less is rounding
+
     std::vector<float> weights_;  // unnormalized probabilities; the largest is 1
-    std::vector<float> sorted_;
+    std::vector<float> sorted_;   // or what the target has more of
 
     void weigh(const float* logits, int vocab, float largest, float temperature) {
         weights_.resize(round_up(vocab, LANES));
@@ -137,14 +173,20 @@ class Sampler {
         return total;
     }
 
-    // The first token whose cumulative probability exceeds `chance`; never one of probability 0.
-    int invert(int vocab, double chance) const {
-        const double total = total_of(vocab);
-        const double threshold = std::min(chance * total, std::nextafter(total, 0.0));
-        double reached = 0;
-        for (int i = 0; i < vocab; i++)
-            if ((reached += weights_[i]) > threshold) return i;
-        return -1;
+    // Every token arrives after an exponential time of its own, the sooner the more it weighs: the first is drawn
+    // with its probability (the Gumbel-max trick). -log(1 - u) is at least u, so few logarithms are taken.
+    static int first_to_arrive(const std::vector<float>& weights, int vocab, uint64_t key) {
+        int first = -1;
+        double weight = 0, time = 1;  // of the first so far, which arrives after time / weight
+        for (int i = 0; i < vocab; i++) {
+            const double mine = weights[i];
+            if (mine == 0) continue;
+            const double u = (double(mix((key ^ uint64_t(i)) + GOLDEN) >> 12) + 0.5) * 0x1p-52;
+            if (mine * time <= weight * u) continue;
+            const double wait = -std::log1p(-u);
+            if (mine * time > weight * wait) first = i, weight = mine, time = wait;
+        }
+        return first;
     }
 };
 

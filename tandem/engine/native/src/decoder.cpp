@@ -282,7 +282,9 @@ class Forward {
     }
 
     int choose(const float* logits, int i, Sampler& sampler) const {
-        return b.draws ? sampler.choose(logits, m.vocab, b.draws[i], false) : most_probable(logits, m.vocab);
+        if (!b.draws) return most_probable(logits, m.vocab);
+        return b.drafted ? sampler.judge(logits, m.vocab, b.draws[i], b.drafted[i])
+                         : sampler.choose(logits, m.vocab, b.draws[i], false);
     }
 
     void judge(int member) {
@@ -311,8 +313,8 @@ struct Engine {
 
     // `logits` null: somewhere, until the next call.
     Batch unpack(const Model& model, const int32_t* numbers, const float* angles, float* logits = nullptr,
-                 int32_t* chosen = nullptr, const Draw* draws = nullptr) {
-        Batch batch = tandem::unpack(numbers, angles, logits, chosen, draws);
+                 int32_t* chosen = nullptr, const Draw* draws = nullptr, const Drafted* drafted = nullptr) {
+        Batch batch = tandem::unpack(numbers, angles, logits, chosen, draws, drafted);
         const size_t size = size_t(batch.num_logits) * round_up(model.vocab, PANEL);
         if (!logits) batch.logits = Buffers::grow(buffers.logits, size);
         return batch;
@@ -324,28 +326,30 @@ struct Engine {
 extern "C" {
 
 // Bumped with every change of a struct or function below.
-int32_t tandem_abi() { return 6; }
+int32_t tandem_abi() { return 7; }
 
 void* tandem_engine_new(int32_t threads) { return new tandem::Engine(threads); }
 void tandem_engine_delete(void* engine) { delete static_cast<tandem::Engine*>(engine); }
 
-// One forward at a time per engine. `logits`, `chosen` and `draws` may be null. Arguments must be in range; nothing
-// is checked here.
+// One forward at a time per engine. What comes after the angles may be null. Arguments must be in range; nothing is
+// checked here.
 void tandem_forward(void* engine, const tandem::Model* model, const tandem::Cache* cache, const int32_t* numbers,
-                    const float* angles, float* logits, int32_t* chosen, const tandem::Draw* draws) {
+                    const float* angles, float* logits, int32_t* chosen, const tandem::Draw* draws,
+                    const tandem::Drafted* drafted) {
     auto& e = *static_cast<tandem::Engine*>(engine);
-    e.forward(*model, *cache, e.unpack(*model, numbers, angles, logits, chosen, draws));
+    e.forward(*model, *cache, e.unpack(*model, numbers, angles, logits, chosen, draws, drafted));
 }
 
 // Forwards until every sequence has its guesses; the first takes a batch with one row of logits per sequence.
 // `found` is [sequences, most] token ids, then how many were found for each sequence, then 1 for each that is unsure.
 void tandem_guess(void* engine, const tandem::Model* model, const tandem::Cache* cache, const int32_t* numbers,
                   const float* angles, int32_t most, const int32_t* counts, const float* thresholds,
-                  const tandem::Draw* draws, int32_t* found) {
+                  const tandem::Draw* draws, int32_t* found, float* probs) {
     auto& e = *static_cast<tandem::Engine*>(engine);
     const tandem::Batch batch = e.unpack(*model, numbers, angles);
     int32_t* num_found = found + size_t(batch.sequences) * most;
-    const tandem::Guesses guesses{most, counts, thresholds, draws, found, num_found, num_found + batch.sequences};
+    const tandem::Guesses guesses{most,      counts, thresholds, draws, found, num_found, num_found + batch.sequences,
+                                  probs};
     tandem::Sampler sampler;
     tandem::guess(batch, guesses, model->vocab, sampler,
                   [&](const tandem::Batch& next) { e.forward(*model, *cache, next); });

@@ -20,6 +20,7 @@ struct Guesses {
     int32_t* token_ids;       // [sequences, most]
     int32_t* found;           // [sequences] tokens written
     int32_t* is_unsure;       // [sequences] 1 where the threshold ended it
+    float* probs;             // [sequences, most, vocab] what tokens of the stream DRAFT were drawn from, or null
 };
 
 // The share of a token of the softmax.
@@ -54,6 +55,12 @@ struct NextRows {
     }
 };
 
+inline void keep_probs(float* probs, int vocab, int token_id, const Sampler& sampler) {
+    if (token_id >= 0) return sampler.copy_probs(probs, vocab);
+    std::fill_n(probs, vocab, 0.0f);  // it had no numbers: the guess is token 0, for sure
+    probs[0] = 1.0f;
+}
+
 // One more token, if the model is sure enough of it; whether the sequence goes on.
 inline bool extend(const Guesses& g, int s, const float* logits, int vocab, Sampler& sampler) {
     const float threshold = g.thresholds[s];
@@ -72,7 +79,9 @@ inline bool extend(const Guesses& g, int s, const float* logits, int vocab, Samp
             (is_drawn ? sampler.confidence(vocab) : confidence(logits, vocab, token_id)) >= threshold;
         if ((g.is_unsure[s] = !is_sure)) return false;
     }
-    g.token_ids[size_t(s) * g.most + g.found[s]++] = std::max(token_id, 0);
+    const size_t place = size_t(s) * g.most + g.found[s]++;
+    g.token_ids[place] = std::max(token_id, 0);
+    if (is_drawn && g.probs && g.draws[s].stream == DRAFT) keep_probs(g.probs + place * vocab, vocab, token_id, sampler);
     return g.found[s] < g.counts[s];
 }
 

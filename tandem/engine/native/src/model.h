@@ -47,11 +47,12 @@ struct Batch {
     float* logits;                 // [num_logits, vocab rounded up to a panel]
     int32_t* chosen;               // [num_logits] for a token after each, or null
     const Draw* draws;             // [num_logits] how it is drawn; null: the most probable
+    const Drafted* drafted;        // [num_logits] what speculative sampling judges, or null
 };
 
 // A batch as Python packs it: its three counts and the length of all tables, then its arrays in their order.
 inline Batch unpack(const int32_t* numbers, const float* angles, float* logits, int32_t* chosen,
-                    const Draw* draws) {
+                    const Draw* draws, const Drafted* drafted) {
     Batch b{numbers[0], numbers[1], numbers[2]};
     const int32_t num_tables = numbers[3];
     b.token_ids = numbers + 4;
@@ -60,7 +61,8 @@ inline Batch unpack(const int32_t* numbers, const float* angles, float* logits, 
     b.tables = b.first_rows + b.sequences + 1;
     b.first_blocks = b.tables + num_tables;
     b.logits_rows = b.first_blocks + b.sequences;
-    b.angles = angles, b.logits = logits, b.chosen = chosen, b.draws = draws;
+    b.angles = angles, b.logits = logits, b.chosen = chosen;
+    b.draws = draws, b.drafted = drafted;
     return b;
 }
 
