@@ -10,6 +10,7 @@ from decode_worker.sequence import DecodeSequence
 from tandem.engine.draw import Draw
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import NO_TOKEN, BadLogits, SampledToken, Sampler
+from tandem.profiling.spans import span
 from tandem.speculation_usage import SpeculationReport
 
 
@@ -84,7 +85,8 @@ class PlainDecoder:
             sampled = list(map(chosen_token, token_ids))
         else:
             logits = self._model.forward(self._model.batch(rows))
-            sampled = self._sampler.sample(logits, [sequence.sampling for sequence in sequences])
+            with span("sample"):
+                sampled = self._sampler.sample(logits, [sequence.sampling for sequence in sequences])
         return [advance_by(*pair) for pair in zip(sequences, sampled, strict=True)]
 
     def settle(self, sequences: Sequence[DecodeSequence]) -> None:

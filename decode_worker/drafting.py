@@ -25,14 +25,15 @@ def make_decoder(config: SpeculationConfig, engine: Engine) -> Decoder:
     if config.draft == "ngram":
         draft = NgramDraft()
     elif engine.draft is not None and config.draft in ("self", "qspec"):
-        draft = SharedDraft(engine.draft, config.assistant_confidence_threshold)
+        draft = SharedDraft(engine.draft.called("draft"), config.assistant_confidence_threshold)
     elif engine.draft is not None:
-        draft = ModelDraft(engine.draft, config.assistant_confidence_threshold)
+        draft = ModelDraft(engine.draft.called("draft"), config.assistant_confidence_threshold)
     else:
-        return PlainDecoder(engine.model)
+        return PlainDecoder(engine.model.called("decode"))
     # Costs are measured now, before anybody owns a block.
     costs = StepCosts(measure_costs(engine.model), _draft_costs(engine.draft))
-    return SpeculativeDecoder(engine.model, draft, _lookahead(config, costs), costs)
+    target = engine.model.called("verify")
+    return SpeculativeDecoder(target, draft, _lookahead(config, costs), costs)
 
 
 def _draft_costs(draft: ModelRunner | None) -> DraftCosts | None:

@@ -15,6 +15,7 @@ from decode_worker.sequence import DecodeSequence
 from tandem.engine.batch import SequenceRows
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import Sampler
+from tandem.profiling.spans import span
 
 ALONE = 4  # times the chunk where no sequence waits for its next token
 
@@ -61,7 +62,8 @@ class LocalPrefill:
             sequence.num_computed += len(part.token_ids)
         complete = [sequence for sequence in chosen if not sequence.num_left]
         self.leave(lambda sequence: sequence in complete)
-        sampled = self._sampler.sample(logits, [sequence.sampling for sequence in complete])
+        with span("sample"):
+            sampled = self._sampler.sample(logits, [sequence.sampling for sequence in complete])
         for sequence in complete:
             sequence.num_computed -= 1  # `advance` counts the last token, whose successor it brings
         return list(zip(complete, map(advance_by, complete, sampled), strict=True))

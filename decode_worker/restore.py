@@ -20,6 +20,7 @@ from tandem.engine.kv_transfer import import_kv
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import FailedPrecondition, TandemError
 from tandem.prefix_usage import PrefixReport
+from tandem.profiling.spans import beside
 from tandem.threads import to_thread_to_end
 from tandem.work import Work
 
@@ -58,7 +59,7 @@ class KvRestorer:
         Raises what `restore` raises.
         """
         _check(handle, work, len(work.token_ids))
-        with self._held(work):
+        with self._held(work), beside("transfer in"):
             return await self._place(work, handle, blocks, self._cache, follow=True)
 
     async def restore(self, sequence: DecodeSequence, *, has_kv: bool = False) -> Started:
@@ -71,7 +72,7 @@ class KvRestorer:
         work, handle = sequence.work, sequence.handle
         assert handle is not None
         _check(handle, work, len(work.token_ids) - 1)
-        with self._held(work):
+        with self._held(work), beside("transfer in"):
             started_ns = time.monotonic_ns()
             if not has_kv:
                 await self._place(work, handle, sequence.blocks, self._cache)

@@ -21,6 +21,7 @@ from tandem.draft_checkpoint import usable_draft
 from tandem.engine.cores import Cores, cores_of
 from tandem.engine.loading import Engine, load_engine
 from tandem.engine.paged_cache import PagedCache
+from tandem.engine.profiler import Profiler, profiler_of
 from tandem.fingerprint import model_fingerprint
 from tandem.internal import InternalPlane
 from tandem.pb.worker.v1 import worker_pb2 as pb
@@ -34,11 +35,19 @@ from tandem.worker_host import WorkerHost
 class DecodeServer:
     """One decode worker with its model, its pool and its gRPC server."""
 
-    def __init__(self, host: WorkerHost, worker: DecodeWorker, store: grpc.aio.Channel, kernels: str) -> None:
+    def __init__(
+        self,
+        host: WorkerHost,
+        worker: DecodeWorker,
+        store: grpc.aio.Channel,
+        kernels: str,
+        profiler: Profiler | None = None,
+    ) -> None:
         self._host = host
         self._store = store
         self.worker = worker
         self.kernels = kernels  # what runs the model, for operators
+        self._profiler = profiler
 
     @classmethod
     async def start(cls, config: ClusterConfig, worker_id: str, router: Awaitable[str]) -> DecodeServer:
@@ -64,7 +73,7 @@ class DecodeServer:
         cores = cores_of(config.cores, config.decode.threads)
         worker = DecodeWorker(
             config.decode,
-            engine.model,
+            engine.model.called("prefill"),
             engine.pool,
             Tokenizer.from_dir(config.model.path),
             _restorer(config, engine, client, report),
@@ -80,7 +89,7 @@ class DecodeServer:
             partial(_load, engine, worker, decoder, cores, report),
             worker.audit,
         )
-        return cls(host, worker, store_channel, engine.describe())
+        return cls(host, worker, store_channel, engine.describe(), profiler_of(config, worker_id, engine))
 
     @property
     def address(self) -> str:
@@ -95,6 +104,8 @@ class DecodeServer:
         """Leave the router, end what runs, close."""
         await self._host.stop()
         await self.worker.stop()
+        if self._profiler is not None:
+            await asyncio.to_thread(self._profiler.close)
         await self._store.close()
 
 

@@ -27,10 +27,12 @@ from tandem.engine.sampler import (
     sampled_token,
 )
 from tandem.engine.sampling_state import SamplingState
+from tandem.profiling.spans import traced
 
 Pair = tuple[DecodeSequence, Proposal]
 
 
+@traced("accept")
 def verify(sequences: Sequence[DecodeSequence], proposals: Sequence[Proposal], logits: Any) -> list[Advance]:
     """`logits` [rows, vocab] holds 1 + k rows for a sequence with k draft tokens."""
     first_rows = list(accumulate((1 + len(p.token_ids) for p in proposals), initial=0))
@@ -46,6 +48,7 @@ def verify(sequences: Sequence[DecodeSequence], proposals: Sequence[Proposal], l
     return advances
 
 
+@traced("accept")
 def verify_chosen(
     sequences: Sequence[DecodeSequence], proposals: Sequence[Proposal], token_ids: Sequence[int]
 ) -> list[Advance]:

@@ -39,6 +39,7 @@ from tandem.engine.work_state import sampling_state
 from tandem.errors import DeadlineExceeded, Internal, TandemError, Unavailable
 from tandem.ledger import PoolAudit
 from tandem.output import OutputDelta
+from tandem.profiling.spans import steps
 from tandem.tokenizer import Tokenizer
 from tandem.work import Work
 
@@ -194,7 +195,7 @@ class DecodeWorker:
     # --- step thread ---
 
     def _run(self) -> None:
-        while self._wait_for_work():
+        for _ in steps("decode step", self._wait_for_work):
             try:
                 self._cores.take()
                 self._step()

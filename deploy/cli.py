@@ -59,15 +59,18 @@ def serve(
     policy: o.Policy = "least-loaded",
     config: o.ConfigFile = None,
     on_ray: o.OnRay = False,
+    profile: o.Profile = None,
+    profile_steps: o.ProfileSteps = 128,
     try_prompt: o.Try = False,
     log_level: o.LogLevel = "WARNING",
     json_output: o.Json = False,
 ) -> None:
     """Start the service and keep it running until Ctrl-C: on this machine, or on Ray."""
     from deploy.commands import serve as command
+    from deploy.profile import with_profile
     from deploy.settings import config_of
 
-    settings = config_of(config, context.params)
+    settings = with_profile(config_of(config, context.params), profile, profile_steps)
     command.run(settings, prefill, decode, try_prompt, log_level, json_output, on_ray)
 
 

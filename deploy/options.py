@@ -63,6 +63,11 @@ OnRay = Annotated[
     bool, typer.Option("--ray", help="Run on Ray Serve: the cluster of RAY_ADDRESS, or one of this machine.")
 ]
 ConfigFile = Annotated[Path | None, typer.Option(help="YAML file with any setting of the service.")]
+Profile = Annotated[
+    Path | None,
+    typer.Option(help="Folder for a trace of each worker's first steps, and where their time went."),
+]
+ProfileSteps = Annotated[int, typer.Option(help="Steps that --profile records.", min=1)]
 Try = Annotated[
     bool, typer.Option("--try", help="Send one prompt through the whole path and show where its time went.")
 ]

@@ -51,6 +51,10 @@ async def run_worker(
     role: str, config: ClusterConfig, leave: asyncio.Event, worker_id: str, router: Awaitable[str]
 ) -> None:
     server: PrefillServer | DecodeServer
+    if config.profile.dir is not None:
+        from tandem.engine.profiler import prepare
+
+        prepare()
     if role == "prefill":
         from prefill_worker.server import PrefillServer
 

@@ -18,6 +18,7 @@ from tandem.engine.decoder import Batch
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import BadLogits, SampledToken, Sampler
 from tandem.engine.work_state import sampling_state
+from tandem.profiling.spans import span, traced
 
 log = logging.getLogger(__name__)
 
@@ -70,11 +71,12 @@ class PrefillRunner:
             chunk.job.num_computed += chunk.num_tokens
         self._count(batch, chunks)
         complete = [chunk for chunk in chunks if chunk.job.num_left == 0]
-        tokens = iter(
-            self._sampler.sample(logits, [sampling_state(chunk.job.work, self._model) for chunk in complete])
-        )
+        with span("sample"):
+            states = [sampling_state(chunk.job.work, self._model) for chunk in complete]
+            tokens = iter(self._sampler.sample(logits, states))
         return [next(tokens) if chunk.job.num_left == 0 else None for chunk in chunks]
 
+    @traced("draft")
     def _read_for_draft(self, draft: ModelRunner, chunks: Sequence[Chunk]) -> None:
         following = [chunk for chunk in chunks if chunk.job.has_draft_kv]
         if not following:

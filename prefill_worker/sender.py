@@ -20,6 +20,7 @@ from tandem.engine.kv_transfer import block_bytes, export_kv
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import TandemError
 from tandem.geometry import num_blocks
+from tandem.profiling.spans import beside
 from tandem.threads import to_thread_to_end
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,8 @@ class ObjectSender:
         for part in parts_of(most, size, self._form.chunk_bytes, self._num_sent, num_ready, layers):
             if self._job.is_cancelled:
                 return
-            await self._send_part(part)
+            with beside("transfer out"):
+                await self._send_part(part)
         self._layers_sent = layers.stop % most
         if not self._layers_sent:
             self._num_sent = num_ready

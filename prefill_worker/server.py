@@ -15,6 +15,7 @@ from tandem.config import ClusterConfig
 from tandem.draft_checkpoint import usable_draft
 from tandem.engine.cores import cores_of
 from tandem.engine.loading import load_engine
+from tandem.engine.profiler import Profiler, profiler_of
 from tandem.fingerprint import model_fingerprint
 from tandem.internal import InternalPlane
 from tandem.pb.worker.v1 import worker_pb2 as pb
@@ -28,12 +29,18 @@ class PrefillServer:
     """One prefill worker with its model, its pool and its gRPC server."""
 
     def __init__(
-        self, host: WorkerHost, worker: PrefillWorker, store: grpc.aio.Channel, kernels: str
+        self,
+        host: WorkerHost,
+        worker: PrefillWorker,
+        store: grpc.aio.Channel,
+        kernels: str,
+        profiler: Profiler | None = None,
     ) -> None:
         self._host = host
         self._store = store
         self.worker = worker
         self.kernels = kernels  # what runs the model, for operators
+        self._profiler = profiler
 
     @classmethod
     async def start(cls, config: ClusterConfig, worker_id: str, router: Awaitable[str]) -> PrefillServer:
@@ -61,7 +68,7 @@ class PrefillServer:
         cores = cores_of(config.cores, config.prefill.threads)
         worker = PrefillWorker(
             config.prefill,
-            engine.model,
+            engine.model.called("prefill"),
             engine.pool,
             Tokenizer.from_dir(config.model.path),
             context,
@@ -82,7 +89,7 @@ class PrefillServer:
             ),
             worker.audit,
         )
-        return cls(host, worker, store_channel, engine.describe())
+        return cls(host, worker, store_channel, engine.describe(), profiler_of(config, worker_id, engine))
 
     @property
     def address(self) -> str:
@@ -97,4 +104,6 @@ class PrefillServer:
         """Leave the router, end what runs, close."""
         await self._host.stop()
         await self.worker.stop()
+        if self._profiler is not None:
+            await asyncio.to_thread(self._profiler.close)
         await self._store.close()

@@ -43,6 +43,7 @@ from tandem.errors import (
 )
 from tandem.geometry import num_blocks
 from tandem.ledger import PoolAudit
+from tandem.profiling.spans import steps
 from tandem.tokenizer import Tokenizer
 from tandem.work import Work
 
@@ -153,7 +154,7 @@ class PrefillWorker:
     # --- compute thread ---
 
     def _run(self) -> None:
-        while self._wait_for_work():
+        for _ in steps("prefill step", self._wait_for_work):
             try:
                 self._cores.take()
                 self._step()

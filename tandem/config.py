@@ -9,6 +9,7 @@ ClusterConfig
     ├── speculation SpeculationConfig  what drafts, and how far ahead
 ├── kvstore   KvStoreConfig    leases and limits of the store
 ├── router    RouterConfig     queue, deadlines, heartbeats
+├── profile   ProfileConfig    where workers write what their steps spend time on
 ├── security  SecurityConfig   tokens and TLS of the public listeners
 ├── internal  InternalConfig   tokens and TLS between the processes of the service
 └── batches   BatchConfig      files of requests that clients leave here
@@ -28,6 +29,7 @@ from tandem.config_door import InternalConfig as InternalConfig
 from tandem.config_door import RouterConfig as RouterConfig
 from tandem.config_door import SecurityConfig as SecurityConfig
 from tandem.config_index import IndexConfig as IndexConfig
+from tandem.config_profile import ProfileConfig as ProfileConfig
 from tandem.config_values import build, check, check_positive
 from tandem.geometry import DTYPE_BYTES, KV_CODECS
 from tandem.kv_dtypes import KvDtypes
@@ -241,6 +243,7 @@ class ClusterConfig:
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     kvstore: KvStoreConfig = field(default_factory=KvStoreConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
     internal: InternalConfig = field(default_factory=InternalConfig)
     batches: BatchConfig = field(default_factory=BatchConfig)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from decode_worker.drafts.draft import Proposal
 from decode_worker.sequence import DecodeSequence
+from tandem.profiling.spans import traced
 
 MAX_NGRAM = 4
 MIN_NGRAM = 2
@@ -46,6 +47,7 @@ class NgramDraft:
     def __init__(self) -> None:
         self._indexes: dict[DecodeSequence, _Index] = {}
 
+    @traced("draft")
     def propose(self, sequences: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
         return [self._propose(sequence, count) for sequence, count in zip(sequences, counts, strict=True)]
 

@@ -8,12 +8,14 @@ import signal
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from deploy.commands.show import show_timings, stream_text
 from deploy.embedded import EmbeddedService
+from deploy.profile import summaries
 from tandem.client import TandemClient
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
@@ -58,7 +60,7 @@ async def _serve(
     leave = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, leave.set)
-    began_s = time.monotonic()
+    began_s, began_epoch_s = time.monotonic(), time.time()
     err.print(f"starting [bold]{config.model.served_name}[/]: router + store, prefill, decode …")
     start = _ray_service if on_ray else partial(_embedded_service, err=err)
     async with start(config, num_prefill, num_decode, log_level) as service:
@@ -70,6 +72,14 @@ async def _serve(
         _say_next(service, err)
         await service.while_healthy(leave.wait())
         err.print("finishing what runs, then leaving …")
+    if config.profile.dir is not None:
+        _show_profiles(config.profile.dir, began_epoch_s, err)
+
+
+def _show_profiles(folder: Path, since_s: float, err: Console) -> None:
+    for text in summaries(folder, since_s):
+        err.print(f"\n{text.rstrip()}", markup=False)
+    err.print(f"\ntraces for https://ui.perfetto.dev, and these tables, are in {folder}")
 
 
 def _embedded_service(

@@ -6,9 +6,10 @@ Knows no requests, queues or block owners: a caller brings rows and block tables
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Self
+from typing import Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 
@@ -21,8 +22,22 @@ from tandem.engine.paged_cache import PagedCache
 from tandem.engine.sampler import choose, most_probable
 from tandem.engine.storage import Storage
 from tandem.geometry import ModelGeometry
+from tandem.profiling.spans import span
 
 WARM_UP_TOKENS = 96
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _labelled(method: Callable[Concatenate[ModelRunner, P], T]) -> Callable[Concatenate[ModelRunner, P], T]:
+    """Each call is a span by the runner's label."""
+
+    @wraps(method)
+    def run(self: ModelRunner, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with span(self._label):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class ModelRunner:
@@ -34,12 +49,14 @@ class ModelRunner:
         geometry: ModelGeometry,
         cache: PagedCache,
         linears: dict[str, LinearChoice],
+        label: str = "forward",
     ) -> None:
         self.geometry = geometry
         self.cache = cache
         self.eos_token_ids = model.eos_token_ids
         self._model = model
         self._linears = linears
+        self._label = label
 
     @classmethod
     def load(
@@ -77,6 +94,10 @@ class ModelRunner:
         if isinstance(self._model, NativeDecoder) and cache.dtype != self.cache.dtype:
             raise ValueError(f"own kernels hold KV in {self.cache.dtype}, not in {cache.dtype}")
         return ModelRunner(self._model, self.geometry, cache, self._linears)
+
+    def called(self, label: str) -> ModelRunner:
+        """The same weights over the same cache; profiles call its forwards so."""
+        return ModelRunner(self._model, self.geometry, self.cache, self._linears, label)
 
     def with_activations_of(self, bits: int) -> ModelRunner:
         """The same weights over the same cache, with activations of another width where kernels can.
@@ -120,11 +141,13 @@ class ModelRunner:
         """Index one forward over these rows."""
         return self._model.batch(sequences, self.cache)
 
+    @_labelled
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
         """Fill the cache with the batch's rows; `[num_logits_rows, vocab]` float32 of the rows asked for."""
         return self._model.forward(batch, self.cache).float()
 
+    @_labelled
     def choose(
         self,
         sequences: Sequence[SequenceRows],
@@ -149,6 +172,7 @@ class ModelRunner:
         """Whether own kernels run here, which guess and judge in one call."""
         return isinstance(self._model, NativeDecoder)
 
+    @_labelled
     def guess(
         self,
         sequences: Sequence[SequenceRows],

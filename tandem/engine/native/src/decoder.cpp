@@ -10,6 +10,7 @@
 
 #include "attention.h"
 #include "choose.h"
+#include "clock.h"
 #include "guess.h"
 #include "linear.h"
 #include "model.h"
@@ -100,13 +101,14 @@ class Forward {
         for (int layer = 0; layer < m.num_layers; layer++) {
             const Layer& l = m.layers[layer];
             for (int row = 0; row < b.rows; row += ROW_BLOCK) project(l, layer, row, block_rows(row), member);
-            team.barrier();
+            meet(member, PLACE);
             if (member == 0) __atomic_store_n(cache.layers_written, layer + 1, __ATOMIC_RELEASE);
             for (size_t i = member; i < work.size(); i += team.size()) attend_some(l, layer, work[i], member);
-            team.barrier();
+            meet(member, ATTEND);
             for (int row = 0; row < b.rows; row += ROW_BLOCK) finish(l, row, block_rows(row), member);
         }
         judge(member);
+        if (member == 0) laps.end();
     }
 
    private:
@@ -119,6 +121,18 @@ class Forward {
     size_t scores_stride;
     float *x, *qkv, *attended, *normed, *projected, *gate_up, *activated, *last;
     std::vector<Work> work;
+    Laps laps;  // of member 0
+
+    void done(int member, Part part) {
+        if (member == 0) laps.lap(part);
+    }
+
+    // Wait for all members with a part behind one.
+    void meet(int member, Part part) {
+        done(member, part);
+        team.barrier();
+        done(member, WAIT);
+    }
 
     int block_rows(int row) const { return std::min(ROW_BLOCK, b.rows - row); }
     Share rows_of(int rows, int member) const { return Share(rows, member, team.size()); }
@@ -161,7 +175,7 @@ class Forward {
             store(rest, load_half(padded));
             std::copy_n(rest, m.hidden - i, to + i);
         }
-        team.barrier();
+        meet(member, EMBED);
     }
 
     // Queries, keys and values of some rows; keys and values go to the cache.
@@ -171,12 +185,13 @@ class Forward {
         if (m.plain_norm || has(l.input_norm)) {
             for (int r = mine.first; r < mine.last; r++)
                 norm(from + size_t(r) * hidden, l.input_norm, normed + size_t(r) * hidden);
-            team.barrier();
+            meet(member, NORM);
             from = normed;
         }
         linear(l.qkv, from, hidden, rows, qkv + size_t(row) * qkv_width, qkv_width, member);
-        team.barrier();
+        meet(member, LINEAR);
         for (int r = row + mine.first; r < row + mine.last; r++) place(l, layer, r);
+        done(member, PLACE);
     }
 
     // Normalize, turn and store one row's heads.
@@ -247,27 +262,27 @@ class Forward {
         if (m.plain_norm || has(l.ffn_norm)) {
             for (int r = mine.first; r < mine.last; r++)
                 norm(to + size_t(r) * hidden, l.ffn_norm, normed + size_t(r) * hidden);
-            team.barrier();
+            meet(member, NORM);
             from = normed;
         }
         linear(l.gate_up, from, hidden, rows, gate_up, gate_up_width, member);
-        team.barrier();
+        meet(member, LINEAR);
         for (int r = mine.first; r < mine.last; r++) activate(r);
-        team.barrier();
+        meet(member, ACTIVATE);
         linear(l.down, activated, ffn_width, rows, projected, hidden, member);
         add_projected(l.ffn_out_norm, to, rows, member);
     }
 
     // x += projected, or its norm.
     void add_projected(const float* weight, float* to, int rows, int member) {
-        team.barrier();
+        meet(member, LINEAR);
         Share mine = rows_of(rows, member);
         for (int r = mine.first; r < mine.last; r++) {
             float *from = projected + size_t(r) * hidden, *sum = to + size_t(r) * hidden;
             if (has(weight)) rms_norm(from, weight, m.hidden, m.eps, from);
             for (int i = 0; i < m.hidden; i++) sum[i] += from[i];
         }
-        team.barrier();
+        meet(member, NORM);
     }
 
     // silu(gate) · up. A run's last lanes may reach into what follows; nobody reads what they give.
@@ -291,13 +306,15 @@ class Forward {
         Share mine = rows_of(b.num_logits, member);
         for (int i = mine.first; i < mine.last; i++)
             norm(x + size_t(b.logits_rows[i]) * hidden, m.norm, last + size_t(i) * hidden);
-        team.barrier();
+        meet(member, NORM);
         const int width = round_up(m.vocab, PANEL);
         linear(m.head, last, hidden, b.num_logits, b.logits, width, member);
+        done(member, HEAD);
         if (!b.chosen) return;
-        team.barrier();
+        meet(member, HEAD);
         for (int i = mine.first; i < mine.last; i++)
             b.chosen[i] = choose(b.logits + size_t(i) * width, i, buffers.samplers[member]);
+        done(member, CHOOSE);
     }
 };
 
@@ -351,8 +368,14 @@ void tandem_guess(void* engine, const tandem::Model* model, const tandem::Cache*
     const tandem::Guesses guesses{most,      counts, thresholds, draws, found, num_found, num_found + batch.sequences,
                                   probs};
     tandem::Sampler sampler;
-    tandem::guess(batch, guesses, model->vocab, sampler,
-                  [&](const tandem::Batch& next) { e.forward(*model, *cache, next); });
+    tandem::Laps laps;
+    tandem::guess(batch, guesses, model->vocab, sampler, [&](const tandem::Batch& next) {
+        laps.lap(tandem::CHOOSE);
+        e.forward(*model, *cache, next);
+        laps.skip();
+    });
+    laps.lap(tandem::CHOOSE);
+    laps.end();
 }
 
 // A token for each row of `logits` [rows, stride]; with `masked` some may be -inf.
@@ -371,5 +394,16 @@ void tandem_linear(void* engine, const tandem::Linear* linear, const float* x, i
         tandem::Share panels(width / tandem::PANEL, member, team.size(), 4);
         tandem::multiply_rows(*linear, x, linear->in, rows, y, width, panels.first, panels.last);
     });
+}
+
+// Count from now on where forwards spend their time, or stop it.
+void tandem_clock_run(int32_t is_on) { tandem::is_timed.store(is_on != 0); }
+
+// Ticks of each part of all forwards that were counted [PARTS], and how long a tick is.
+double tandem_clock_read(int64_t* parts) {
+    static const int64_t first_tick = tandem::ticks(), first_ns = tandem::nanoseconds();
+    for (int part = 0; part < tandem::PARTS; part++) parts[part] = tandem::spent[part].load();
+    const int64_t passed = tandem::ticks() - first_tick;
+    return passed > 0 ? double(tandem::nanoseconds() - first_ns) / double(passed) : 0.0;
 }
 }

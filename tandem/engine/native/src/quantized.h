@@ -17,6 +17,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "clock.h"
 #include "linear.h"
 
 namespace tandem {
@@ -218,7 +219,10 @@ inline void multiply_int8_rows(const Linear& l, const Int8Rows& x, int rows, int
 
 inline void multiply_int8(const Linear& l, const float* x, int ldx, int rows, float* y, int ldy, int first, int last) {
     static thread_local Int8Rows quantized;
+    Stopwatch quantizing(QUANTIZE);
+    quantizing.start();
     quantized.fill(l, x, ldx, rows);
+    quantizing.stop();
     const size_t pieces = (l.in + PIECE_INPUTS - 1) / PIECE_INPUTS;
     if (l.format == INT8) {
         for (int panel = first; panel < last; panel++) {
@@ -246,14 +250,17 @@ inline void multiply_codes(const Linear& l, const Codebook16& codebook, const fl
     alignas(64) float partial[ROW_BLOCK * P * PANEL];
     const int groups = groups_of(l);
     const size_t pieces = l.in / PIECE_INPUTS;
+    Stopwatch unpacking(UNPACK);
     for (int g = 0; g < groups; g++) {
         const int begin = g * l.group, count = std::min(l.group, l.in - begin);
+        unpacking.start();
         for (int p = 0; p < P; p++) {
             const uint8_t* codes =
                 static_cast<const uint8_t*>(l.weights) + ((panel + p) * pieces + begin / PIECE_INPUTS) * PIECE_BYTES;
             for (int i = 0; i < count; i += PIECE_INPUTS)
                 codebook.unpack(codes + i / PIECE_INPUTS * PIECE_BYTES, halves[p] + i * PANEL);
         }
+        unpacking.stop();
         const size_t stride = size_t(MAX_GROUP) * PANEL;
         const float* from = x + begin;
         if (P == 4) multiply_tile<1, 4>(from, ldx, halves[0], stride, count, partial, P * PANEL);
