@@ -45,12 +45,16 @@ async def send(address: str, head: str, body: bytes = b"", tls: ssl.SSLContext |
     return Reply(int(status.split()[1]), fields, rest)
 
 
-async def post(address: str, path: str, value: object, **options: Any) -> Reply:
+async def post(address: str, path: str, value: object, token: str | None = None, **options: Any) -> Reply:
     """A JSON value; `bytes` go as they are."""
     body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return await send(address, f"POST {path} HTTP/1.1\ncontent-type: application/json", body, **options)
+    head = f"POST {path} HTTP/1.1\ncontent-type: application/json{_bearer(token)}"
+    return await send(address, head, body, **options)
 
 
 async def get(address: str, path: str, token: str | None = None, **options: Any) -> Reply:
-    authorization = f"\nauthorization: Bearer {token}" if token else ""
-    return await send(address, f"GET {path} HTTP/1.1{authorization}", **options)
+    return await send(address, f"GET {path} HTTP/1.1{_bearer(token)}", **options)
+
+
+def _bearer(token: str | None) -> str:
+    return f"\nauthorization: Bearer {token}" if token else ""

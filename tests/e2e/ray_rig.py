@@ -57,10 +57,12 @@ def free_port() -> int:
             return port
 
 
-async def stream(address: str, prompt: str = "a story", after_tokens: int = 0, do=None) -> Result:
+async def stream(
+    address: str, prompt: str = "a story", after_tokens: int = 0, do=None, **access: object
+) -> Result:
     """One long stream; `do(result)` is called once when so many tokens have come."""
     result = Result()
-    async with TandemClient(address) as client:
+    async with TandemClient(address, **access) as client:
         async for event in client.stream(prompt, LONG, timeout_s=PATIENCE_S):
             result.take(event)
             if do is not None and len(result.token_ids) >= after_tokens:
