@@ -13,7 +13,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from tandem.engine.draw import Draw
+from tandem.engine.draw import Drafted, Draw
 from tandem.engine.native import build
 from tandem.engine.native.arena import Arena
 from tandem.engine.native.structs import Cache, Linear, Model
@@ -21,7 +21,7 @@ from tandem.engine.quantization.formats import INT8_MOST, QuantizedWeight
 from tandem.errors import ConfigError
 
 PANEL = 16  # outputs that lie together
-ABI = 6
+ABI = 7
 FORMATS = {torch.float32: 0, torch.float16: 1}
 INT8, CODE4 = 2, 3
 PIECE_INPUTS = 4  # inputs whose codes lie together
@@ -135,6 +135,7 @@ class Engine:
         logits: int | None = None,
         chosen: array[int] | None = None,
         draws: bytes | None = None,
+        drafted: bytes | None = None,
     ) -> None:
         """Fill the cache, and `logits` (an address) and `chosen` if given. Other threads run meanwhile."""
         self._library.tandem_forward(
@@ -146,6 +147,7 @@ class Engine:
             logits,
             None if chosen is None else _address(chosen),
             draws,
+            drafted,
         )
 
     def guess(
@@ -157,9 +159,11 @@ class Engine:
         counts: array[int],
         thresholds: array[float],
         draws: bytes | None,
+        probs: int | None,
     ) -> array[int]:
         """Forward by forward a token each: `[sequences, most]` ids with room for the largest of `counts`,
-        then how many were found for each sequence, then 1 for each that is unsure."""
+        then how many were found for each sequence, then 1 for each that is unsure. `probs` is the address of
+        `[sequences, most, vocab]` floats for what draft tokens are drawn from."""
         most = max(counts)
         found = array("i", bytes(4 * len(counts) * (most + 2)))
         self._library.tandem_guess(
@@ -173,6 +177,7 @@ class Engine:
             _address(thresholds),
             draws,
             _address(found),
+            probs,
         )
         return found
 
@@ -195,6 +200,11 @@ def pack_draws(draws: Sequence[Draw]) -> bytes:
     return b"".join([_DRAW.pack(*draw) for draw in draws])
 
 
+def pack_drafted(drafted: Sequence[Drafted]) -> bytes:
+    """Behind each other, as `Engine.forward` takes them; the distributions must live as long."""
+    return b"".join([_DRAFTED.pack(i, 0 if probs is None else probs.ctypes.data) for i, probs in drafted])
+
+
 def choose(isa: str, logits: torch.Tensor, draws: bytes, *, masked: bool) -> list[int]:
     """A token for each row of `logits` [rows, vocab] float32; -1 where one is no finite number (`masked`:
     -inf may be among them)."""
@@ -205,6 +215,7 @@ def choose(isa: str, logits: torch.Tensor, draws: bytes, *, masked: bool) -> lis
 
 
 _DRAW = struct.Struct("=QQQdddq")  # seed, position, stream, temperature, top_p, min_p, top_k
+_DRAFTED = struct.Struct("=qQ")  # token, address of what it was drawn from
 
 
 class _Engines(threading.local):
@@ -235,9 +246,9 @@ def load(isa: str) -> ctypes.CDLL:
     found.tandem_engine_new.argtypes = (ctypes.c_int32,)
     found.tandem_engine_delete.argtypes = (handle,)
     found.tandem_engine_delete.restype = None
-    found.tandem_forward.argtypes = (handle,) * 8
+    found.tandem_forward.argtypes = (handle,) * 9
     found.tandem_forward.restype = None
-    found.tandem_guess.argtypes = (*(handle,) * 5, ctypes.c_int32, *(handle,) * 4)
+    found.tandem_guess.argtypes = (*(handle,) * 5, ctypes.c_int32, *(handle,) * 5)
     found.tandem_guess.restype = None
     integer = ctypes.c_int32
     found.tandem_choose.argtypes = (handle, integer, ctypes.c_int64, integer, handle, integer, handle)
