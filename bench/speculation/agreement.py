@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import eq
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -19,7 +21,10 @@ from bench.bundled_pair.unloop import looping
 from bench.speculation.rig import BLOCK_SIZE, Rig
 from bench.speculation.text import Tokens, prompts, windows
 from tandem.engine.batch import SequenceRows
+from tandem.engine.draw import Draw
 from tandem.engine.model_runner import ModelRunner
+from tandem.engine.rng import Stream
+from tandem.engine.sampler import choose
 from tandem.geometry import num_blocks
 from tandem.sampling import SamplingParams
 
@@ -49,6 +54,7 @@ class Agreement:
     positions: int
     greedy: float  # positions at which both have the same likeliest token
     overlap: float  # Σ min(target, draft): the chance that speculative sampling accepts
+    same_draw: float  # positions at which both draw the same token with the same numbers, as under `exact`
     accepted_of_3: float  # expected when three tokens are drafted: greedy, or by the overlap if sampled
 
 
@@ -63,20 +69,25 @@ def agreements(target: ModelRunner, drafts: Mapping[str, ModelRunner], corpus: C
     heat = corpus.temperature or 1.0
     matches: dict[str, list[Tensor]] = {name: [] for name in drafts}
     overlaps: dict[str, list[Tensor]] = {name: [] for name in drafts}
-    for tokens in corpus.texts:
+    same: dict[str, list[bool]] = {name: [] for name in drafts}
+    for seed, tokens in enumerate(corpus.texts):
         ours = logits_of(target, tokens[:-1])[corpus.first - 1 :]
         best, probs = ours.argmax(-1), (ours / heat).softmax(-1)
+        draws = [Draw(seed, position, Stream.TOKEN, heat, 1.0, 0.0, 0) for position in range(len(ours))]
+        drawn = choose(ours, draws)
         for name, draft in drafts.items():
             theirs = logits_of(draft, tokens[:-1])[corpus.first - 1 :]
             matches[name].append(best == theirs.argmax(-1))
             overlaps[name].append(torch.minimum(probs, (theirs / heat).softmax(-1)).sum(-1))
+            same[name] += map(eq, drawn, choose(theirs, draws))
     return [
-        _agreement(name, corpus, torch.stack(matches[name]), torch.stack(overlaps[name])) for name in drafts
+        _agreement(name, corpus, torch.stack(matches[name]), torch.stack(overlaps[name]), fmean(same[name]))
+        for name in drafts
     ]
 
 
-def _agreement(draft: str, corpus: Corpus, match: Tensor, overlap: Tensor) -> Agreement:
-    """From what was found at each position, `[texts, positions]` both."""
+def _agreement(draft: str, corpus: Corpus, match: Tensor, overlap: Tensor, same_draw: float) -> Agreement:
+    """From what was found at each position: `match` and `overlap` [texts, positions]."""
     by_chance = overlap.unfold(1, LOOKAHEAD, 1).cumprod(-1).sum(-1).mean().item()
     return Agreement(
         draft=draft,
@@ -85,6 +96,7 @@ def _agreement(draft: str, corpus: Corpus, match: Tensor, overlap: Tensor) -> Ag
         positions=match.numel(),
         greedy=match.float().mean().item(),
         overlap=overlap.mean().item(),
+        same_draw=same_draw,
         accepted_of_3=by_chance if corpus.temperature else accepted_lengths(match, LOOKAHEAD),
     )
 

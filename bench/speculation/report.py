@@ -86,11 +86,20 @@ def _show_agreement(results: Results, console: Console) -> None:
     rows = [
         (
             *(row.draft, row.along, f"{row.share:.0%}", str(row.positions)),
-            *(f"{row.greedy:.1%}", f"{row.overlap:.1%}", f"{row.accepted_of_3:.2f}"),
+            *(f"{row.greedy:.1%}", f"{row.overlap:.1%}", f"{row.same_draw:.1%}", f"{row.accepted_of_3:.2f}"),
         )
         for row in results.agreement
     ]
-    columns = ("draft", "along", "share of texts", "positions", "same greedy", "Σ min", "accepted of 3")
+    columns = (
+        "draft",
+        "along",
+        "share of texts",
+        "positions",
+        "same greedy",
+        "Σ min",
+        "same draw",
+        "accepted of 3",
+    )
     console.print(table("how often drafts agree with the target", columns, rows, left=2), "")
 
 

@@ -23,6 +23,7 @@ from tandem.engine.batch import SequenceRows
 from tandem.engine.loading import load_engine
 from tandem.engine.work_state import sampling_state
 from tandem.geometry import ModelGeometry, num_blocks
+from tandem.profiling.spans import span
 from tandem.sampling import SamplingParams
 from tandem.speculation import MAX_ASSISTANT_TOKENS, SpeculationParams
 from tandem.tokenizer import Tokenizer
@@ -135,7 +136,7 @@ class Rig:
         self._blocks_each = num_blocks(max_tokens + MAX_ASSISTANT_TOKENS, BLOCK_SIZE)
         wanted = SCRATCH_BLOCKS + max_sequences * self._blocks_each
         self.engine = load_engine(self._config, "bench", self._bytes_of(pair, wanted), threads, draft)
-        self.plain = PlainDecoder(self.engine.model)
+        self.plain = PlainDecoder(self.engine.model.called("decode"))
         self.constant = self._decoder(FALLBACK_K)  # drafts as many tokens as a request asks for
         self._tokenizer = Tokenizer.from_dir(pair.target)
 
@@ -156,7 +157,7 @@ class Rig:
 
     def prefill(self, prompts: Sequence[Tokens]) -> None:
         """Compute the KV of all tokens but the last; decoding again and again leaves it alone."""
-        model = self.engine.model
+        model = self.engine.model.called("prefill")
         for index, prompt in enumerate(prompts):
             model.forward(model.batch([SequenceRows(prompt[:-1], 0, self._table(index))]))
 
@@ -236,11 +237,12 @@ def _phases(decoder: Decoder) -> _Phases:
 def _decode(decoder: Decoder, running: list[DecodeSequence], run: Run) -> None:
     """Until all have ended; each leaves as it does."""
     while running:
-        advances = decoder.step(running)
-        run.count(advances)
-        for sequence, advance in zip(running, advances, strict=True):
-            _take(sequence, advance)
-        decoder.settle(running)
+        with span("decode step"):
+            advances = decoder.step(running)
+            run.count(advances)
+            for sequence, advance in zip(running, advances, strict=True):
+                _take(sequence, advance)
+            decoder.settle(running)
         for sequence in running:
             if sequence.is_finished:
                 decoder.leave(sequence)

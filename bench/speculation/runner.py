@@ -41,6 +41,7 @@ class Options:
     minutes: float = 14.0  # no group of cells is begun later; with `full` there is no limit
     threads: int = 2
     openvino_python: Path | None = None  # an interpreter that has OpenVINO GenAI
+    profile: Path | None = None  # where to write what steps spend their time on
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,19 @@ class Benchmark:
                     self._measure_group(group, asked[: group.num_prompts], meter)
                 else:
                     self._skip(group.label, "no time left")
+        self._profile(asked[:1])
         return self.results
+
+    def _profile(self, asked: Sequence[Tokens]) -> None:
+        """One more prompt of the large pair, drafted for as long as pays."""
+        if self._options.profile is None:
+            return
+        rig = self._rig(self._options.large, Setup())
+        sampling = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+        rig.prefill(asked)
+        decoder = rig.auto()
+        label, engine = f"speculation-{self._options.large}", rig.engine.model
+        record(self._options.profile, label, engine, partial(rig.run, decoder, asked, 1, sampling))
 
     def _groups(self) -> list[Group]:
         if self._options.full:

@@ -210,11 +210,12 @@ def test_a_model_agrees_with_itself_and_not_with_a_stranger(stranger) -> None:
     target, other = (ModelRunner.load(p, num_blocks=4, block_size=16) for p in (tiny_llama(), stranger))
     corpus = Corpus("text", [prompt * 2 for prompt in PROMPTS], first=5, temperature=0.5)
     itself, unknown = agreements(target, {"itself": target, "other": other}, corpus)
-    assert (itself.greedy, itself.overlap) == (1.0, pytest.approx(1.0))
+    assert (itself.greedy, itself.overlap, itself.same_draw) == (1.0, pytest.approx(1.0), 1.0)
     assert itself.accepted_of_3 == pytest.approx(3.0)
     assert itself.positions == 4 * 35
     assert unknown.greedy < 0.5
     assert unknown.overlap < 0.9
+    assert unknown.same_draw < unknown.overlap + 0.15
 
 
 @pytest.mark.slow
