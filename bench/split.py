@@ -4,6 +4,7 @@ Three services of the bundled model on the same two cores take turns at the same
 on a worker of one thread each; everything on one worker of two threads, prompts in chunks between steps; and
 the split whose router keeps a prompt with its decode worker where that costs less. Most prompts are short,
 some are long, arrivals are Poisson. A request is good if its first token and its gaps keep the limits.
+A second table (bench/isolation.py) shows what sharing the cores brings the split.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from bench import isolation
 from bench.embedded import serving
 from bench.measure import Sheet, console, flat, machine, table, write_csv, write_json
 from bench.serve.arrivals import Arrival, Schedule
@@ -61,11 +63,14 @@ def run(seconds: float, rates: Sequence[float], out: Path, as_json: bool) -> dic
     cells = list(measure(seconds, rates))
     shown = console(as_json)
     shown.print(table(*sheet(cells)))
-    rows = [flat(cell) for cell in cells]
-    document = {"machine": machine(2), "limits": dataclasses.asdict(LIMITS), "cells": rows}
+    shared = isolation.measure()
+    shown.print(table(*isolation.sheet(shared)))
+    rows, cores = [flat(cell) for cell in cells], [flat(row) for row in shared]
+    document = {"machine": machine(2), "limits": dataclasses.asdict(LIMITS), "cells": rows, "cores": cores}
     write_json(out / "split.json", document)
     write_csv(out / "split.csv", rows)
-    shown.print(f"\nsplit.json and split.csv are in {out}")
+    write_csv(out / "cores.csv", cores)
+    shown.print(f"\nsplit.json, split.csv and cores.csv are in {out}")
     return document
 
 

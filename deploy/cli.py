@@ -30,6 +30,7 @@ app.command("verify")(kv_app.verify)
 bench.command("kv")(kv_app.bench_kv)
 bench.command("serve")(load_app.serve)
 bench.command("split")(load_app.split)
+bench.command("overhead")(load_app.overhead)
 app.command("compare")(load_app.compare)
 app.command("report")(load_app.render)
 

@@ -1,4 +1,4 @@
-"""What `tandem bench serve`, `bench split`, `compare` and `report` understand."""
+"""What `tandem bench serve`, `bench split`, `bench overhead`, `compare` and `report` understand."""
 
 from __future__ import annotations
 
@@ -130,6 +130,19 @@ def split(
     from bench.split import RATES, run
 
     document = run(seconds, rates or RATES, out, json_output)
+    if json_output:
+        print(json.dumps(document))
+
+
+def overhead(
+    rounds: o.Rounds = 5,
+    out: o.Out = Path("bench-results/overhead"),
+    json_output: o.Json = False,
+) -> None:
+    """Tokens per second through the whole service beside the engine's bare loop."""
+    from bench.overhead import run
+
+    document = run(rounds, out, json_output)
     if json_output:
         print(json.dumps(document))
 

@@ -1,0 +1,123 @@
+"""What the service costs around its engine: `tandem bench overhead`.
+
+The same prompts by the engine's bare loop (bench/speculation/rig.py: steps, stops and text, one process) and
+through the whole embedded service (gRPC, router, store, both workers), in turns, plain decoding. Both compute
+with as many threads as there are cores. The service's tokens are counted where a streaming client gets them,
+while all sequences run: from the last one's first token until the first one's last. The client and the
+router have no cores of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from bench.embedded import serving
+from bench.inflate import BUNDLED
+from bench.measure import Sheet, Spread, console, flat, interleave, machine, table, write_csv, write_json
+from bench.speculation import text
+from bench.speculation.rig import Rig, Setup
+from tandem.client import TandemClient
+from tandem.sampling import SamplingParams
+
+BATCHES = (1, 4, 8)
+PROMPT_TOKENS, OUTPUT_TOKENS = 128, 256
+SAMPLING = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+Arrivals = list[tuple[float, int]]  # when tokens of one sequence came, and how many
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One batch size. Tokens per second; the ratio is service over engine, within rounds."""
+
+    batch: int
+    engine: Spread
+    service: Spread
+    ratio: Spread
+
+
+def run(rounds: int, out: Path, as_json: bool) -> dict[str, Any]:
+    """Measure, show, write; returns the document."""
+    shown = console(as_json)
+    rows = measure(rounds)
+    shown.print(table(*sheet(rows)))
+    document = {"machine": machine(_num_cores()), "rows": [asdict(row) for row in rows]}
+    write_json(out / "overhead.json", document)
+    write_csv(out / "overhead.csv", [flat(row) for row in rows])
+    shown.print(f"\noverhead.json and overhead.csv are in {out}")
+    return document
+
+
+def measure(rounds: int) -> list[Row]:
+    """Engine and service in turns, for each number of sequences."""
+    most = max(BATCHES)
+    rig = Rig(BUNDLED, Setup(draft="none"), most, PROMPT_TOKENS + OUTPUT_TOKENS, _num_cores())
+    prompts = text.prompts(text.held_out(BUNDLED.target), most, PROMPT_TOKENS)
+    rig.prefill(prompts)
+    with serving({"speculation": {"draft": "none"}}) as address, asyncio.Runner() as runner:
+        rows = []
+        for batch in BATCHES:
+            some = prompts[:batch]
+            arms = {
+                "engine": partial(_engine, rig, some),
+                "service": partial(_service, runner, address, some),
+            }
+            rates = interleave(arms, rounds)
+            ratio = Spread.of_ratios(rates["service"], rates["engine"])
+            rows.append(Row(batch, Spread.of(rates["engine"]), Spread.of(rates["service"]), ratio))
+        return rows
+
+
+def steady_rate(sequences: Sequence[Arrivals]) -> float:
+    """Tokens per second while all sequences run."""
+    began = max(arrivals[0][0] for arrivals in sequences)
+    ended = min(arrivals[-1][0] for arrivals in sequences)
+    tokens = sum(count for arrivals in sequences for when, count in arrivals if began < when <= ended)
+    return tokens / (ended - began)
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _engine(rig: Rig, prompts: Sequence[text.Tokens]) -> float:
+    return rig.run(rig.plain, prompts, len(prompts), SAMPLING).tokens_per_s
+
+
+def _service(runner: asyncio.Runner, address: str, prompts: Sequence[text.Tokens]) -> float:
+    return runner.run(_streams(address, prompts))
+
+
+async def _streams(address: str, prompts: Sequence[text.Tokens]) -> float:
+    async with TandemClient(address) as client:
+        return steady_rate(await asyncio.gather(*(_stream(client, prompt) for prompt in prompts)))
+
+
+async def _stream(client: TandemClient, prompt: text.Tokens) -> Arrivals:
+    events = client.stream(prompt, SAMPLING)
+    return [
+        (perf_counter(), len(event.token_chunk.token_ids))
+        async for event in events
+        if event.HasField("token_chunk")
+    ]
+
+
+def sheet(rows: Sequence[Row]) -> Sheet:
+    """Medians, and the range of the ratio."""
+    cells = [
+        (
+            str(row.batch),
+            *(f"{row.engine.median:.0f}", f"{row.service.median:.0f}"),
+            f"{row.ratio.median:.2f}",
+            f"{row.ratio.low:.2f} – {row.ratio.high:.2f}",
+        )
+        for row in rows
+    ]
+    title = f"tokens/s, {PROMPT_TOKENS} in, {OUTPUT_TOKENS} out, bundled model, plain decoding"
+    return Sheet(title, ("sequences", "engine", "service", "service / engine", "range"), cells, 1)

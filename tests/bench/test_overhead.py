@@ -1,0 +1,28 @@
+"""The service beside its engine: what is counted, and a run of both."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench import overhead
+
+
+def test_only_tokens_that_come_while_all_run_count():
+    early = [(0.0, 1), (1.0, 2), (2.0, 2), (3.0, 2)]
+    late = [(1.0, 1), (2.0, 3), (3.0, 3), (4.0, 3), (5.0, 9)]
+    assert overhead.steady_rate([early, late]) == (2 + 2 + 3 + 3) / 2
+    assert overhead.steady_rate([early]) == 2
+
+
+@pytest.mark.slow
+def test_engine_and_service_take_turns(tmp_path, monkeypatch):
+    monkeypatch.setattr(overhead, "BATCHES", (1, 2))
+    document = overhead.run(1, tmp_path, as_json=True)
+    assert [row["batch"] for row in document["rows"]] == [1, 2]
+    for row in document["rows"]:
+        assert row["ratio"]["median"] == row["service"]["median"] / row["engine"]["median"]
+        assert row["ratio"]["median"] > 0
+    assert json.loads((tmp_path / "overhead.json").read_text()) == document
+    assert (tmp_path / "overhead.csv").exists()
