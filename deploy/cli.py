@@ -176,6 +176,7 @@ def bench_speculation(
     minutes: o.Minutes = 14.0,
     threads: o.Threads = 2,
     openvino_python: o.OpenVinoPython = None,
+    profile: o.BenchProfile = None,
     out: o.Out = Path("bench-results/speculation"),
     plots: o.Plots = True,
     json_output: o.Json = False,
@@ -183,7 +184,8 @@ def bench_speculation(
     """What speculation earns over plain decoding, how often drafts agree, and what others do."""
     from deploy.commands import bench as command
 
-    command.speculation(large, full, rounds, minutes, threads, openvino_python, out, plots, json_output)
+    python = openvino_python
+    command.speculation(large, full, rounds, minutes, threads, python, profile, out, plots, json_output)
 
 
 @bench.command("kernels")
@@ -205,13 +207,15 @@ def bench_peers(
     rounds: o.Rounds = 3,
     threads: o.Threads = 2,
     openvino_python: o.OpenVinoPython = None,
+    vllm_python: o.VLlmPython = None,
+    profile: o.BenchProfile = None,
     out: o.Out = Path("bench-results/peers"),
     json_output: o.Json = False,
 ) -> None:
-    """Prefill and decode beside transformers and OpenVINO GenAI, and how far the machine's limits are."""
+    """Prefill and decode beside transformers, OpenVINO GenAI and vLLM, and how far the limits are."""
     from deploy.commands import bench as command
 
-    command.peers(shape, rounds, threads, openvino_python, out, json_output)
+    command.peers(shape, rounds, threads, openvino_python, vllm_python, profile, out, json_output)
 
 
 @bench.command("forward")
@@ -221,6 +225,7 @@ def bench_forward(
     rounds: o.Rounds = 3,
     threads: o.Threads = 2,
     device: o.Device = "cpu",
+    profile: o.BenchProfile = None,
     out: o.Out = Path("bench-results/forward"),
     plots: o.Plots = True,
     json_output: o.Json = False,
@@ -228,7 +233,7 @@ def bench_forward(
     """Decode steps and prefills of the engine alone, beside the machine's limits and transformers."""
     from deploy.commands import bench as command
 
-    command.forward(shape, full, rounds, threads, device, out, plots, json_output)
+    command.forward(shape, full, rounds, threads, device, profile, out, plots, json_output)
 
 
 @bench.command("router")

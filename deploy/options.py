@@ -126,6 +126,11 @@ Threads = Annotated[int, typer.Option(help="Compute threads.", min=1)]
 OpenVinoPython = Annotated[
     Path | None, typer.Option(help="A Python that has openvino-genai and optimum-intel, to compare with it.")
 ]
+VLlmPython = Annotated[Path | None, typer.Option(help="A Python that has vllm, to compare with it.")]
+BenchProfile = Annotated[
+    Path | None,
+    typer.Option("--profile", help="Folder for traces of a few more steps, and where their time went."),
+]
 Out = Annotated[Path, typer.Option(help="Folder for the files.")]
 Plots = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw PNG plots; needs matplotlib.")]
 

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from bench.forward.reference import Reference
 from bench.forward.rig import Rig, prefill_bytes
 from bench.measure import Meter, Spread, interleave
+from bench.profile import record
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (16, 64, 256, 1024, 4096)
@@ -26,6 +28,7 @@ PATIENCE_S = 20.0  # that a run without a cache goes on
 PEER_STEPS = ((1, 16), (1, 1024), (8, 256))  # batch, context
 PEER_PROMPTS = (16, 128, 1024)
 OURS, THEIRS = "Tandem", "transformers"
+PROFILED_STEPS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,12 @@ class Cell:
     phase: str  # decode | prefill
     batch: int
     tokens: int  # of context per sequence, or of each prompt
+
+
+PROFILED = (
+    *(Cell("decode", 1, 256), Cell("decode", 8, 256)),
+    *(Cell("prefill", 1, 128), Cell("prefill", 1, 1024)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +175,19 @@ def beside(rig: Rig, reference: Reference, rounds: int, meter: Meter) -> Iterato
             ours, theirs = found[OURS], found[THEIRS]
             yield Beside(cell, Spread.of(ours), Spread.of(theirs), Spread.of_ratios(theirs, ours))
         meter.step()
+
+
+def profile(rig: Rig, folder: Path) -> None:
+    """Where the time of a few cells goes, in files of their own."""
+    for cell in PROFILED:
+        if rig.fits(cell.tokens + 1, cell.batch):
+            label = f"{cell.phase}-batch-{cell.batch}-tokens-{cell.tokens}"
+            record(folder, label, rig.runner, partial(_again, _arm(rig, cell)))
+
+
+def _again(arm: Callable[[], float]) -> None:
+    for _ in range(PROFILED_STEPS):
+        arm()
 
 
 def num_others() -> int:

@@ -35,6 +35,7 @@ class Options:
     device: str
     out: Path
     plots: bool = True
+    profile: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,8 @@ def measure(options: Options) -> Results:
         outputs = list(forward_cells.outputs(rig, meter))
         reference = Reference(path, options.device, rig.dtype)
         beside = list(forward_cells.beside(rig, reference, options.rounds, meter))
+        if options.profile is not None:
+            forward_cells.profile(rig, options.profile)
     found = best(found, limits(options.threads, device=options.device))  # neighbours come and go
     engine = rig.runner.describe()
     return Results(options, found, rig.traffic(), engine, timings, skipped, outputs, beside)

@@ -6,11 +6,12 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
+from bench import peer_process
+from bench.peer_process import PeerProcess, last_line
 from bench.speculation.text import Tokens
 from tandem.engine.native.build import cache_folder
 from tandem.errors import ConfigError
@@ -31,12 +32,11 @@ class Pipeline:
     cache_gb: int = 0  # 0: the simple pipeline; more: continuous batching with so much KV
 
 
-class OpenVino:
+class OpenVino(PeerProcess):
     """Pipelines by name, in another process."""
 
-    def __init__(self, child: subprocess.Popen[str], errors: IO[str]) -> None:
-        self._child = child
-        self._errors = errors
+    name = "OpenVINO GenAI"
+    needed = NEEDED
 
     def complete(
         self, name: str, prompts: Sequence[Tokens], max_tokens: int, *, k: int = 0, together: bool = False
@@ -46,22 +46,8 @@ class OpenVino:
         Raises `ConfigError` if the child has ended.
         """
         request = {"pipeline": name, "prompts": prompts, "max_tokens": max_tokens, "k": k}
-        answer = self._ask(request | {"together": together})
+        answer = self.ask(request | {"together": together})
         return float(answer["seconds"]), answer["outputs"]
-
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        with suppress(BrokenPipeError):  # its end shows below
-            self._child.stdin.write(json.dumps(request) + "\n")
-            self._child.stdin.flush()
-        line = self._child.stdout.readline()
-        if not line:
-            self._child.wait()
-            self._errors.seek(0)
-            raise ConfigError(f"OpenVINO GenAI ended: {_last_line(self._errors.read())}; {NEEDED}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
 
 @contextmanager
@@ -76,20 +62,8 @@ def running(python: Path, pipelines: Mapping[str, Pipeline], threads: int) -> It
         for name, each in pipelines.items()
     }
     settings = json.dumps({"threads": threads, "pipelines": wanted})
-    command = [str(part) for part in (python, "-I", CHILD, "serve", settings)]
-    pipe = subprocess.PIPE
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True) as child,
-    ):
-        try:
-            yield OpenVino(child, errors)
-        finally:
-            child.kill()
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["it said nothing"])[-1]
+    with OpenVino.started(peer_process.command(python, CHILD, "serve", settings)) as peer:
+        yield peer
 
 
 def _converted(python: Path, checkpoint: Path, bits: int = 16) -> Path:
@@ -99,7 +73,8 @@ def _converted(python: Path, checkpoint: Path, bits: int = 16) -> Path:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=place.parent) as scratch:
             folder = Path(scratch) / "model"
-            command = [str(part) for part in (python, "-I", CHILD, "export", checkpoint, folder, bits)]
+            arguments = ("export", str(checkpoint), str(folder), str(bits))
+            command = peer_process.command(python, CHILD, *arguments)
             try:
                 done = subprocess.run(
                     command, capture_output=True, text=True, timeout=EXPORT_TIMEOUT_S, check=False
@@ -107,8 +82,6 @@ def _converted(python: Path, checkpoint: Path, bits: int = 16) -> Path:
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise ConfigError(f"{python} cannot convert {checkpoint}: {error}; {NEEDED}") from error
             if done.returncode:
-                raise ConfigError(
-                    f"{python} cannot convert {checkpoint}: {_last_line(done.stderr)}; {NEEDED}"
-                )
+                raise ConfigError(f"{python} cannot convert {checkpoint}: {last_line(done.stderr)}; {NEEDED}")
             folder.rename(place)
     return place

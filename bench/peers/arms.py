@@ -20,6 +20,7 @@ from bench.inflate import Pair
 from bench.openvino.peer import OpenVino
 from bench.speculation.rig import Rig, Setup
 from bench.speculation.text import Tokens
+from bench.vllm.peer import VLlm
 from tandem.sampling import SamplingParams
 
 
@@ -48,6 +49,7 @@ class Tandem:
         setup = Setup(draft="none", target_precision=quantization)
         self._rig = Rig(Pair(path, path), setup, most, prompt_tokens + output_tokens, threads)
         self._sampling = SamplingParams(max_tokens=output_tokens - 1, ignore_eos=True)
+        self.model = self._rig.engine.model
 
     def __call__(self, prompts: Sequence[Tokens]) -> Phases:
         began_s = time.perf_counter()
@@ -101,3 +103,16 @@ class OpenVinoArm:
 
     def _complete(self, prompts: Sequence[Tokens], num_tokens: int) -> float:
         return self._peer.complete(self._name, prompts, num_tokens, together=True)[0]
+
+
+class VLlmArm:
+    """vLLM's engine, the batch at once."""
+
+    def __init__(self, peer: VLlm, output_tokens: int) -> None:
+        self._peer = peer
+        self._output_tokens = output_tokens
+
+    def __call__(self, prompts: Sequence[Tokens]) -> Phases:
+        first_s = self._peer.complete(prompts, 1)[0]
+        whole_s = self._peer.complete(_otherwise(prompts), self._output_tokens)[0]
+        return Phases(first_s, whole_s - first_s)

@@ -26,9 +26,11 @@ from bench.measure import (
 )
 from bench.openvino import peer as openvino_peer
 from bench.openvino.peer import Pipeline
-from bench.peers.arms import Arm, OpenVinoArm, Phases, Tandem, Transformers
+from bench.peers.arms import Arm, OpenVinoArm, Phases, Tandem, Transformers, VLlmArm
+from bench.profile import record
 from bench.shapes import checkpoint
 from bench.speculation.text import Tokens
+from bench.vllm import peer as vllm_peer
 from tandem.errors import ConfigError
 from tandem.geometry import ModelGeometry
 
@@ -50,6 +52,8 @@ class Options:
     threads: int
     openvino_python: Path | None
     out: Path
+    vllm_python: Path | None = None
+    profile: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,19 +80,15 @@ def run(options: Options, as_json: bool) -> dict[str, Any]:
     geometry = ModelGeometry.from_path(path)
     rows: list[Row] = []
     with ExitStack() as stack, Meter("peers", sum(map(len, CELLS.values()))) as meter:
-        try:
-            peer = stack.enter_context(_openvino(path, options)) if options.openvino_python else None
-        except ConfigError as error:
-            skipped.append(f"OpenVINO GenAI: {error}")
-            peer = None
+        others = _others(path, options, stack, skipped)
         for prompt_tokens, batches in CELLS.items():
-            everybody = _everybody(path, prompt_tokens, max(batches), options.threads)
-            if peer is not None:
-                everybody |= {name: OpenVinoArm(peer, name, OUTPUT_TOKENS) for name in _pipelines(path)}
+            everybody = _everybody(path, prompt_tokens, max(batches), options.threads) | others
             for batch in batches:
                 meter.say(f"{prompt_tokens} tokens in, batch {batch}")
                 rows += _cell(everybody, prompt_tokens, batch, geometry.vocab_size, options.rounds)
                 meter.step()
+            if options.profile is not None:
+                _profile(everybody, options.profile, prompt_tokens, geometry.vocab_size, shown)
     _show(rows, found, geometry, options, shown)
     for line in skipped:
         shown.print(f"not measured: {line}")
@@ -123,9 +123,44 @@ def _pipelines(path: Path) -> dict[str, Pipeline]:
     return batching | {"OpenVINO GenAI simple, as stored": Pipeline(path)}
 
 
-def _openvino(path: Path, options: Options) -> Any:
-    assert options.openvino_python is not None
-    return openvino_peer.running(options.openvino_python, _pipelines(path), options.threads)
+def _others(path: Path, options: Options, stack: ExitStack, skipped: list[str]) -> dict[str, Arm]:
+    """Those that run in processes of their own, until the stack closes; what cannot is said in `skipped`."""
+    found: dict[str, Arm] = {}
+    try:
+        if options.openvino_python:
+            running = openvino_peer.running(options.openvino_python, _pipelines(path), options.threads)
+            peer = stack.enter_context(running)
+            found |= {name: OpenVinoArm(peer, name, OUTPUT_TOKENS) for name in _pipelines(path)}
+    except ConfigError as error:
+        skipped.append(f"OpenVINO GenAI: {error}")
+    try:
+        if options.vllm_python:
+            vllm = stack.enter_context(vllm_peer.running(options.vllm_python, _settings(path, options)))
+            vllm.complete([(1, 2, 3)], 1)  # loads the model, or says why it cannot
+            found["vLLM fp32"] = VLlmArm(vllm, OUTPUT_TOKENS)
+    except ConfigError as error:
+        skipped.append(f"vLLM: {error}")
+    return found
+
+
+def _settings(path: Path, options: Options) -> vllm_peer.Settings:
+    """Room for the largest cell."""
+    return vllm_peer.Settings(
+        str(path),
+        options.threads,
+        max_sequences=max(map(max, CELLS.values())),
+        max_tokens=max(CELLS) + OUTPUT_TOKENS,
+        cache_gb=CACHE_GB,
+    )
+
+
+def _profile(everybody: Mapping[str, Arm], folder: Path, prompt_tokens: int, vocab: int, shown: Any) -> None:
+    """One more prompt through each of ours, and where the time of its steps went."""
+    prompts = _prompts(1, prompt_tokens, vocab)
+    for name, arm in everybody.items():
+        if isinstance(arm, Tandem):
+            label = f"{name.replace(' ', '-').lower()}-{prompt_tokens}"
+            shown.print(record(folder, label, arm.model, partial(arm, prompts)), markup=False)
 
 
 def _cell(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from bench.inflate import BUNDLED, Pair, inflated_pair
 from bench.measure import Meter
 from bench.openvino import peer as openvino_peer
+from bench.profile import record
 from bench.speculation import agreement, peers, precision, sweep
 from bench.speculation.agreement import Agreement
 from bench.speculation.cells import TEMPERATURE, Group, designed, everything

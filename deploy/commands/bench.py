@@ -15,6 +15,7 @@ def speculation(
     minutes: float,
     threads: int,
     openvino_python: Path | None,
+    profile: Path | None,
     out: Path,
     with_plots: bool,
     as_json: bool,
@@ -27,7 +28,7 @@ def speculation(
 
     if with_plots:
         require_matplotlib()
-    options = Options(large, full, rounds, minutes, threads, openvino_python)
+    options = Options(large, full, rounds, minutes, threads, openvino_python, profile)
     results = Benchmark(options).run()
     content = report.document(results, options)
     report.save(out, content)
@@ -54,23 +55,38 @@ def kernels(rounds: int, threads: int, out: Path, as_json: bool) -> None:
 
 
 def peers(
-    shape: str, rounds: int, threads: int, openvino_python: Path | None, out: Path, as_json: bool
+    shape: str,
+    rounds: int,
+    threads: int,
+    openvino_python: Path | None,
+    vllm_python: Path | None,
+    profile: Path | None,
+    out: Path,
+    as_json: bool,
 ) -> None:
     """Ourselves beside others on one checkpoint. Raises `ConfigError` for what cannot be measured here."""
     from bench.peers.run import Options, run
 
-    content = run(Options(shape, rounds, threads, openvino_python, out), as_json)
+    content = run(Options(shape, rounds, threads, openvino_python, out, vllm_python, profile), as_json)
     if as_json:
         print(json.dumps(content))
 
 
 def forward(
-    shape: str, full: bool, rounds: int, threads: int, device: str, out: Path, with_plots: bool, as_json: bool
+    shape: str,
+    full: bool,
+    rounds: int,
+    threads: int,
+    device: str,
+    profile: Path | None,
+    out: Path,
+    with_plots: bool,
+    as_json: bool,
 ) -> None:
     """What one forward costs. Raises `ConfigError` for what cannot be measured here."""
     from bench.forward.run import Options, run
 
-    content = run(Options(shape, full, rounds, threads, device, out, with_plots), as_json)
+    content = run(Options(shape, full, rounds, threads, device, out, with_plots, profile), as_json)
     if as_json:
         print(json.dumps(content))
 

@@ -140,11 +140,12 @@ def test_a_run_writes_tables_plots_and_the_slope(tiny, tmp_path, monkeypatch, ca
         "LONG": 32,
         "PEER_STEPS": ((2, 16),),
         "PEER_PROMPTS": (8,),
+        "PROFILED": (cells.Cell("decode", 2, 16), cells.Cell("prefill", 1, 32)),
     }.items():
         monkeypatch.setattr(cells, name, value)
     monkeypatch.setattr(run, "limits", lambda threads, device: LIMITS)
-    out = tmp_path / "out"
-    run.run(run.Options("tiny", False, 1, 1, "cpu", out), as_json=False)
+    out, profile = tmp_path / "out", tmp_path / "profile"
+    run.run(run.Options("tiny", False, 1, 1, "cpu", out, profile=profile), as_json=False)
     document = json.loads((out / "forward.json").read_text())
     assert [(row["phase"], row["batch"], row["tokens"]) for row in document["rows"]] == [
         *(("decode", batch, context) for context in (16, 64) for batch in (1, 2)),
@@ -163,4 +164,8 @@ def test_a_run_writes_tables_plots_and_the_slope(tiny, tmp_path, monkeypatch, ca
     assert "Slope of a decode step" in text
     assert all(f"## {title}" in text for title in ("decode step", "prefill", "beside transformers, eager"))
     assert report.GOAL == 1.3
+    step = (profile / "decode-batch-2-tokens-16.txt").read_text()
+    assert step.startswith(f"decode-batch-2-tokens-16: {cells.PROFILED_STEPS} steps")
+    assert "attention" in step
+    assert (profile / "prefill-batch-1-tokens-32.trace.json").exists()
     assert "Slope of a decode step" in capsys.readouterr().out

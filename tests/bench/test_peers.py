@@ -13,6 +13,7 @@ from bench.peers.arms import Phases
 from bench.peers.run import Options, Row
 from tandem.errors import ConfigError
 from tandem.geometry import ModelGeometry
+from tests.bench.test_vllm_peer import python_with_vllm
 
 TINY = shapes.Shape(2, 64, 4, 2, 96, 300)
 
@@ -61,12 +62,25 @@ def test_a_run_writes_every_system_of_every_cell(tiny, tmp_path, monkeypatch, ca
     monkeypatch.setattr(peers, "CELLS", {16: (1, 2)})
     monkeypatch.setattr(peers, "OUTPUT_TOKENS", 4)
     monkeypatch.setattr(peers, "limits", lambda threads: Limits(1e9, 1e9))
-    missing = tmp_path / "python"
-    peers.run(Options("tiny", 1, 1, missing, tmp_path / "out"), as_json=False)
+    missing, profile = tmp_path / "python", tmp_path / "profile"
+    peers.run(Options("tiny", 1, 1, missing, tmp_path / "out", missing, profile), as_json=False)
     document = json.loads((tmp_path / "out" / "peers.json").read_text())
     systems = ["Tandem fp16", "Tandem int8", "Tandem nf4", "transformers fp32"]
     assert [(row["batch"], row["system"]) for row in document["rows"]] == [
         (b, s) for b in (1, 2) for s in systems
     ]
     assert "cannot convert" in document["skipped"][0]
+    assert "vLLM did not start" in document["skipped"][1]
     assert "Tandem and the limits" in capsys.readouterr().out
+    assert "dequantize" in (profile / "tandem-nf4-16.txt").read_text()
+    assert (profile / "tandem-fp16-16.trace.json").exists()
+
+
+def test_vllm_is_one_more_system_where_a_python_has_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "CELLS", {16: (1, 2)})
+    monkeypatch.setattr(peers, "OUTPUT_TOKENS", 4)
+    monkeypatch.setattr(peers, "limits", lambda threads: Limits(1e9, 1e9))
+    options = Options("tiny", 1, 1, None, tmp_path / "out", vllm_python=python_with_vllm(tmp_path))
+    document = peers.run(options, as_json=True)
+    assert [row["batch"] for row in document["rows"] if row["system"] == "vLLM fp32"] == [1, 2]
+    assert document["skipped"] == []

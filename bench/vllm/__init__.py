@@ -1,0 +1,1 @@
+"""vLLM as a peer, in the Python that has it."""
