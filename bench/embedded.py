@@ -24,6 +24,12 @@ class Embedded:
     pid: int
 
 
+def last_words(text: str) -> str:
+    """Why a service left: its own reason, behind what one of its processes last said."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(lines[-2:]) or "it said nothing"
+
+
 @contextmanager
 def serving(values: Mapping[str, Any]) -> Iterator[str]:
     """Its gRPC address. Raises `ConfigError` if it does not start."""
@@ -47,7 +53,7 @@ def started(values: Mapping[str, Any]) -> Iterator[Embedded]:
         try:
             line = process.stdout.readline()
             if not line:
-                raise ConfigError(f"the service did not start: {said.read_text().strip()}")
+                raise ConfigError(f"the service did not start: {last_words(said.read_text())}")
             facts = json.loads(line)
             yield Embedded(facts["address"], facts["internal_address"], process.pid)
         finally:

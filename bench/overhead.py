@@ -75,9 +75,11 @@ def measure(rounds: int) -> list[Row]:
 
 
 def steady_rate(sequences: Sequence[Arrivals]) -> float:
-    """Tokens per second while all sequences run."""
+    """Tokens per second while all sequences run; 0 where they never do."""
     began = max(arrivals[0][0] for arrivals in sequences)
     ended = min(arrivals[-1][0] for arrivals in sequences)
+    if ended <= began:
+        return 0.0
     tokens = sum(count for arrivals in sequences for when, count in arrivals if began < when <= ended)
     return tokens / (ended - began)
 

@@ -25,7 +25,8 @@ from bench.embedded import serving
 from bench.measure import Sheet, console, flat, machine, table, write_csv, write_json
 from bench.serve.arrivals import Arrival, Schedule
 from bench.serve.metrics import Slo
-from bench.serve.session import LoadTest, Model, Options
+from bench.serve.record import RequestRecord
+from bench.serve.session import LoadTest, Model, Options, Run
 from bench.serve.target import GrpcTarget
 
 EVERY_PROMPT = 2048  # tokens: no prompt is too long to stay
@@ -38,6 +39,7 @@ MIXES = {"few long": "mix:96*9,1536", "many long": "mix:96*2,1536"}  # prompt to
 OUTPUT_TOKENS = "48"
 RATES = (1.0, 3.0, 6.0)  # requests a second
 LIMITS = Slo(ttft_ms=1000, itl_ms=50)
+TIGHT, LOOSE = Slo(ttft_ms=500, itl_ms=25), Slo(ttft_ms=2000, itl_ms=100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,13 +58,16 @@ class Cell:
     goodput_rps: float | None  # requests a second within the limits
     good: float | None  # the share of requests that are
     of_best: float  # that share over the best mode's
+    tight: float  # the share within tighter limits, and within looser ones
+    loose: float
 
 
 def run(seconds: float, rates: Sequence[float], out: Path, as_json: bool) -> dict[str, Any]:
     """Measure each cell for about so long, show, write; returns the document."""
     cells = list(measure(seconds, rates))
     shown = console(as_json)
-    shown.print(table(*sheet(cells)))
+    for made in (sheet(cells), win_map(cells)):
+        shown.print(table(*made))
     shared = isolation.measure()
     shown.print(table(*isolation.sheet(shared)))
     rows, cores = [flat(cell) for cell in cells], [flat(row) for row in shared]
@@ -95,7 +100,7 @@ async def _load(
     addresses: Mapping[str, str], mix: str, lengths: str, rate: float, num_requests: int
 ) -> list[Cell]:
     """All services, one after the other, at the same requests."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, Run] = {}
     for mode, address in addresses.items():
         target = GrpcTarget(address)
         try:
@@ -106,14 +111,15 @@ async def _load(
                 output_lengths=OUTPUT_TOKENS,
                 slo=LIMITS,
             )
-            found[mode] = (await LoadTest(target, Model(*await target.facts()), options).run()).summary
+            found[mode] = await LoadTest(target, Model(*await target.facts()), options).run()
         finally:
             await target.close()
-    best = max(summary["attainment"] or 0.0 for summary in found.values())
-    return [_cell(mix, rate, mode, summary, best) for mode, summary in found.items()]
+    best = max(run.summary["attainment"] or 0.0 for run in found.values())
+    return [_cell(mix, rate, mode, run, best) for mode, run in found.items()]
 
 
-def _cell(mix: str, rate: float, mode: str, summary: Mapping[str, Any], best: float) -> Cell:
+def _cell(mix: str, rate: float, mode: str, run: Run, best: float) -> Cell:
+    summary = run.summary
     ttft, itl, good = summary["ttft_ms"], summary["itl_ms"], summary["attainment"]
     return Cell(
         mix,
@@ -128,7 +134,13 @@ def _cell(mix: str, rate: float, mode: str, summary: Mapping[str, Any], best: fl
         summary["goodput_rps"],
         good,
         (good or 0.0) / best if best else 1.0,
+        _share(TIGHT, run.records),
+        _share(LOOSE, run.records),
     )
+
+
+def _share(limits: Slo, records: Sequence[RequestRecord]) -> float:
+    return sum(limits.is_met(record) for record in records) / len(records)
 
 
 def sheet(cells: Sequence[Cell]) -> Sheet:
@@ -143,9 +155,39 @@ def sheet(cells: Sequence[Cell]) -> Sheet:
         )
         for cell in cells
     ]
-    limits = f"TTFT ≤ {LIMITS.ttft_ms:g} ms, ITL p99 of a request ≤ {LIMITS.itl_ms:g} ms"
-    title = f"split, unsplit and what pays; good: {limits}"
+    title = f"split, unsplit and what pays; good: {_said(LIMITS)}"
     return Sheet(title, (*columns, "goodput/s", "good", "of best"), rows, 3)
+
+
+def win_map(cells: Sequence[Cell]) -> Sheet:
+    """Who keeps which limits at which load: shares of requests, and which of split and unsplit has more."""
+    shares: dict[tuple[str, float, str], dict[str, float]] = {}
+    for cell in cells:
+        for limits, share in ((TIGHT, cell.tight), (LIMITS, cell.good or 0.0), (LOOSE, cell.loose)):
+            shares.setdefault((cell.mix, cell.rate, _said(limits)), {})[cell.mode] = share
+    rows = [
+        (
+            *(mix, f"{rate:g}", limits),
+            *(f"{by_mode[mode]:.0%}" for mode in MODES),
+            _better(by_mode["split"], by_mode["unsplit"]),
+            _over(by_mode["auto"], max(by_mode["split"], by_mode["unsplit"])),
+        )
+        for (mix, rate, limits), by_mode in sorted(shares.items(), key=lambda item: item[0][:2])
+    ]
+    columns = ("prompts", "requests/s", "limits", *MODES, "better", "auto over better")
+    return Sheet("within which limits: where the split wins and where it loses", columns, rows, 3)
+
+
+def _said(limits: Slo) -> str:
+    return f"TTFT ≤ {limits.ttft_ms:g} ms, ITL p99 of a request ≤ {limits.itl_ms:g} ms"
+
+
+def _better(split: float, unsplit: float) -> str:
+    return "split" if split > unsplit else "unsplit" if unsplit > split else "as good"
+
+
+def _over(share: float, best: float) -> str:
+    return f"{share / best:.2f}" if best else "–"
 
 
 def _figure(value: float | None) -> str:

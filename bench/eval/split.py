@@ -8,7 +8,7 @@ from typing import Any
 from bench.eval.experiment import Chart, Findings, Series, Settings
 from bench.eval.models import parameters, target_of
 from bench.inflate import inflated_pair
-from bench.split import LIMITS, MIXES, MODES, OUTPUT_TOKENS, RATES, Cell, measure, sheet
+from bench.split import LIMITS, MIXES, MODES, OUTPUT_TOKENS, RATES, Cell, measure, sheet, win_map
 
 NAME = "split"
 TITLE = "Split against unsplit"
@@ -36,7 +36,7 @@ def run(settings: Settings) -> Findings:
     late = [f"Not measured: {missing} of {num_cells} cells: no time left."] if missing else []
     return Findings(
         tables={"rows": cells},
-        sheets=[sheet(cells)],
+        sheets=[sheet(cells), win_map(cells)],
         charts=list(_charts(subject.name, cells)),
         remarks=[setting, *(verdict(cells, mode) for mode in MODES_APART), *late],
     )

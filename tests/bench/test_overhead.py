@@ -14,6 +14,7 @@ def test_only_tokens_that_come_while_all_run_count():
     late = [(1.0, 1), (2.0, 3), (3.0, 3), (4.0, 3), (5.0, 9)]
     assert overhead.steady_rate([early, late]) == (2 + 2 + 3 + 3) / 2
     assert overhead.steady_rate([early]) == 2
+    assert overhead.steady_rate([early, [(4.0, 1), (5.0, 1)]]) == 0
 
 
 @pytest.mark.slow
