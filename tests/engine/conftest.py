@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 from tandem.engine.model_runner import ModelRunner
+from tandem.engine.native import build
 
 BASE = {
     "hidden_size": 64,
@@ -121,3 +123,15 @@ def make_runner(
         return made[key]
 
     return make
+
+
+@pytest.fixture(params=["plain", "avx512-emulated"])
+def other_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Another instruction set than this CPU's best. The code for AVX-512 runs on AVX2's instructions."""
+    isa: str = request.param
+    if isa == "avx512-emulated":
+        header = Path(__file__).with_name("avx512_emulated.h")
+        version = f"-DEMULATION=0x{hashlib.sha256(header.read_bytes()).hexdigest()[:8]}"
+        monkeypatch.setitem(build.NEEDS, isa, build.NEEDS["avx2"])
+        monkeypatch.setitem(build.ISA_FLAGS, isa, (*build.AVX2_FLAGS, "-include", str(header), version))
+    return isa
