@@ -31,9 +31,6 @@ EXIT_CONFIG = 2  # of a process that says why it cannot run
 MAX_RESTARTS = 3  # in RESTART_WINDOW_S; more is a crash loop
 RESTART_WINDOW_S = 60.0
 
-# KV chunks are allocated and freed all the time: keep their pages instead of faulting them in again.
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(64 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
-
 T = TypeVar("T")
 
 
@@ -142,7 +139,6 @@ class EmbeddedService:
             *("--log-level", self._log_level),
             stdin=PIPE,
             stdout=PIPE,
-            env={**MALLOC, **os.environ},
         )
 
     def _tell(self, worker: _Child) -> None:

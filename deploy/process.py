@@ -18,6 +18,7 @@ import threading
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
+from deploy.allocator import keep_pages
 from tandem import log
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--log-level", default="WARNING")
     options = parser.parse_args()
     log.set_up(options.worker_id or options.role, options.log_level)
+    keep_pages()
     try:
         asyncio.run(_main(options.role, ClusterConfig.from_json(options.config), options.worker_id))
     except ConfigError as error:

@@ -14,7 +14,6 @@ from ray.serve import Application
 from deploy.cluster.args import AppArgs, DeploymentArgs
 from deploy.cluster.autoscaling import with_policy
 from deploy.cluster.replicas import ROUTER, RouterReplica, WorkerReplica
-from deploy.embedded import MALLOC
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
 
@@ -55,16 +54,17 @@ def build(config: ClusterConfig, args: AppArgs) -> Application:
 
 
 def _options(config: ClusterConfig, side: DeploymentArgs, defaults: dict[str, Any]) -> dict[str, Any]:
-    """Of one deployment: our defaults, then what the operator asks for."""
-    options = {
+    """Of one deployment: our defaults, then what the operator asks for.
+
+    There is no `runtime_env` by default: with one Ray starts every process twice, and none ahead of time.
+    """
+    return {
         **COMMON,
         "graceful_shutdown_timeout_s": config.router.drain_s + STOP_MARGIN_S,
         "ray_actor_options": {"num_cpus": WORKER_CPUS},
         **defaults,
         **side.deployment_config,
     }
-    options["ray_actor_options"] = _with_environment(options["ray_actor_options"])
-    return options
 
 
 def _deployment(kind: type, name: str, options: dict[str, Any]) -> serve.Deployment:
@@ -73,10 +73,3 @@ def _deployment(kind: type, name: str, options: dict[str, Any]) -> serve.Deploym
         return decorate(kind)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"deployment_config of {name}: {error}") from error
-
-
-def _with_environment(actor: dict[str, Any]) -> dict[str, Any]:
-    """The actor's options with the allocator settings that every process of ours runs with."""
-    runtime = dict(actor.get("runtime_env") or {})
-    runtime["env_vars"] = {**MALLOC, **runtime.get("env_vars", {})}
-    return {**actor, "runtime_env": runtime}

@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
+from deploy.allocator import keep_pages
 from tandem import log
 from tandem.audit import fetch_audit
 from tandem.config import ClusterConfig
@@ -52,6 +53,7 @@ class RouterReplica:
         from router.server import Router
 
         log.set_up("router", log_level)
+        keep_pages()
         settings = self._settings = ClusterConfig.from_json(config)
         self._host = settings.router.host
         self._store = EmbeddedStore(settings, leave_process)
@@ -107,6 +109,7 @@ class WorkerReplica:
         context = serve.get_replica_context()
         worker_id = f"{role}-{context.replica_id.unique_id}"
         log.set_up(worker_id, log_level)
+        keep_pages()
         self._settings = ClusterConfig.from_json(config)
         self._router = serve.get_deployment_handle(ROUTER, app_name=context.app_name)
         self._network = network

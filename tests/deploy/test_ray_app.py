@@ -17,7 +17,6 @@ from deploy.app import app
 from deploy.cluster.application import STOP_MARGIN_S, build
 from deploy.cluster.args import AppArgs
 from deploy.cluster.autoscaling import DecodePolicy, PrefillPolicy
-from deploy.embedded import MALLOC
 from router.balance import Demand
 from tandem.config import ClusterConfig, SecurityConfig
 from tandem.errors import ConfigError
@@ -40,12 +39,12 @@ def test_the_graph_has_a_router_and_both_kinds_of_worker():
     assert settings.model.path == tiny_llama()
 
 
-def test_every_replica_has_time_to_drain_and_the_allocator_settings_of_the_embedded_mode():
+def test_every_replica_has_time_to_drain_and_a_process_that_ray_need_not_prepare():
     settings = ClusterConfig()
     for deployment in deployments(build(settings, AppArgs())).values():
         config = deployment._deployment_config
         assert config.graceful_shutdown_timeout_s == settings.router.drain_s + STOP_MARGIN_S
-        assert deployment.ray_actor_options["runtime_env"]["env_vars"].items() >= MALLOC.items()
+        assert not deployment.ray_actor_options.get("runtime_env")
 
 
 def test_what_the_operator_asks_for_goes_to_serve():
