@@ -27,7 +27,7 @@ from tandem.client import TandemClient
 from tandem.sampling import SamplingParams
 
 BATCHES = (1, 4, 8)
-PROMPT_TOKENS, OUTPUT_TOKENS = 128, 256
+PROMPT_TOKENS, OUTPUT_TOKENS = 128, 512
 SAMPLING = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
 Arrivals = list[tuple[float, int]]  # when tokens of one sequence came, and how many
 

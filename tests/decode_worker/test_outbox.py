@@ -7,6 +7,7 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from decode_worker import outbox
 from decode_worker.outbox import Outbox
 from decode_worker.sequence import Started
 from tandem.errors import Unavailable
@@ -39,15 +40,15 @@ def test_whatever_is_taken_when_every_sequence_is_told_the_same(choices) -> None
 
     async def run() -> None:
         put = [(key, Started(0, 0)) for key in KEYS]
-        outbox, messages, waiting = Outbox(), [], True
-        outbox.put(put)
+        box, messages, waiting = Outbox(), [], True
+        box.put(put)
         for choice in [*choices, None]:
             if choice is not None:
                 put.append((KEYS[choice], token(len(put))))
-                outbox.put(put[-1:])
+                box.put(put[-1:])
                 waiting = True
             elif waiting:
-                messages.append(await outbox.take())
+                messages.append(await box.take())
                 waiting = False
         got = [event for message in messages for event in message]
         assert flat(got) == flat(put)
@@ -59,10 +60,10 @@ def test_whatever_is_taken_when_every_sequence_is_told_the_same(choices) -> None
 
 
 async def test_counts_and_ends_survive_the_merge() -> None:
-    outbox = Outbox()
-    outbox.put([(KEYS[0], token(1))])
-    outbox.put([(KEYS[0], token(2)._replace(finish=FinishReason.LENGTH)), (KEYS[2], Unavailable.draining())])
-    (_, merged), (key, failed) = await outbox.take()
+    box = Outbox()
+    box.put([(KEYS[0], token(1))])
+    box.put([(KEYS[0], token(2)._replace(finish=FinishReason.LENGTH)), (KEYS[2], Unavailable.draining())])
+    (_, merged), (key, failed) = await box.take()
     assert merged.token_ids == (1, 2)
     assert (merged.drafted, merged.accepted, merged.finish) == (4, 2, FinishReason.LENGTH)
     assert key == KEYS[2]
@@ -70,7 +71,39 @@ async def test_counts_and_ends_survive_the_merge() -> None:
 
 
 async def test_nothing_is_taken_after_the_end() -> None:
-    outbox = Outbox()
-    outbox.put([(KEYS[0], token(1))])
-    outbox.close()
-    assert await outbox.take() is None
+    box = Outbox()
+    box.put([(KEYS[0], token(1))])
+    box.close()
+    assert await box.take() is None
+
+
+async def test_further_tokens_wait_for_those_of_the_next_moment() -> None:
+    box, loop = Outbox(), asyncio.get_running_loop()
+    box.put([(KEYS[0], token(1))])
+    await box.take()
+    began_s = loop.time()
+    box.put([(KEYS[0], token(2))], is_pressing=False)
+    taking = asyncio.create_task(box.take())
+    await asyncio.sleep(0)
+    box.put([(KEYS[0], token(3))], is_pressing=False)
+    [(_, merged)] = await taking
+    assert merged.token_ids == (2, 3)
+    assert loop.time() - began_s >= 0.9 * outbox.PACE_S
+
+
+async def test_what_presses_takes_further_tokens_along(monkeypatch) -> None:
+    """So does the end; and nobody waits when no message has left for a while."""
+    box, patience_s = Outbox(), 10
+    box.put([(KEYS[0], token(1))], is_pressing=False)
+    async with asyncio.timeout(patience_s):
+        await box.take()
+    monkeypatch.setattr(outbox, "PACE_S", 10 * patience_s)
+    for last_word in (lambda: box.put([(KEYS[1], Started(0, 0))]), box.close):
+        box.put([(KEYS[0], token(2))], is_pressing=False)
+        taking = asyncio.create_task(box.take())
+        await asyncio.sleep(0.01)
+        assert not taking.done()
+        last_word()
+        async with asyncio.timeout(patience_s):
+            taken = await taking
+    assert taken is None

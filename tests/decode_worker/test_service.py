@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import grpc
 import pytest
 
+from decode_worker import outbox
 from decode_worker.service import DecodeServicer
 from tandem import rpc
 from tandem.output import OutputDelta
@@ -138,6 +139,22 @@ async def test_one_message_per_step_holds_all_of_a_routers_sequences():
             assert [event.request_id for event in second.messages[-1].events] == ["x"]
         gate.open()
         await second.output("x")
+
+
+async def test_tokens_between_the_first_and_the_last_travel_together(monkeypatch):
+    """Where steps are faster than messages are worth; a beginning, a first token and an end never wait."""
+    monkeypatch.setattr(outbox, "PACE_S", 60.0)
+    gate = Gate()
+    async with serving(forward=gate) as (_, connect):
+        router = connect()
+        await router.start(make_order("a", max_tokens=9))
+        await router.started("a")
+        gate.let()
+        first = (await router.next("a")).output.token_ids
+        assert len(first) == 1
+        gate.open()
+        assert (*first, *await router.output("a")) == greedy(prompt_of(20), 9)[1:]
+        assert len(router.messages) == 3
 
 
 async def test_a_cancelled_sequence_leaves_and_the_others_go_on():
