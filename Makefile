@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 PROTO_VENV := .venv-proto
 PROTO_STAMP := $(PROTO_VENV)/.installed
 
-.PHONY: setup proto proto-check lint type test test-fast test-long test-ray redis e2e bench demo serve models clean
+.PHONY: setup proto proto-check lint type test test-fast test-long test-ray redis e2e bench bench-gpu demo serve models clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,7 +14,7 @@ help:
 	@echo "make demo    send eight prompts through the whole path and stop"
 	@echo "make test    run the tests           make test-fast   only the quick ones"
 	@echo "make test-ray  the tests that start Ray clusters   make test-long  a few at full size"
-	@echo "make lint type proto setup bench e2e models"
+	@echo "make lint type proto setup bench bench-gpu e2e models"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tandem needs Python 3.11 or newer; set PYTHON=python3.11")'
@@ -65,6 +65,10 @@ e2e: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench.service
+
+# On a GPU; everything but CUDA: make bench-gpu ARGS='--device cpu --shape tiny'
+bench-gpu: $(STAMP)
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 demo: $(STAMP)
 	@$(BIN)/tandem demo

@@ -76,9 +76,10 @@ def run(options: Options, as_json: bool) -> dict[str, Any]:
     """
     torch.set_num_threads(options.threads)
     path = checkpoint(options.shape)
-    shown, found, skipped = console(as_json), limits(options.threads), []
+    shown, found = console(as_json), limits(options.threads)
     geometry = ModelGeometry.from_path(path)
     rows: list[Row] = []
+    skipped: list[str] = []
     with ExitStack() as stack, Meter("peers", sum(map(len, CELLS.values()))) as meter:
         others = _others(path, options, stack, skipped)
         for prompt_tokens, batches in CELLS.items():

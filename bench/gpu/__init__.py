@@ -1,0 +1,1 @@
+"""`make bench-gpu`: the engine on a GPU beside transformers, without a service."""
