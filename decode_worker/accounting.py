@@ -29,7 +29,12 @@ def account(sequence: DecodeSequence, advance: Advance) -> Event:
             break
     assert news is not None
     usage = sequence.speculated if sequence.is_finished and sequence.speculated.num_steps else None
-    return news._replace(drafted=advance.num_drafted, accepted=advance.num_accepted, speculation=usage)
+    return news._replace(
+        drafted=advance.num_drafted,
+        accepted=advance.num_accepted,
+        speculation=usage,
+        cached=sequence.take_hit(),
+    )
 
 
 def failure_in(batch: Sequence[DecodeSequence], error: Exception) -> TandemError:

@@ -7,6 +7,7 @@ thread.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -16,16 +17,19 @@ from tandem.engine.batch import SequenceRows
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import Sampler
 from tandem.profiling.spans import span
+from tandem.token_cost import TokenCost
 
 ALONE = 4  # times the chunk where no sequence waits for its next token
 
 
 class LocalPrefill:
-    """The line of such prompts, first come, first served. `chunk_tokens` bounds the rows of a forward."""
+    """The line of such prompts, first come, first served. `chunk_tokens` bounds the rows of a forward; `cost`
+    learns from each."""
 
-    def __init__(self, model: ModelRunner, chunk_tokens: int) -> None:
+    def __init__(self, model: ModelRunner, chunk_tokens: int, cost: TokenCost | None = None) -> None:
         self._model = model
         self._chunk_tokens = chunk_tokens
+        self._cost = cost or TokenCost()
         self._sampler = Sampler()
         self._line: deque[DecodeSequence] = deque()
 
@@ -57,7 +61,9 @@ class LocalPrefill:
         for sequence in chosen:
             rows.append(self._rows(sequence, min(sequence.num_left, room)))
             room -= len(rows[-1].token_ids)
+        began_s = time.monotonic()
         logits = self._model.forward(self._model.batch(rows))
+        self._cost.observe(self._room(is_alone) - room, time.monotonic() - began_s)
         for sequence, part in zip(chosen, rows, strict=True):
             sequence.num_computed += len(part.token_ids)
         complete = [sequence for sequence in chosen if not sequence.num_left]

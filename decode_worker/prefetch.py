@@ -70,13 +70,14 @@ class Prefetches:
 
     async def fetch(self, sequence: DecodeSequence) -> Started | None:
         """Give the sequence its blocks with its KV in them, fetching what did not come before. None if there
-        is no KV of it.
+        is no KV of it, or only that of its beginning.
 
         Raises NO_MEMORY_FIT_NOW and what `KvRestorer.restore` raises; the sequence keeps its blocks.
         """
         if sequence.handle is None:
             sequence.blocks = await self._reservations.take(sequence.work)
             sequence.num_computed = self._pool.num_shared(*sequence.work.key) * self._pool.block_size
+            await self._restorer.restore_beginning(sequence)
             return None
         prefetch = await self._join(sequence.work)
         if prefetch is None or not prefetch.blocks:

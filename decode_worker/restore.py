@@ -11,17 +11,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import aclosing, contextmanager
 
+from decode_worker.beginnings import StoredBeginnings, place_chunk
 from decode_worker.sequence import DecodeSequence, Started
 from kvstore.client import KvClient
 from kvstore.key import KvHandle, object_id_of
 from kvstore.records import ObjectHeader
 from tandem.engine.block_pool import BlockPool
-from tandem.engine.kv_transfer import import_kv
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import FailedPrecondition, TandemError
 from tandem.prefix_usage import PrefixReport
 from tandem.profiling.spans import beside
-from tandem.threads import to_thread_to_end
+from tandem.token_cost import TokenCost
 from tandem.work import Work
 
 log = logging.getLogger(__name__)
@@ -39,12 +39,14 @@ class KvRestorer:
         draft_cache: PagedCache | None = None,
         codec: str = "raw",
         report: PrefixReport | None = None,
+        beginnings: StoredBeginnings | None = None,
     ) -> None:
         self._client = client
         self._cache = cache
         self._pool = pool
         self._draft_cache = draft_cache
         self._report = report
+        self._beginnings = beginnings
         self._codec = codec  # the writer's too: it is part of the fingerprint. auto: each header says
 
     @property
@@ -81,6 +83,22 @@ class KvRestorer:
             done_ns = time.monotonic_ns()
         return Started(started_ns - sequence.arrived_ns, done_ns - started_ns)
 
+    async def restore_beginning(self, sequence: DecodeSequence) -> None:
+        """Place what the stores have of a prompt that comes without KV; the rest is computed."""
+        if self._beginnings is not None and self._beginnings.may_help(sequence):
+            with self._held(sequence.work):
+                await self._beginnings.restore(sequence)
+
+    @property
+    def token_cost(self) -> TokenCost | None:
+        """What computing a prompt token takes here, for those who learn it; None where nobody asks."""
+        return self._beginnings.cost if self._beginnings is not None else None
+
+    async def close(self) -> None:
+        """Let go of other stores."""
+        if self._beginnings is not None:
+            await self._beginnings.close()
+
     @contextmanager
     def _held(self, work: Work) -> Iterator[None]:
         self._pool.hold(work.request_id, HOLD, generation=work.epoch)
@@ -104,12 +122,9 @@ class KvRestorer:
                 coding = self._coding_of(headers[0])
                 began_ns = time.monotonic_ns()
                 num_bytes += len(payload)
-                skip = max(0, first - chunk.block_start)
-                chosen = blocks[chunk.block_start + skip : chunk.block_start + chunk.num_blocks]
-                payload = payload[skip * (len(payload) // chunk.num_blocks) :]
-                await to_thread_to_end(
-                    import_kv, cache, chosen, payload, chunk.layer_start, chunk.num_layers, *coding
-                )
+                start = chunk.block_start
+                chosen = blocks[start : start + chunk.num_blocks]
+                await place_chunk(cache, chosen, first - start, chunk, payload, *coding)
                 spent_ns += time.monotonic_ns() - began_ns
         if first and self._report is not None:
             self._report.num_bytes += handle.num_bytes - num_bytes

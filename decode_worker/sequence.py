@@ -12,6 +12,7 @@ from tandem.engine.rng import Stream
 from tandem.engine.sampling_state import SamplingState
 from tandem.errors import TandemError
 from tandem.output import OutputDelta, OutputStream
+from tandem.prefix_usage import NO_HIT, PrefixHit
 from tandem.speculation import SpeculationPolicy
 from tandem.speculation_usage import SpeculationUsage
 from tandem.work import Work
@@ -48,6 +49,7 @@ class DecodeSequence:
     blocks: list[int] = field(default_factory=list)
     arrived_ns: int = field(default_factory=time.monotonic_ns)
     num_draft_computed: int = 0  # tokens whose KV came for the draft model, too
+    hit: PrefixHit = NO_HIT  # what stores had of a prompt that is computed here; said with its first token
     num_computed: int = field(init=False)
     next_token: int = field(init=False)
     token_ids: list[int] = field(init=False)  # prompt and output; the last one is `next_token`
@@ -88,6 +90,11 @@ class DecodeSequence:
         return SequenceRows(
             token_ids=(self.next_token,), start=self.num_computed, block_table=self.blocks, num_logits=1
         )
+
+    def take_hit(self) -> PrefixHit:
+        """To be said once."""
+        hit, self.hit = self.hit, NO_HIT
+        return hit
 
     def advance(self, token_id: int) -> None:
         """The KV of `next_token` is in the cache, and this token comes after it."""

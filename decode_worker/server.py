@@ -8,6 +8,7 @@ from functools import partial
 
 import grpc
 
+from decode_worker.beginnings import StoredBeginnings
 from decode_worker.decoder import Decoder
 from decode_worker.drafting import make_decoder
 from decode_worker.restore import KvRestorer
@@ -15,7 +16,9 @@ from decode_worker.reuse import BlockNames, Reuse
 from decode_worker.service import DecodeServicer
 from decode_worker.worker import DecodeWorker
 from kvstore.client import KvClient
+from kvstore.elsewhere import Elsewhere
 from kvstore.pieces import PieceFormat, Pieces
+from kvstore.prefix_reader import PrefixReader
 from tandem.config import ClusterConfig
 from tandem.draft_checkpoint import usable_draft
 from tandem.engine.cores import Cores, cores_of
@@ -39,11 +42,13 @@ class DecodeServer:
         self,
         host: WorkerHost,
         worker: DecodeWorker,
+        restorer: KvRestorer,
         store: grpc.aio.Channel,
         kernels: str,
         profiler: Profiler | None = None,
     ) -> None:
         self._host = host
+        self._restorer = restorer
         self._store = store
         self.worker = worker
         self.kernels = kernels  # what runs the model, for operators
@@ -69,14 +74,15 @@ class DecodeServer:
         plane = InternalPlane.of(config)
         store_channel = plane.channel(router_address)
         client = KvClient(store_channel, config.kvstore)
-        reuse, report = _reuse(config, engine, client, fingerprint)
+        reuse, beginnings, report = _reuse(config, engine, client, fingerprint)
+        restorer = _restorer(config, engine, client, report, beginnings)
         cores = cores_of(config.cores, config.decode.threads)
         worker = DecodeWorker(
             config.decode,
             engine.model.called("prefill"),
             engine.pool,
             Tokenizer.from_dir(config.model.path),
-            _restorer(config, engine, client, report),
+            restorer,
             decoder,
             reuse,
             cores,
@@ -89,7 +95,8 @@ class DecodeServer:
             partial(_load, engine, worker, decoder, cores, report),
             worker.audit,
         )
-        return cls(host, worker, store_channel, engine.describe(), profiler_of(config, worker_id, engine))
+        profiler = profiler_of(config, worker_id, engine)
+        return cls(host, worker, restorer, store_channel, engine.describe(), profiler)
 
     @property
     def address(self) -> str:
@@ -104,6 +111,7 @@ class DecodeServer:
         """Leave the router, end what runs, close."""
         await self._host.stop()
         await self.worker.stop()
+        await self._restorer.close()
         if self._profiler is not None:
             await asyncio.to_thread(self._profiler.close)
         await self._store.close()
@@ -123,22 +131,29 @@ def _load(
 
 
 def _restorer(
-    config: ClusterConfig, engine: Engine, client: KvClient, report: PrefixReport | None
+    config: ClusterConfig,
+    engine: Engine,
+    client: KvClient,
+    report: PrefixReport | None,
+    beginnings: StoredBeginnings | None,
 ) -> KvRestorer:
-    own = _own_cache(engine)
-    return KvRestorer(client, engine.model.cache, engine.pool, own, config.kvstore.codec, report)
+    own, codec = _own_cache(engine), config.kvstore.codec
+    return KvRestorer(client, engine.model.cache, engine.pool, own, codec, report, beginnings)
 
 
 def _reuse(
     config: ClusterConfig, engine: Engine, client: KvClient, fingerprint: bytes
-) -> tuple[Reuse, PrefixReport | None]:
+) -> tuple[Reuse, StoredBeginnings | None, PrefixReport | None]:
     """What is used again here, and what that brings; no report where nothing is."""
-    report = PrefixReport()
-    form = PieceFormat.of(config, engine.model.geometry, fingerprint)
-    pieces = Pieces(client, form, report) if config.kvstore.publish == "all" else None
+    report, beginnings = PrefixReport(), None
+    pieces = Pieces(client, PieceFormat.of(config, engine.model.geometry, fingerprint), report)
+    if config.cache.prefix_bytes > 0:
+        reader = PrefixReader(client, pieces, Elsewhere.of(config, pieces))
+        beginnings = StoredBeginnings(reader, engine.model.cache, engine.pool)
     keeps = config.cache.keep_blocks
     names = BlockNames(config.cache.block_size, report) if keeps else None
-    return Reuse(pieces, names), report if pieces or names else None
+    published = pieces if config.kvstore.publish == "all" else None
+    return Reuse(published, names), beginnings, report if beginnings or names else None
 
 
 def _own_cache(engine: Engine) -> PagedCache | None:

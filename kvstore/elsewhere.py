@@ -16,8 +16,8 @@ from kvstore.client import KvClient
 from kvstore.index import IndexDown, PrefixIndex
 from kvstore.index_entry import Place
 from kvstore.key import KvHandle
-from kvstore.pieces import PieceFormat
-from tandem.config import KvStoreConfig
+from kvstore.pieces import PieceFormat, Pieces
+from tandem.config import ClusterConfig, KvStoreConfig
 from tandem.errors import TandemError
 from tandem.internal import InternalPlane
 
@@ -47,6 +47,14 @@ class Elsewhere:
         self._config = config
         self._stores: OrderedDict[str, tuple[grpc.aio.Channel, KvClient]] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @classmethod
+    def of(cls, config: ClusterConfig, pieces: Pieces) -> Elsewhere | None:
+        """None where stores share no index."""
+        if not config.kvstore.index.url:
+            return None
+        index = PrefixIndex(config.kvstore.index, pieces.report.index)
+        return cls(index, pieces.form, config.kvstore, InternalPlane.of(config))
 
     async def find(self, tenant: str, object_ids: Sequence[bytes]) -> list[PieceElsewhere]:
         """Where these pieces are, up to the first that nobody has. An index that is slow or gone has none."""

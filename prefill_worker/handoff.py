@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 
 from kvstore.client import KvClient
 from kvstore.elsewhere import Elsewhere
-from kvstore.index import PrefixIndex
 from kvstore.key import KvHandle
 from kvstore.pieces import PieceFormat, Pieces
+from kvstore.prefix_reader import PrefixReader
 from prefill_worker.job import KvOpened, PrefillJob
 from prefill_worker.link_codec import LinkCodec
 from prefill_worker.prefixes import PrefixCache
@@ -31,7 +31,6 @@ from tandem.engine.block_pool import BlockPool
 from tandem.engine.loading import Engine
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import Internal, TandemError
-from tandem.internal import InternalPlane
 
 log = logging.getLogger(__name__)
 HOLD = "handoff"
@@ -65,16 +64,9 @@ class HandoffContext:
         overlap, kept = config.kvstore.overlap_tokens, None
         if config.cache.prefix_bytes > 0:
             pieces = Pieces(client, PieceFormat.of(config, cache.geometry, fingerprint))
-            kept = PrefixCache(client, cache, pieces, _elsewhere(config, pieces))
+            reader = PrefixReader(client, pieces, Elsewhere.of(config, pieces))
+            kept = PrefixCache(cache, pieces, reader)
         return cls(client, cache, engine.pool, form, overlap, draft_cache, kept)
-
-
-def _elsewhere(config: ClusterConfig, pieces: Pieces) -> Elsewhere | None:
-    """Other stores' pieces, where there is an index of them."""
-    if not config.kvstore.index.url:
-        return None
-    index = PrefixIndex(config.kvstore.index, pieces.report.index)
-    return Elsewhere(index, pieces.form, config.kvstore, InternalPlane.of(config))
 
 
 async def release_handle(client: KvClient, handle: KvHandle) -> None:

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from prefill_worker.job import PrefillJob
-from prefill_worker.token_cost import TokenCost
 from tandem.engine.batch import SequenceRows
 from tandem.engine.decoder import Batch
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import BadLogits, SampledToken, Sampler
 from tandem.engine.work_state import sampling_state
 from tandem.profiling.spans import span, traced
+from tandem.token_cost import TokenCost
 
 log = logging.getLogger(__name__)
 

@@ -190,9 +190,9 @@ class Dispatcher:
         self.pump()
 
     def learn(self, plan: Plan, timings: Timings, num_restored: int) -> None:
-        """An attempt has gone well, and this is what its stages took. Prefill has restored so many tokens."""
+        """An attempt has gone well, and this is what its stages took. So many tokens came from a store."""
         if plan.decision.is_local:
-            tokens = plan.needs.prefill_tokens - plan.num_kept
+            tokens = plan.needs.prefill_tokens - plan.num_kept - num_restored
         elif timings.kv_read_ms:
             tokens = plan.waiting_tokens - num_restored
         else:  # ended by its first token

@@ -42,9 +42,9 @@ class IndexReport:
 
 @dataclass(slots=True)
 class PrefixReport:
-    """Sums since a worker started. Prefill workers restore and publish, decode workers only publish."""
+    """Sums since a worker started. A decode worker restores prompts that come without KV."""
 
-    num_prompts: int = 0  # that are long enough to look for
+    num_prompts: int = 0  # that are long enough to look for; where blocks are kept too, each place counts
     num_hits: int = 0  # prompts of which something was restored
     num_tokens: int = 0  # restored and not computed
     num_bytes: int = 0

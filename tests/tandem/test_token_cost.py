@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill_worker.token_cost import TokenCost
+from tandem.token_cost import TokenCost
 
 
 @given(
