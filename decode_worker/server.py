@@ -58,16 +58,7 @@ class DecodeServer:
     async def start(cls, config: ClusterConfig, worker_id: str, router: Awaitable[str]) -> DecodeServer:
         """Load the model, serve, register. The router, which hosts the store too, may become known while
         the model loads."""
-        draft_path = usable_draft(config)
-        engine = await asyncio.to_thread(
-            load_engine,
-            config,
-            worker_id,
-            config.cache.decode_bytes,
-            config.decode.threads,
-            draft_path,
-            kv_dtype=config.kv_dtypes.decode,
-        )
+        engine = await asyncio.to_thread(_engine, config, worker_id)
         decoder = await asyncio.to_thread(make_decoder, config.speculation, engine)
         fingerprint = model_fingerprint(config)
         router_address = await router
@@ -115,6 +106,12 @@ class DecodeServer:
         if self._profiler is not None:
             await asyncio.to_thread(self._profiler.close)
         await self._store.close()
+
+
+def _engine(config: ClusterConfig, worker_id: str) -> Engine:
+    draft, kv_dtype = usable_draft(config), config.kv_dtypes.decode
+    budget_bytes, threads = config.cache.decode_bytes, config.decode.threads
+    return load_engine(config, worker_id, budget_bytes, threads, draft, kv_dtype=kv_dtype)
 
 
 def _load(

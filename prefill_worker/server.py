@@ -14,7 +14,7 @@ from prefill_worker.worker import PrefillWorker
 from tandem.config import ClusterConfig
 from tandem.draft_checkpoint import usable_draft
 from tandem.engine.cores import cores_of
-from tandem.engine.loading import load_engine
+from tandem.engine.loading import Engine, load_engine
 from tandem.engine.profiler import Profiler, profiler_of
 from tandem.fingerprint import model_fingerprint
 from tandem.internal import InternalPlane
@@ -46,19 +46,7 @@ class PrefillServer:
     async def start(cls, config: ClusterConfig, worker_id: str, router: Awaitable[str]) -> PrefillServer:
         """Load the model, serve, register. The router, which hosts the store too, may become known while
         the model loads."""
-        reads_for_draft = config.speculation.draft_prefill == "prefill_worker"
-        draft_path = usable_draft(config) if reads_for_draft else None
-        budget_bytes, threads = config.cache.prefill_bytes, config.prefill.threads
-        engine = await asyncio.to_thread(
-            load_engine,
-            config,
-            worker_id,
-            budget_bytes,
-            threads,
-            draft_path,
-            shares_weights=False,
-            kv_dtype=config.kv_dtypes.prefill,
-        )
+        engine = await asyncio.to_thread(_engine, config, worker_id)
         fingerprint = model_fingerprint(config)
         router_address = await router
         plane = InternalPlane.of(config)
@@ -107,3 +95,13 @@ class PrefillServer:
         if self._profiler is not None:
             await asyncio.to_thread(self._profiler.close)
         await self._store.close()
+
+
+def _engine(config: ClusterConfig, worker_id: str) -> Engine:
+    reads_for_draft = config.speculation.draft_prefill == "prefill_worker"
+    draft = usable_draft(config) if reads_for_draft else None
+    budget_bytes, threads = config.cache.prefill_bytes, config.prefill.threads
+    kv_dtype = config.kv_dtypes.prefill
+    return load_engine(
+        config, worker_id, budget_bytes, threads, draft, shares_weights=False, kv_dtype=kv_dtype
+    )
