@@ -22,7 +22,7 @@ from tandem.engine.transformers_decoder import ATTENTION, TransformersDecoder
 from tandem.geometry import ModelGeometry, num_blocks
 
 BLOCK_SIZE = 16
-SHAPES: dict[str, dict[str, int | bool]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 300},
         **{"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True},
@@ -49,7 +49,7 @@ class RandomModel:
             **SHAPES[shape], max_position_embeddings=8192, bos_token_id=None, eos_token_id=None
         )
         with torch.device(device):
-            self._model: Any = LlamaForCausalLM._from_config(
+            self._model: Any = LlamaForCausalLM._from_config(  # type: ignore[no-untyped-call]
                 config, dtype=getattr(torch, self.dtype), attn_implementation=ATTENTION
             )
         self._model.eval().requires_grad_(False)
