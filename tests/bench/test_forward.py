@@ -25,7 +25,8 @@ LIMITS = Limits(bytes_per_s=1e9, flops=1e10)
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
+    """Its checkpoint in a folder of its own; kernels stay where they are, compiled."""
+    monkeypatch.setattr(shapes, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
     return shapes.checkpoint("tiny")
 

@@ -148,7 +148,7 @@ def test_a_draft_is_a_tenth_of_its_target(to) -> None:
 
 @pytest.mark.slow
 def test_the_pair_of_the_benchmark_computes_the_same_and_is_made_once(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("bench.inflate.cache_folder", lambda: tmp_path / "cache")
     pair = inflated_pair("111m")
     stamps = [path.stat().st_mtime_ns for path in pair]
     assert inflated_pair("111m") == pair
