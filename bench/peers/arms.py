@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.utils import logging
 
 from bench.inflate import Pair
@@ -21,7 +22,10 @@ from bench.openvino.peer import OpenVino
 from bench.speculation.rig import Rig, Setup
 from bench.speculation.text import Tokens
 from bench.vllm.peer import VLlm
+from tandem.geometry import num_blocks
 from tandem.sampling import SamplingParams
+
+PAGE_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +78,32 @@ class Transformers:
         return Phases(first_s, whole_s - first_s)
 
     def _complete(self, prompts: Sequence[Tokens], num_tokens: int) -> float:
-        ids = torch.tensor([list(prompt) for prompt in prompts])
+        ids = [list(prompt) for prompt in prompts]
         began_s = time.perf_counter()
-        with torch.inference_mode():
-            self._model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=num_tokens,
-                min_new_tokens=num_tokens,
-                do_sample=False,
-                pad_token_id=0,
-            )
+        self._generate(ids, _exactly(num_tokens))
         return time.perf_counter() - began_s
+
+    def _generate(self, ids: list[list[int]], config: GenerationConfig) -> None:
+        batch = torch.tensor(ids)
+        with torch.inference_mode():
+            self._model.generate(batch, attention_mask=torch.ones_like(batch), generation_config=config)
+
+
+class TransformersBatching(Transformers):
+    """`generate_batch`: continuous batching over a paged cache, which every call sets up anew."""
+
+    def _generate(self, ids: list[list[int]], config: GenerationConfig) -> None:
+        config.eos_token_id = -1  # it knows no least number of tokens
+        pages = len(ids) * num_blocks(len(ids[0]) + self._output_tokens, PAGE_TOKENS)
+        room = ContinuousBatchingConfig(
+            num_blocks=pages, page_size=PAGE_TOKENS, max_batch_tokens=len(ids) * len(ids[0])
+        )
+        self._model.generate_batch(ids, generation_config=config, continuous_batching_config=room)
+
+
+def _exactly(num_tokens: int) -> GenerationConfig:
+    ends = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
+    return GenerationConfig(do_sample=False, pad_token_id=0, **ends)  # type: ignore[no-untyped-call]
 
 
 class OpenVinoArm:

@@ -26,7 +26,7 @@ from bench.measure import (
 )
 from bench.openvino import peer as openvino_peer
 from bench.openvino.peer import Pipeline
-from bench.peers.arms import Arm, OpenVinoArm, Phases, Tandem, Transformers, VLlmArm
+from bench.peers.arms import Arm, OpenVinoArm, Phases, Tandem, Transformers, TransformersBatching, VLlmArm
 from bench.profile import record
 from bench.shapes import checkpoint
 from bench.speculation.text import Tokens
@@ -112,7 +112,10 @@ def _everybody(path: Path, prompt_tokens: int, most: int, threads: int) -> dict[
         f"Tandem {name}": Tandem(path, quantization, most, prompt_tokens, OUTPUT_TOKENS, threads)
         for name, quantization in PRECISIONS.items()
     }
-    return systems | {"transformers fp32": Transformers(path, OUTPUT_TOKENS)}
+    return systems | {
+        "transformers fp32": Transformers(path, OUTPUT_TOKENS),
+        "transformers generate_batch fp32": TransformersBatching(path, OUTPUT_TOKENS),
+    }
 
 
 def _pipelines(path: Path) -> dict[str, Pipeline]:

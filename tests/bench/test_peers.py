@@ -9,7 +9,7 @@ import pytest
 from bench import shapes
 from bench.measure import Limits, Spread
 from bench.peers import run as peers
-from bench.peers.arms import Phases
+from bench.peers.arms import Phases, TransformersBatching
 from bench.peers.run import Options, Row
 from tandem.errors import ConfigError
 from tandem.geometry import ModelGeometry
@@ -65,7 +65,8 @@ def test_a_run_writes_every_system_of_every_cell(tiny, tmp_path, monkeypatch, ca
     missing, profile = tmp_path / "python", tmp_path / "profile"
     peers.run(Options("tiny", 1, 1, missing, tmp_path / "out", missing, profile), as_json=False)
     document = json.loads((tmp_path / "out" / "peers.json").read_text())
-    systems = ["Tandem fp16", "Tandem int8", "Tandem nf4", "transformers fp32"]
+    systems = ["Tandem fp16", "Tandem int8", "Tandem nf4"]
+    systems += ["transformers fp32", "transformers generate_batch fp32"]
     assert [(row["batch"], row["system"]) for row in document["rows"]] == [
         (b, s) for b in (1, 2) for s in systems
     ]
@@ -74,6 +75,20 @@ def test_a_run_writes_every_system_of_every_cell(tiny, tmp_path, monkeypatch, ca
     assert "Tandem and the limits" in capsys.readouterr().out
     assert "dequantize" in (profile / "tandem-nf4-16.txt").read_text()
     assert (profile / "tandem-fp16-16.trace.json").exists()
+
+
+def test_generate_batch_brings_every_token(tiny, monkeypatch):
+    arm, brought = TransformersBatching(tiny, 5), []
+    generate_batch = arm._model.generate_batch
+
+    def spy(*args, **options):
+        found = generate_batch(*args, **options)
+        brought.extend(len(each.generated_tokens) for each in found.values())
+
+    monkeypatch.setattr(arm._model, "generate_batch", spy)
+    phases = arm([tuple(range(3, 40)), tuple(range(50, 87))])
+    assert brought == [1, 1, 5, 5]
+    assert phases.prefill_s > 0
 
 
 def test_vllm_is_one_more_system_where_a_python_has_it(tiny, tmp_path, monkeypatch):
