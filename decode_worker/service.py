@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from decode_worker.outbox import Outbox
+from decode_worker.outbox import Key, Outbox
 from decode_worker.sequence import DecodeSequence, Event, Started
 from decode_worker.worker import DecodeWorker
 from kvstore.key import KvHandle
@@ -38,7 +38,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
         reader = asyncio.ensure_future(session.read(request_iterator))
         try:
             while (news := await session.outbox.take()) is not None:
-                yield pb.DecodeResponse(events=[_to_pb(key, event) for key, event in news])
+                yield _to_pb(news)
             await reader
         finally:
             reader.cancel()
@@ -51,9 +51,9 @@ class Session:
     def __init__(self, worker: DecodeWorker, fingerprint: bytes) -> None:
         self._worker = worker
         self._fingerprint = fingerprint
-        self._sequences: dict[tuple[str, int], DecodeSequence] = {}
-        self._prefetched: set[tuple[str, int]] = set()  # and not started
-        self._silent: set[tuple[str, int]] = set()  # sequences of which no token has come yet
+        self._sequences: dict[Key, DecodeSequence] = {}
+        self._prefetched: set[Key] = set()  # and not started
+        self._silent: set[Key] = set()  # sequences of which no token has come yet
         self.outbox = Outbox()
 
     async def read(self, requests: AsyncIterator[pb.DecodeRequest]) -> None:
@@ -106,7 +106,7 @@ class Session:
                 self._prefetched.add(work.key)
                 self._worker.prefetch(work, handle)
 
-    def _cancel(self, key: tuple[str, int]) -> None:
+    def _cancel(self, key: Key) -> None:
         if key in self._prefetched:
             self._prefetched.discard(key)
             self._worker.cancel_prefetch(key)
@@ -126,16 +126,20 @@ class Session:
         self.outbox.put(told, is_pressing=is_pressing)
 
 
-def _to_pb(key: tuple[str, int], event: Event) -> pb.SequenceEvent:
-    match event:
-        case Started():
-            started = pb.DecodeStarted(**asdict(event))
-            return pb.SequenceEvent(request_id=key[0], epoch=key[1], started=started)
-        case OutputDelta():
-            return pb.SequenceEvent(request_id=key[0], epoch=key[1], output=event.to_pb())
-    return _failed(key, event)
+def _to_pb(news: list[tuple[Key, Event]]) -> pb.DecodeResponse:
+    response = pb.DecodeResponse()
+    for (request_id, epoch), event in news:
+        message = response.events.add(request_id=request_id, epoch=epoch)
+        match event:
+            case OutputDelta():
+                message.output.SetInParent()
+                event.fill(message.output)
+            case Started():
+                message.started.CopyFrom(pb.DecodeStarted(**asdict(event)))
+            case _:
+                message.failed.CopyFrom(_failed(event))
+    return response
 
 
-def _failed(key: tuple[str, int], error: TandemError) -> pb.SequenceEvent:
-    failed = pb.WorkFailed(reason=error.reason, message=error.message, error_id=error.error_id)
-    return pb.SequenceEvent(request_id=key[0], epoch=key[1], failed=failed)
+def _failed(error: TandemError) -> pb.WorkFailed:
+    return pb.WorkFailed(reason=error.reason, message=error.message, error_id=error.error_id)

@@ -69,21 +69,29 @@ class OutputDelta(NamedTuple):
             self.drafted + other.drafted,
             self.accepted + other.accepted,
             other.speculation,
-            max(self.cached, other.cached),
+            self.cached if other.cached is NO_HIT else max(self.cached, other.cached),
         )
 
+    def fill(self, message: worker_pb2.OutputDelta) -> None:
+        """An empty message, in place and with what there is only: at thousands of tokens a second the rest is
+        seen."""
+        message.token_ids.extend(self.token_ids)
+        message.text = self.text
+        if self.logprobs:
+            message.logprobs.extend(entry.to_pb() for entry in self.logprobs)
+        if self.drafted:
+            message.drafted, message.accepted = self.drafted, self.accepted
+        if self.cached is not NO_HIT:
+            self.cached.fill(message)
+        if self.finish is not None:
+            message.finish_reason = FINISH_TO_PB[self.finish]
+            set_matched_stop(message, self.matched_stop)
+            if self.speculation:
+                message.speculation.CopyFrom(self.speculation.to_pb())
+
     def to_pb(self) -> worker_pb2.OutputDelta:
-        message = worker_pb2.OutputDelta(
-            token_ids=self.token_ids,
-            text=self.text,
-            logprobs=[entry.to_pb() for entry in self.logprobs],
-            finish_reason=FINISH_TO_PB[self.finish],
-            drafted=self.drafted,
-            accepted=self.accepted,
-            speculation=self.speculation.to_pb() if self.speculation else None,
-        )
-        self.cached.fill(message)
-        set_matched_stop(message, self.matched_stop)
+        message = worker_pb2.OutputDelta()
+        self.fill(message)
         return message
 
     @classmethod
