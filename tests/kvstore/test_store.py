@@ -6,15 +6,26 @@ import time
 from dataclasses import replace
 
 import pytest
+from google.protobuf.message import DecodeError
 
 from kvstore.backend import backend_from_url, known_schemes
 from kvstore.backends.memory import MemoryBackend
+from kvstore.key import KvHandle
 from kvstore.objects import ObjectState
 from kvstore.records import Seal
 from kvstore.store import KvStore
 from kvstore.wire import encode
 from tandem.config import KvStoreConfig
-from tandem.errors import ConfigError, DataLoss, FailedPrecondition, InvalidRequest, NotFound, Overloaded
+from tandem.errors import (
+    ConfigError,
+    DataLoss,
+    FailedPrecondition,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    TandemError,
+)
+from tandem.pb.kv.v1 import kv_pb2 as pb
 from tests.clock import ManualClock
 from tests.kvstore.samples import make_header, make_sample, put
 
@@ -200,6 +211,19 @@ def test_who_may_not_read(store, clock):
     for holder in ("", "h" * 257):
         with pytest.raises(InvalidRequest):
             store.lease(handle, holder)
+
+
+def test_no_changed_byte_of_a_handle_reads(store):
+    """Nor a missing end: it names something else, or nothing at all."""
+    handle = put(store, SAMPLE)
+    sound = handle.to_pb().SerializeToString()
+    places = [(i, bit) for i in range(len(sound)) for bit in (1, 128)]
+    changed = [sound[:i] + bytes([sound[i] ^ bit]) + sound[i + 1 :] for i, bit in places]
+    for message in [*changed, *(sound[:end] for end in range(len(sound)))]:
+        with pytest.raises((DecodeError, TandemError)):
+            store.lease(KvHandle.from_pb(pb.KvHandle.FromString(message)), "reader")
+    assert store.lease(handle, "reader").handle == handle
+    assert store.stat(handle).num_leases == 1
 
 
 def test_leases_end_alone(store, clock):
