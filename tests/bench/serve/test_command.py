@@ -46,7 +46,7 @@ async def test_the_same_requests_over_grpc_and_http_give_the_same_texts(tmp_path
         grpc = bench_serve("--server", service.address, "--out", tmp_path / "grpc", *both, *common)
         http = bench_serve("--server", url, "--model-name", name, "--out", tmp_path / "http", *common)
         searched = bench_serve(
-            *("--server", service.address, "--out", tmp_path / "search", "--num-requests", 10, "--rate", 4),
+            *("--server", service.address, "--out", tmp_path / "search", "--num-requests", 10, "--rate", 40),
             *("--api-key-file", keys),
             *("--max-goodput", "--trials", 1, "--slo", "ttft=0.001ms", "--output-tokens", 2, "--warm-up", 0),
         )
