@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.kv import growth, handoff, prefix
-from bench.kv.arms import Shape, checked_copy, memcpy, peer
+from bench.kv.arms import Shape, checked_copy, memcpy, memcpy_into, peer
 from bench.measure import Meter, Spread, console, flat, interleave, machine, table, write_csv, write_json
 from tandem.redis_url import redacted
 
@@ -43,7 +43,8 @@ class Cell:
     get: Spread
     raw_put: Spread
     raw_get: Spread
-    memcpy: Spread
+    memcpy: Spread  # from all over into one warm chunk, as a get
+    memcpy_into: Spread  # from one warm chunk to all over, as a put
     checked: Spread  # a copy in memory that hashes what it copies
     put_of_raw: Spread
     get_of_raw: Spread
@@ -104,15 +105,20 @@ def _transfers(urls: Sequence[str], rounds: int) -> list[Cell]:
 
 def _cell(backend: str, store: Any, shape: Shape, rounds: int) -> Cell:
     source, target = os.urandom(shape.num_bytes), memoryview(bytearray(shape.chunk_bytes))
-    arms: dict[str, Callable[[], tuple[float, float]]] = {
+    region = memoryview(bytearray(source))
+    arms: dict[str, Callable[[], tuple[float, ...]]] = {
         "put": partial(_put_then_get, store, shape),
         "raw_put": lambda: (store.raw_put(shape), store.raw_get(shape)),
-        "memcpy": lambda: (memcpy(source, target, shape), checked_copy(source, target, shape)),
+        "memcpy": lambda: (
+            memcpy(source, target, shape),
+            memcpy_into(target, region, shape),
+            checked_copy(source, target, shape),
+        ),
     }
     found = interleave(arms, rounds)
     put, get = zip(*found["put"], strict=True)
     raw_put, raw_get = zip(*found["raw_put"], strict=True)
-    copied, checked = zip(*found["memcpy"], strict=True)
+    copied, copied_into, checked = zip(*found["memcpy"], strict=True)
     return Cell(
         backend=backend.partition("://")[0] + "://",
         chunk_kib=shape.chunk_bytes >> 10,
@@ -122,10 +128,11 @@ def _cell(backend: str, store: Any, shape: Shape, rounds: int) -> Cell:
         raw_put=Spread.of(raw_put),
         raw_get=Spread.of(raw_get),
         memcpy=Spread.of(copied),
+        memcpy_into=Spread.of(copied_into),
         checked=Spread.of(checked),
         put_of_raw=Spread.of_ratios(put, raw_put),
         get_of_raw=Spread.of_ratios(get, raw_get),
-        put_of_memcpy=Spread.of_ratios(put, copied),
+        put_of_memcpy=Spread.of_ratios(put, copied_into),
         get_of_memcpy=Spread.of_ratios(get, copied),
         get_of_checked=Spread.of_ratios(get, checked),
     )
@@ -137,7 +144,7 @@ def _put_then_get(store: Any, shape: Shape) -> tuple[float, float]:
 
 def _cells_table(cells: Sequence[Cell]) -> Any:
     columns = [*("backend", "chunk KiB", "channels", "put GB/s", "get GB/s", "raw put", "raw get", "memcpy")]
-    columns += ["with hash", "put/raw", "get/raw", "put/memcpy", "get/memcpy", "get/with hash"]
+    columns += ["memcpy in", "with hash", "put/raw", "get/raw", "put/memcpy", "get/memcpy", "get/with hash"]
     names = [field.name for field in dataclasses.fields(Cell)][3:]
     rows = [
         [cell.backend, str(cell.chunk_kib), str(cell.channels)]

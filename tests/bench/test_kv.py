@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.kv import growth, handoff, run
-from bench.kv.arms import Shape, checked_copy, memcpy, peer
+from bench.kv.arms import Shape, checked_copy, memcpy, memcpy_into, peer
 from tandem.errors import ConfigError
 
 SHAPE = Shape(num_bytes=4 << 20, chunk_bytes=256 << 10, num_channels=2)
@@ -18,6 +18,7 @@ def test_every_arm_moves_its_bytes(tmp_path):
         handles = list(store._handles)
     assert [handle.num_bytes for handle in handles] == [2 << 20] * 2
     assert min(cell.put.low, cell.get.low, cell.raw_put.low, cell.raw_get.low, cell.memcpy.low) > 0
+    assert cell.put_of_memcpy.median == pytest.approx(cell.put.median / cell.memcpy_into.median)
     assert cell.put_of_raw.median == pytest.approx(cell.put.median / cell.raw_put.median)
 
 
@@ -28,6 +29,9 @@ def test_a_store_that_cannot_be_opened_is_said():
 
 def test_the_yardsticks_copy():
     source, target = bytes(range(256)) * (SHAPE.num_bytes // 256), memoryview(bytearray(SHAPE.chunk_bytes))
+    region = memoryview(bytearray(SHAPE.num_bytes))
+    assert memcpy_into(memoryview(source)[: SHAPE.chunk_bytes], region, SHAPE) > 0
+    assert region == source, "every chunk of it is the same"
     for copy in (memcpy, checked_copy):
         target[:] = bytes(SHAPE.chunk_bytes)
         assert copy(source, target, SHAPE) > 0
