@@ -328,3 +328,16 @@ def test_nothing_is_begun_when_the_time_is_over(monkeypatch) -> None:
     results = Benchmark(Options(minutes=0, threads=1)).run()
     assert results.rows == []
     assert [skipped.why for skipped in results.skipped] == ["no time left"] * len(designed("", "", ""))
+
+
+def test_a_profile_tells_the_draft_from_the_target(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(runner, "inflated_pair", lambda to: BUNDLED)
+    monkeypatch.setattr(runner, "OUTPUT_TOKENS", 24)
+    asked = [tuple(range(5, 100))]
+    for part, found in (("_measure_models", None), ("_measure_peers", None), ("_steady_prompts", asked)):
+        monkeypatch.setattr(Benchmark, part, lambda self, *rest, found=found: found)
+    Benchmark(Options(minutes=0, threads=1, profile=tmp_path)).run()
+    text = (tmp_path / "speculation-111m.txt").read_text()
+    rows = [line.split()[0] for line in text.splitlines() if line[:1].isalpha()]
+    assert {"draft", "verify", "accept", "Python"} <= set(rows)
+    assert (tmp_path / "speculation-111m.trace.json").exists()
