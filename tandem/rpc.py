@@ -42,6 +42,14 @@ _MALFORMED = object()
 
 Options = list[tuple[str, int | str]]
 
+# Calls that wait for a server's attention. Of more than 1,000 gRPC drops some at random, as CANCELLED; what
+# is too much is for the server to say, in words (`QUEUE_FULL`).
+MAX_PENDING = 1 << 20
+PENDING: Options = [
+    ("grpc.server.max_pending_requests", MAX_PENDING),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING),
+]
+
 
 def _options(message_bytes: int) -> Options:
     return [
@@ -61,6 +69,7 @@ def server(*, public: bool, tokens: BearerTokens | None = None) -> grpc.aio.Serv
     """
     options = [
         *_options(API_MESSAGE_BYTES if public else INTERNAL_MESSAGE_BYTES),
+        *PENDING,
         ("grpc.so_reuseport", 0),  # two servers must not share a port silently
         ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
         ("grpc.compression_enabled_algorithms_bitset", IDENTITY_ONLY),

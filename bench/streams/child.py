@@ -20,6 +20,7 @@ import grpc
 
 from bench.streams.null_worker import TEXT, TOKEN, NullDecode, NullPrefill, start_workers
 from bench.streams.relay import RelayServicer
+from tandem import rpc
 from tandem.config import ClusterConfig
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
@@ -58,7 +59,7 @@ async def serve_streams(servicer: PlainServicer | RelayServicer, beside: Corouti
         request_deserializer=pb.StreamGenerateRequest.FromString,
         response_serializer=pb.StreamGenerateResponse.SerializeToString,
     )
-    server = grpc.aio.server()
+    server = grpc.aio.server(options=rpc.PENDING)
     service = grpc.method_handlers_generic_handler(SERVICE, {"StreamGenerate": handler})
     server.add_generic_rpc_handlers((service,))
     task = asyncio.ensure_future(beside)
@@ -67,7 +68,7 @@ async def serve_streams(servicer: PlainServicer | RelayServicer, beside: Corouti
 
 
 async def serve_null(steps_per_s: float) -> None:
-    server = grpc.aio.server()
+    server = rpc.server(public=False)
     worker_pb2_grpc.add_PrefillServiceServicer_to_server(NullPrefill(), server)
     worker_pb2_grpc.add_DecodeServiceServicer_to_server(NullDecode(steps_per_s), server)
     await _serve(server)

@@ -321,6 +321,13 @@ async def test_a_port_in_use_is_a_config_error():
     await second.stop(None)
 
 
+async def test_a_burst_of_calls_is_answered_whole():
+    """gRPC by itself drops calls at random while more than 1,000 wait to be accepted."""
+    async with serving(Servicer()) as channel:
+        answers = await asyncio.gather(*(ask(channel, "unary_unary", message()) for _ in range(4000)))
+    assert answers == [["hello"]] * 4000
+
+
 async def test_a_servicer_that_writes_through_the_context_works():
     """grpc's own health service is a coroutine, not a generator."""
     server, health = rpc.server(public=True), health_aio.HealthServicer()
