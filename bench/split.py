@@ -1,7 +1,7 @@
 """Split against unsplit under a mixed load: `tandem bench split`.
 
 Three services of the bundled model on the same two cores take turns at the same requests: prefill and decode
-on a worker of one thread each; everything on one worker of two threads, prompts in chunks between steps; and
+on workers that share the cores; everything on one worker of two threads, prompts in chunks between steps; and
 the split whose router keeps a prompt with its decode worker where that costs less. Most prompts are short,
 some are long, arrivals are Poisson. A request is good if its first token and its gaps keep the limits.
 A second table (bench/isolation.py) shows what sharing the cores brings the split.

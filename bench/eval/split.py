@@ -26,7 +26,7 @@ def run(settings: Settings) -> Findings:
     mixes = "; ".join(f"{name}: {lengths}" for name, lengths in MIXES.items())
     setting = (
         f"{subject.name}: {parameters(subject)}; each service on the same 2 cores: split, a prefill and "
-        f"a decode worker of one thread each; unsplit, one worker of two threads; auto, split where that "
+        f"a decode worker that share them; unsplit, one worker of two threads; auto, split where that "
         f"costs less. Prompts of 96 or 1,536 tokens ({mixes}), "
         f"{OUTPUT_TOKENS} new tokens, Poisson arrivals for {seconds:.0f} s per cell. TTFT from the scheduled "
         f"arrival. A request is good if TTFT ≤ {LIMITS.ttft_ms:g} ms and the p99 of its gaps ≤ "
