@@ -43,6 +43,9 @@ class Books:
         self.shares = Shares(total_bytes, prefix_bytes, config)
         self._evictable: OrderedDict[ObjectKey, KvObject] = OrderedDict()  # least recently used first
         self._backend = backend
+        # Looked at once: what a protocol asks of an object takes longer to find out than to book a chunk.
+        self._reserving = backend if isinstance(backend, Reserving) else None
+        self._placeable = backend if isinstance(backend, Placeable) else None
         self._config = config
         self._clock = clock
         self._on_free = on_free
@@ -61,9 +64,9 @@ class Books:
         self.objects[obj.key] = obj
         self.shares.reserved(obj)
         self._wait(obj, self._config.put_deadline_s)
-        if isinstance(self._backend, Reserving):
+        if self._reserving is not None:
             try:
-                self._backend.place(obj.key, header.most_message_bytes)
+                self._reserving.place(obj.key, header.most_message_bytes)
             except BaseException:
                 self.free(obj, ObjectState.RELEASED)
                 raise
@@ -72,8 +75,8 @@ class Books:
     def keep(self, obj: KvObject, digest: bytes, message: Buffer, *, is_placed: bool = False) -> None:
         """Keep the object's next message, which may lie in its place already; its put deadline starts
         again."""
-        if is_placed and isinstance(self._backend, Placeable):
-            self._backend.accept(obj.key, len(message))
+        if is_placed and self._placeable is not None:
+            self._placeable.accept(obj.key, len(message))
         else:
             self._backend.put(obj.key, len(obj.digests), bytes(message))
         obj.digests.append(digest)
@@ -200,10 +203,10 @@ class Books:
 
     def _give_back(self, obj: KvObject) -> None:
         """Memory that somebody may still have open is left to the last who has."""
-        if not isinstance(self._backend, Placeable):
+        if self._placeable is None:
             self._backend.delete(obj.key)
         elif obj.is_quiet:
-            self._backend.recycle(obj.key)
+            self._placeable.recycle(obj.key)
         else:
             self._backend.delete(obj.key)
             self.num_quarantined += 1

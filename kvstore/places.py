@@ -22,16 +22,17 @@ class Places:
     """What the backend says of its files, if it has any."""
 
     def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+        self._mappable = backend if isinstance(backend, Mappable) else None
+        self._placeable = backend if isinstance(backend, Placeable) else None
 
     @property
     def may_map(self) -> bool:
         """Whether any object can be mapped."""
-        return isinstance(self._backend, Mappable)
+        return self._mappable is not None
 
     def for_reader(self, obj: KvObject) -> MappedObject | None:
         """A sealed object's place; None if this one has none."""
-        location = self._backend.locate(obj.key) if isinstance(self._backend, Mappable) else None
+        location = self._mappable.locate(obj.key) if self._mappable is not None else None
         if location is None:
             return None
         assert obj.seal is not None, obj.state
@@ -41,19 +42,19 @@ class Places:
     def for_writer(self, ticket: PutTicket) -> Path | None:
         """The file that the writer may fill, if it can open it."""
         obj = ticket.object
-        if obj.state is not ObjectState.RESERVED or not isinstance(self._backend, Placeable):
+        if obj.state is not ObjectState.RESERVED or self._placeable is None:
             return None
         obj.is_shared = True
-        return self._backend.path(obj.key)
+        return self._placeable.path(obj.key)
 
     def chunks(
         self, ticket: PutTicket, placed: Placed
     ) -> Iterator[tuple[ChunkHeader, memoryview, memoryview]]:
         """What the writer has put there since: header, payload, and the message around both. BAD_MESSAGE if
         it is not whole chunks."""
-        obj, backend = ticket.object, self._backend
+        obj, backend = ticket.object, self._placeable
         require(obj.is_shared and not ticket.is_repeat and placed.end <= obj.header.most_message_bytes)
-        assert isinstance(backend, Placeable)
+        assert backend is not None, "nobody was told of a file that is not there"
         for message in split(backend.placed(obj.key, placed.end)):
             record, payload = decode(message)
             yield expect(ChunkHeader, record), payload, message
