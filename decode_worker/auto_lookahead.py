@@ -6,6 +6,9 @@ draft's forwards plus one of B + n rows. Places are taken in order of their prob
 as many as bring the most per second: sequences that agree with their draft get more rows than those
 that do not, and a full batch gets none. (SmartSpec, Liu et al. 2024, chooses one k for all.)
 
+A draft that knows how sure it is does better for greedy requests: it goes on for as long as the chance that
+all its tokens stand is worth the next one's cost, by the costs of the division above, and further than that.
+
 Costs are a model, and models err: where steps with drafts turn out slower per token than plain ones, drafting
 pauses, longer each time (race.py).
 """
@@ -42,10 +45,12 @@ MAX_PROBE_AFTER = 1024  # the wait doubles while it does not
 class AutoLookahead:
     """Reads `costs`, which somebody keeps up to date."""
 
-    def __init__(self, most: int, costs: StepCosts) -> None:
+    def __init__(self, most: int, costs: StepCosts, *, has_confidence: bool = False) -> None:
+        self.worth = 0.0
         self.acceptance = PRIOR_ACCEPTANCE
         self._costs = costs
         self._most = most
+        self._has_confidence = has_confidence  # the draft
         self._accepted: dict[DecodeSequence, tuple[float, float]] = {}  # accepted, judged; both fade
         self._is_drafting = False
         self._plan: dict[DecodeSequence, int] = {}
@@ -89,6 +94,8 @@ class AutoLookahead:
 
     def _limited(self, sequence: DecodeSequence, planned: int) -> int:
         """A request that asks for a number has it even where the plan says none."""
+        if planned and self._has_confidence and sequence.goes_by_confidence:
+            planned = self._most
         asks = sequence.work.speculation.num_assistant_tokens is not None
         return limit(sequence, planned, self._most) if planned or asks else 0
 
@@ -116,7 +123,8 @@ class AutoLookahead:
 
     def _divide(self, sequences: Sequence[DecodeSequence]) -> list[int]:
         """Draft tokens per sequence that bring the most per second; none if plain decoding does."""
-        best = self._costs.best(np.array([self._rate(s) for s in sequences]), self._most)
+        rates = np.array([self._rate(s) for s in sequences])
+        best = self._costs.best(rates, self._most)
         needed = STOP_GAIN if self._is_drafting else START_GAIN
         if self._is_drafting and (self._race.gain or 1.0) < STOP_GAIN:
             self._pause_left, self._pause = self._pause, min(2 * self._pause, MAX_PAUSE)
@@ -124,8 +132,11 @@ class AutoLookahead:
         if self._pause_left > 0:
             needed = math.inf
         was_drafting, self._is_drafting = self._is_drafting, best.gain > needed
+        self.worth = 0.0
         if not self._is_drafting:
             return [0] * len(sequences)
+        if self._has_confidence:
+            self.worth = self._costs.worth(best, float(rates.mean()))
         if not was_drafting:
             self._probe_after = PROBE_AFTER
         return list(map(int, best.counts))

@@ -46,6 +46,7 @@ def _draft_costs(draft: ModelRunner | None) -> DraftCosts | None:
 
 def _lookahead(config: SpeculationConfig, costs: StepCosts) -> Lookahead:
     if not config.num_assistant_tokens:
-        return AutoLookahead(config.max_assistant_tokens, costs)
+        has_confidence = config.draft != "ngram"
+        return AutoLookahead(config.max_assistant_tokens, costs, has_confidence=has_confidence)
     is_heuristic = config.num_assistant_tokens_schedule == "heuristic"
     return HeuristicLookahead(config) if is_heuristic else ConstantLookahead(config)

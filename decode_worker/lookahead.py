@@ -46,6 +46,8 @@ class StepOutcome:
 class Lookahead(Protocol):
     """Chooses k for a step, and learns from it. Owned by the step thread."""
 
+    worth: float  # the chance of being right so far with which one more draft token pays; 0: k alone decides
+
     def counts(self, sequences: Sequence[DecodeSequence]) -> list[int]:
         """Draft tokens per sequence."""
         ...
@@ -69,6 +71,8 @@ def limit(sequence: DecodeSequence, wanted: int, most: int) -> int:
 class ConstantLookahead:
     """The configured number for everybody."""
 
+    worth = 0.0
+
     def __init__(self, config: SpeculationConfig) -> None:
         self._wanted = config.num_assistant_tokens
         self._most = config.max_assistant_tokens
@@ -85,6 +89,8 @@ class ConstantLookahead:
 
 class HeuristicLookahead:
     """As `num_assistant_tokens_schedule="heuristic"` of transformers, for each sequence by itself."""
+
+    worth = 0.0
 
     def __init__(self, config: SpeculationConfig) -> None:
         self._first = config.num_assistant_tokens

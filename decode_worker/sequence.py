@@ -56,6 +56,7 @@ class DecodeSequence:
     speculated: SpeculationUsage = field(default_factory=SpeculationUsage)
     needs_logits: bool = field(init=False)  # for penalties or log-probabilities; others need tokens only
     is_guessable: bool = field(init=False)  # no choice of a token depends on the tokens before it
+    goes_by_confidence: bool = field(init=False)  # what its draft is sure of says how far it looks ahead
     is_plainly_greedy: bool = field(init=False)  # tokens are the arg max of raw logits, nothing else is asked
     is_cancelled: bool = False
     is_finished: bool = False
@@ -64,6 +65,7 @@ class DecodeSequence:
         params = self.sampling.params
         self.needs_logits = params.changes_logits or params.logprobs is not None
         self.is_guessable = not params.changes_logits
+        self.goes_by_confidence = params.is_greedy and self.work.speculation.num_assistant_tokens is None
         self.is_plainly_greedy = params.is_greedy and not self.needs_logits
         self.num_computed = len(self.work.token_ids) - 1 if self.handle else 0
         self.next_token = self.work.token_ids[-1]

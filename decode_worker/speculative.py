@@ -82,7 +82,7 @@ class SpeculativeDecoder:
             return [Proposal() for _ in sequences]
         positions = [sequence.sampling.position for sequence in sequences]
         try:
-            proposals = self._draft.propose(sequences, counts)
+            proposals = self._draft.propose(sequences, counts, self._lookahead.worth)
             self._failures_in_a_row = 0
         except Exception:  # whatever a draft does, requests go on
             self.earnings.num_failures += 1

@@ -84,6 +84,15 @@ class StepCosts:
         counts = np.bincount(order[: taken + 1] % count, minlength=count)
         return Division(counts, float(tokens[taken] / seconds[taken] * self.plain_s(count) / count))
 
+    def worth(self, division: Division, rate: float) -> float:
+        """The chance of being right so far with which a sequence of this division gains by one more token, if
+        that stands with probability `rate`: what its forward and its row cost over what a token costs."""
+        count, rows = len(division.counts), len(division.counts) + int(division.counts.sum())
+        token_s = self.plain_s(count) / (count * division.gain)
+        row_s = (self._target.at(rows + count) - self._target.at(rows)) / count
+        draft_s = self._draft.at(count) / count if self._draft else 0.0
+        return min((draft_s + row_s) / (token_s * rate), 1.0)
+
     def best_gain(self, acceptance: float, num_sequences: int, most: int) -> float:
         """Tokens per second over plain decoding at the best number of draft tokens; 1 where none pays."""
         rates = np.full(num_sequences, min(acceptance, MAX_ACCEPTANCE))

@@ -18,6 +18,8 @@ from tandem.engine.model_runner import ModelRunner
 from tandem.engine.rng import Stream
 from tandem.engine.sampler import draw, process_logits
 
+MODESTY = 0.5  # a token of probability p is the target's about p ** MODESTY of the time (docs/performance.md)
+
 Wanted = dict[DecodeSequence, tuple[Proposal, int]]  # what to fill, and with how many tokens
 
 
@@ -27,9 +29,13 @@ class AutoregressiveDraft:
     def __init__(self, model: ModelRunner, threshold: float = 0.0) -> None:
         self._model = model
         self._default_threshold = threshold
+        self._least_product = 0.0  # of the step that runs
         self.catch_up_s = 0.0
 
-    def propose(self, sequences: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
+    def propose(
+        self, sequences: Sequence[DecodeSequence], counts: Sequence[int], worth: float = 0.0
+    ) -> list[Proposal]:
+        self._least_product = worth ** (1 / MODESTY)
         proposals = [Proposal() for _ in sequences]
         wanted = {s: (p, n) for s, p, n in zip(sequences, proposals, counts, strict=True) if n > 0}
         drafting = self._ready(list(wanted))
@@ -44,7 +50,8 @@ class AutoregressiveDraft:
         rows = [self._first_rows(sequence) for sequence in drafting]
         thresholds = [self._threshold(sequence) for sequence in drafting]
         counts, draws = [wanted[s][1] for s in drafting], _draws_of(drafting)
-        guesses = self._model.guess(rows, counts, thresholds, draws)
+        products = [self._least(sequence) for sequence in drafting]
+        guesses = self._model.guess(rows, counts, thresholds, draws, products)
         for sequence, guess in zip(drafting, guesses, strict=True):
             proposal = wanted[sequence][0]
             proposal.token_ids, proposal.probs = guess.token_ids, guess.probs
@@ -60,7 +67,7 @@ class AutoregressiveDraft:
             for sequence in drafting:
                 self._computed(sequence, len(sequence.token_ids) + len(wanted[sequence][0].token_ids))
             sure = self._draw(logits, drafting, [wanted[s][0] for s in drafting])
-            drafting = [s for s in sure if len(wanted[s][0].token_ids) < wanted[s][1]]
+            drafting = [s for s in sure if self._goes_on(s, *wanted[s])]
             rows = [self._last_guess(s, wanted[s][0]) for s in drafting]
         for sequence, (proposal, _) in wanted.items():
             sequence.sampling.rollback(len(proposal.token_ids))
@@ -104,7 +111,8 @@ class AutoregressiveDraft:
             rows = [i for i, s in enumerate(sequences) if s.draft_stream is stream]
             if rows:
                 token_ids[rows] = draw(scores[rows], [states[i] for i in rows], stream)
-        needs_probs = any(thresholds) or any(s.draft_stream is Stream.DRAFT for s in sequences)
+        are_judged = any(s.draft_stream is Stream.DRAFT for s in sequences)
+        needs_probs = any(thresholds) or self._least_product > 0 or are_judged
         probs = scores.double().softmax(-1) if needs_probs else None
         confidence = [1.0] * len(sequences) if probs is None else probs.amax(-1).tolist()
         going_on = []
@@ -115,9 +123,17 @@ class AutoregressiveDraft:
             if probs is not None and sequence.draft_stream is Stream.DRAFT:
                 proposals[i].probs.append(probs[i].float().cpu().numpy())
             proposals[i].token_ids.append(token_id)
+            proposals[i].confidence *= confidence[i]
             sequence.sampling.append(token_id)
             going_on.append(sequence)
         return going_on
+
+    def _goes_on(self, sequence: DecodeSequence, proposal: Proposal, count: int) -> bool:
+        return len(proposal.token_ids) < count and proposal.confidence >= self._least(sequence)
+
+    def _least(self, sequence: DecodeSequence) -> float:
+        """The product of confidences that it goes on with."""
+        return self._least_product if sequence.goes_by_confidence else 0.0
 
     def _threshold(self, sequence: DecodeSequence) -> float:
         asked = sequence.work.speculation.assistant_confidence_threshold

@@ -19,6 +19,7 @@ class Proposal:
         default_factory=list
     )  # [vocab] each; empty unless drawn for speculative sampling
     is_tau_stop: bool = False  # the draft was unsure and stopped before its number
+    confidence: float = 1.0  # the product of the probabilities of the draft's likeliest tokens
 
 
 class Draft(Protocol):
@@ -26,8 +27,14 @@ class Draft(Protocol):
 
     catch_up_s: float  # time spent so far on reading what it had missed
 
-    def propose(self, sequences: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
-        """At most `counts[i]` tokens after everything sequence i has, the token not yet computed included."""
+    def propose(
+        self, sequences: Sequence[DecodeSequence], counts: Sequence[int], worth: float = 0.0
+    ) -> list[Proposal]:
+        """At most `counts[i]` tokens after everything sequence i has, the token not yet computed included.
+
+        A draft that knows how sure it is ends a greedy sequence that may go by confidence after the token
+        with which the chance that all stand falls below `worth`.
+        """
         ...
 
     def settle(self, sequence: DecodeSequence) -> None:

@@ -48,7 +48,9 @@ class NgramDraft:
         self._indexes: dict[DecodeSequence, _Index] = {}
 
     @traced("draft")
-    def propose(self, sequences: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
+    def propose(
+        self, sequences: Sequence[DecodeSequence], counts: Sequence[int], worth: float = 0.0
+    ) -> list[Proposal]:
         return [self._propose(sequence, count) for sequence, count in zip(sequences, counts, strict=True)]
 
     def settle(self, sequence: DecodeSequence) -> None:

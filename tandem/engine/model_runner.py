@@ -179,15 +179,18 @@ class ModelRunner:
         counts: Sequence[int],
         thresholds: Sequence[float],
         draws: Sequence[Draw] | None = None,
+        products: Sequence[float] | None = None,
     ) -> list[Guess]:
         """At most `counts[i]` tokens after sequence i, the most probable each, in one call; or drawn, with
         `draws` [sequences] of the first token each.
 
-        A sequence ends early where that token has a probability below `thresholds[i]`.
+        A sequence ends early where that token has a probability below `thresholds[i]`, and after a token
+        with which the product of its most probable tokens' probabilities is below `products[i]`.
         """
         if not isinstance(self._model, NativeDecoder):
             raise TypeError("only own kernels guess in one call")
-        return self._model.guess(sequences, counts, thresholds, draws, self.cache)
+        products = products or [0.0] * len(counts)
+        return self._model.guess(sequences, counts, thresholds, products, draws, self.cache)
 
     def warm_up(self) -> None:
         """Run each kind of row once, in blocks whose content no one relies on yet."""

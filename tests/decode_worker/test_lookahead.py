@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from decode_worker.auto_lookahead import CALIBRATE_AT, CALIBRATE_EVERY, PAUSE, PROBE_AFTER, AutoLookahead
 from decode_worker.decoder import Advance
 from decode_worker.lookahead import ConstantLookahead, HeuristicLookahead, StepOutcome
-from decode_worker.step_costs import DraftCosts, StepCosts
+from decode_worker.step_costs import Division, DraftCosts, StepCosts
 from tandem.config import SpeculationConfig
 from tandem.engine.costs import ForwardCosts, LiveCosts
 from tandem.engine.sampler import SampledToken
@@ -30,6 +30,7 @@ class Sequence:
 
     left: int = 100
     speculation: SpeculationParams = field(default_factory=SpeculationParams)
+    goes_by_confidence: bool = True
 
     @property
     def work(self) -> object:
@@ -56,6 +57,33 @@ def tell(lookahead: object, *outcomes: tuple[Sequence, int, int]) -> None:
 
 def test_a_cheap_draft_beside_a_flat_target_drafts_far() -> None:
     assert auto(8, FLAT, CHEAP).counts([Sequence()])[0] >= 3
+
+
+def test_a_draft_that_knows_how_sure_it_is_goes_as_far_as_that_pays() -> None:
+    """Others have the number that pays on average."""
+    costs = costs_of(ForwardCosts((1, 2, 64), (1.0, 1.2, 13.6)), ForwardCosts((1, 64), (0.1, 0.1)))
+    sampled, greedy = Sequence(goes_by_confidence=False), Sequence()
+    lookahead = AutoLookahead(8, costs, has_confidence=True)
+    [planned] = lookahead.counts([sampled])
+    assert 1 <= planned < 8
+    assert lookahead.counts([greedy]) == [8]
+    assert 0.1 < lookahead.worth < 0.9
+    assert lookahead.counts([Sequence(left=4)]) == [3]
+    without = AutoLookahead(8, costs)
+    assert (without.counts([greedy]), without.worth) == ([planned], 0.0)
+
+
+def test_one_more_token_is_worth_its_forward_and_its_row() -> None:
+    """By hand: two sequences, rows of 0.2 s each, a forward of the draft 0.3 s, tokens of 0.5 s each."""
+    costs = costs_of(ForwardCosts((1, 64), (1.0, 13.6)), ForwardCosts((1, 64), (0.3, 0.3)))
+    division = Division(np.array([2, 1]), gain=costs.plain_s(2) / (2 * 0.5))
+    assert costs.worth(division, 0.8) == pytest.approx((0.15 + 0.2) / (0.5 * 0.8))
+    assert costs.worth(division, 0.1) == 1.0
+
+
+def test_no_confidence_is_asked_for_where_nothing_is_drafted() -> None:
+    lookahead = AutoLookahead(8, costs_of(LINEAR, CHEAP), has_confidence=True)
+    assert (lookahead.counts([Sequence()] * 4), lookahead.worth) == ([0] * 4, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,9 @@ def test_kv_of_a_shared_draft_that_failed_is_never_read(target) -> None:
     """The draft writes NaN wherever it may, raises, and leaves: the steps to come overwrite it."""
 
     class Poisonous(SharedDraft):
-        def propose(self, running: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
+        def propose(
+            self, running: Sequence[DecodeSequence], counts: Sequence[int], worth: float = 0.0
+        ) -> list[Proposal]:
             for sequence, count in zip(running, counts, strict=True):
                 rows = SequenceRows([65] * count, sequence.num_computed, sequence.blocks)
                 self._model.forward(self._model.batch([rows]))
@@ -277,7 +279,9 @@ class StubbornDraft:
         self.num_calls = 0
         self.catch_up_s = 0.0
 
-    def propose(self, running: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
+    def propose(
+        self, running: Sequence[DecodeSequence], counts: Sequence[int], worth: float = 0.0
+    ) -> list[Proposal]:
         self.num_calls += 1
         return [self._propose(count) for count in counts]
 
@@ -320,10 +324,31 @@ def test_a_draft_that_fails_half_way_leaves_no_trace_in_the_history(target, othe
         def settle(self, sequence: DecodeSequence) -> None:
             super().settle(sequence)
 
-        def propose(self, running: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
+        def propose(
+            self, running: Sequence[DecodeSequence], counts: Sequence[int], worth: float = 0.0
+        ) -> list[Proposal]:
             for sequence in running:
                 sequence.sampling.append(65)
             raise RuntimeError("interrupted")
 
     decoder = speculative(target, Interrupted(other))
     assert run(decoder, sequences(target, EVERYTHING, SpeculationPolicy.EXACT)) == plain(target, EVERYTHING)
+
+
+@pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_draft_goes_on_while_all_of_it_may_stand(params: SamplingParams) -> None:
+    """Greedy requests do, whatever runs the forward; sampled ones have the number they are given."""
+    found = []
+    for implementation in ("native", "lean"):
+        size = {"num_blocks": NUM_BLOCKS, "block_size": BLOCK_SIZE}
+        runner = ModelRunner.load(tiny_llama(), implementation=implementation, **size)
+        running = sequences(runner, params, SpeculationPolicy.EXACT)
+        draft = SharedDraft(runner)
+        proposals = [draft.propose(running, [6] * 5, worth) for worth in (0.0, 1e-4, 1e-3, 1e-2, 0.1, 1.0)]
+        found.append([[len(proposal.token_ids) for proposal in each] for each in proposals])
+    native, lean = found
+    assert native == lean
+    assert native[0] == [6] * 5
+    assert native[-1] == ([1] if params is GREEDY else [6]) * 5
+    for lens in zip(*native, strict=True):  # of one sequence: the more a token must be worth, the fewer
+        assert list(lens) == sorted(lens, reverse=True)

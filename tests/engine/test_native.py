@@ -217,14 +217,16 @@ def test_threads_share_a_model(make_runner):
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
-def step_by_step(runner, rows, count, threshold):
+def step_by_step(runner, rows, count, threshold, least):
     """The same guess by single forwards."""
-    token_ids, next_rows = [], rows
-    while len(token_ids) < count:
+    token_ids, next_rows, product = [], rows, 1.0
+    while len(token_ids) < count and product >= least:
         logits = runner.forward(runner.batch([next_rows]))[0]
         token_id = int(logits.argmax())
-        if logits.double().softmax(-1)[token_id] < threshold:
+        confidence = logits.double().softmax(-1)[token_id].item()
+        if confidence < threshold:
             return token_ids, True
+        product *= confidence
         token_ids.append(token_id)
         start = rows.start + len(rows.token_ids) + len(token_ids) - 1
         next_rows = SequenceRows([token_id], start, rows.block_table)
@@ -236,19 +238,22 @@ def step_by_step(runner, rows, count, threshold):
     lens=st.lists(st.integers(1, 20), min_size=1, max_size=5),
     counts=st.lists(st.integers(1, 8), min_size=5, max_size=5),
     thresholds=st.lists(st.sampled_from([0.0, 0.005, 0.0075, 0.01, 1.0]), min_size=5, max_size=5),
+    products=st.lists(st.sampled_from([0.0, 1e-6, 5e-5, 0.5]), min_size=5, max_size=5),
 )
-def test_guesses_in_one_call_are_those_of_single_forwards(make_runner, lens, counts, thresholds):
-    """Any number of rows to catch up on, any depths and thresholds; the cache holds the same afterwards."""
+def test_guesses_in_one_call_are_those_of_single_forwards(make_runner, lens, counts, thresholds, products):
+    """Any number of rows to catch up on, any depths and limits; the cache holds the same afterwards."""
     runner = make_runner("llama3", implementation="native")
     rows = [
         SequenceRows(PROMPT[i : i + count], 0, range(2 * i, 2 * i + 2), 1) for i, count in enumerate(lens)
     ]
     zeros = bytes(10 * runner.cache.block_bytes)
     runner.cache.write_blocks(range(10), zeros)
-    expected = [step_by_step(runner, *each) for each in zip(rows, counts, thresholds, strict=False)]
+    limits = zip(rows, counts, thresholds, products, strict=False)
+    expected = [step_by_step(runner, *each) for each in limits]
     stored = runner.cache.read_blocks(range(10))
     runner.cache.write_blocks(range(10), zeros)
-    got = runner.guess(rows, counts[: len(rows)], thresholds[: len(rows)])
+    num = len(rows)
+    got = runner.guess(rows, counts[:num], thresholds[:num], None, products[:num])
     assert [(guess.token_ids, guess.is_unsure) for guess in got] == expected
     assert torch.equal(runner.cache.read_blocks(range(10)), stored)
 

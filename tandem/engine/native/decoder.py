@@ -103,6 +103,7 @@ class NativeDecoder:
         sequences: Sequence[SequenceRows],
         counts: Sequence[int],
         thresholds: Sequence[float],
+        products: Sequence[float],
         draws: Sequence[Draw] | None,
         cache: PagedCache,
     ) -> list[Guess]:
@@ -110,7 +111,8 @@ class NativeDecoder:
         drawn, `draws` [sequences] being those of the first token.
 
         At most `counts[i]` (1 or more) for sequence i, fewer where the most probable token has a probability
-        below `thresholds[i]`. A draft's own draws come with their distributions. ValueError where the blocks
+        below `thresholds[i]`, or after one with which the product of these probabilities is below
+        `products[i]`. A draft's own draws come with their distributions. ValueError where the blocks
         do not hold all of them but the last.
         """
         num, most, size = len(sequences), max(counts), cache.block_size
@@ -119,7 +121,7 @@ class NativeDecoder:
             if s.start + len(s.token_ids) + count - 1 > len(s.block_table) * size:
                 raise ValueError("the guesses do not fit in their blocks")
         angles, engine = self._reach(batch), library.engine(self._isa)
-        wanted = array("i", counts), array("f", thresholds)
+        wanted = array("i", counts), array("f", thresholds), array("f", products)
         packed = None if draws is None else library.pack_draws(draws)
         is_judged = [draw.stream == Stream.DRAFT for draw in draws or ()]
         probs = np.empty((num, most, self._vocab), np.float32) if any(is_judged) else None

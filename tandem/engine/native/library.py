@@ -21,7 +21,7 @@ from tandem.engine.quantization.formats import INT8_MOST, QuantizedWeight
 from tandem.errors import ConfigError
 
 PANEL = 16  # outputs that lie together
-ABI = 7
+ABI = 8
 FORMATS = {torch.float32: 0, torch.float16: 1}
 INT8, CODE4 = 2, 3
 PIECE_INPUTS = 4  # inputs whose codes lie together
@@ -158,6 +158,7 @@ class Engine:
         angles: int,
         counts: array[int],
         thresholds: array[float],
+        products: array[float],
         draws: bytes | None,
         probs: int | None,
     ) -> array[int]:
@@ -175,6 +176,7 @@ class Engine:
             most,
             _address(counts),
             _address(thresholds),
+            _address(products),
             draws,
             _address(found),
             probs,
@@ -248,7 +250,7 @@ def load(isa: str) -> ctypes.CDLL:
     found.tandem_engine_delete.restype = None
     found.tandem_forward.argtypes = (handle,) * 9
     found.tandem_forward.restype = None
-    found.tandem_guess.argtypes = (*(handle,) * 5, ctypes.c_int32, *(handle,) * 5)
+    found.tandem_guess.argtypes = (*(handle,) * 5, ctypes.c_int32, *(handle,) * 6)
     found.tandem_guess.restype = None
     integer = ctypes.c_int32
     found.tandem_choose.argtypes = (handle, integer, ctypes.c_int64, integer, handle, integer, handle)

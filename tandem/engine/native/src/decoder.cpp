@@ -343,7 +343,7 @@ struct Engine {
 extern "C" {
 
 // Bumped with every change of a struct or function below.
-int32_t tandem_abi() { return 7; }
+int32_t tandem_abi() { return 8; }
 
 void* tandem_engine_new(int32_t threads) { return new tandem::Engine(threads); }
 void tandem_engine_delete(void* engine) { delete static_cast<tandem::Engine*>(engine); }
@@ -361,11 +361,12 @@ void tandem_forward(void* engine, const tandem::Model* model, const tandem::Cach
 // `found` is [sequences, most] token ids, then how many were found for each sequence, then 1 for each that is unsure.
 void tandem_guess(void* engine, const tandem::Model* model, const tandem::Cache* cache, const int32_t* numbers,
                   const float* angles, int32_t most, const int32_t* counts, const float* thresholds,
-                  const tandem::Draw* draws, int32_t* found, float* probs) {
+                  const float* products, const tandem::Draw* draws, int32_t* found, float* probs) {
     auto& e = *static_cast<tandem::Engine*>(engine);
     const tandem::Batch batch = e.unpack(*model, numbers, angles);
     int32_t* num_found = found + size_t(batch.sequences) * most;
-    const tandem::Guesses guesses{most,      counts, thresholds, draws, found, num_found, num_found + batch.sequences,
+    const tandem::Guesses guesses{most,  counts,    thresholds, products,
+                                  draws, found,     num_found,  num_found + batch.sequences,
                                   probs};
     tandem::Sampler sampler;
     tandem::Laps laps;

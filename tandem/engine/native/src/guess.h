@@ -16,6 +16,7 @@ struct Guesses {
     int32_t most;             // tokens of the longest guess
     const int32_t* counts;    // [sequences] tokens wanted, at least 1
     const float* thresholds;  // [sequences] end where the most probable token has less; 0: never
+    const float* products;    // [sequences] end after a token with which its probabilities' product is less; 0: never
     const Draw* draws;        // [sequences] how the first token is drawn; null: the most probable
     int32_t* token_ids;       // [sequences, most]
     int32_t* found;           // [sequences] tokens written
@@ -61,9 +62,9 @@ inline void keep_probs(float* probs, int vocab, int token_id, const Sampler& sam
     probs[0] = 1.0f;
 }
 
-// One more token, if the model is sure enough of it; whether the sequence goes on.
-inline bool extend(const Guesses& g, int s, const float* logits, int vocab, Sampler& sampler) {
-    const float threshold = g.thresholds[s];
+// One more token, if the model is sure enough of it; whether the sequence goes on. `product` is that of the largest
+// probabilities so far.
+inline bool extend(const Guesses& g, int s, const float* logits, int vocab, Sampler& sampler, float& product) {
     const bool is_drawn = g.draws && !is_greedy(g.draws[s]);
     int token_id;
     if (is_drawn) {
@@ -73,22 +74,22 @@ inline bool extend(const Guesses& g, int s, const float* logits, int vocab, Samp
     } else {
         token_id = most_probable(logits, vocab);
     }
-    if (threshold > 0) {
-        const bool is_sure =
-            token_id >= 0 &&
-            (is_drawn ? sampler.confidence(vocab) : confidence(logits, vocab, token_id)) >= threshold;
-        if ((g.is_unsure[s] = !is_sure)) return false;
+    if (g.thresholds[s] > 0 || g.products[s] > 0) {
+        const float sure = token_id < 0 ? 0.0f : is_drawn ? sampler.confidence(vocab) : confidence(logits, vocab, token_id);
+        if ((g.is_unsure[s] = !(sure >= g.thresholds[s]))) return false;
+        product *= sure;
     }
     const size_t place = size_t(s) * g.most + g.found[s]++;
     g.token_ids[place] = std::max(token_id, 0);
     if (is_drawn && g.probs && g.draws[s].stream == DRAFT) keep_probs(g.probs + place * vocab, vocab, token_id, sampler);
-    return g.found[s] < g.counts[s];
+    return g.found[s] < g.counts[s] && product >= g.products[s];
 }
 
 // `forward(batch)` fills a row of logits per sequence. Tables and angles reach as far as the guesses do.
 template <class Forward>
 void guess(const Batch& first, const Guesses& g, int vocab, Sampler& sampler, Forward forward) {
     std::vector<int32_t> alive(first.sequences), next;
+    std::vector<float> products(first.sequences, 1.0f);
     std::iota(alive.begin(), alive.end(), 0);
     std::fill_n(g.found, 2 * first.sequences, 0);  // `is_unsure` lies behind it
     NextRows rows;
@@ -96,7 +97,7 @@ void guess(const Batch& first, const Guesses& g, int vocab, Sampler& sampler, Fo
         forward(batch);
         next.clear();
         for (size_t row = 0; row < alive.size(); row++)
-            if (extend(g, alive[row], first.logits + row * round_up(vocab, PANEL), vocab, sampler))
+            if (extend(g, alive[row], first.logits + row * round_up(vocab, PANEL), vocab, sampler, products[alive[row]]))
                 next.push_back(alive[row]);
         if (next.empty()) return;
         alive.swap(next);
