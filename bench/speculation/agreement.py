@@ -8,7 +8,7 @@ in a loop are counted apart. The headline is the figure without them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import eq
 from statistics import fmean
 
@@ -55,6 +55,9 @@ class Agreement:
     greedy: float  # positions at which both have the same likeliest token
     overlap: float  # Σ min(target, draft): the chance that speculative sampling accepts
     same_draw: float  # positions at which both draw the same token with the same numbers, as under `exact`
+    modesty: (
+        float  # a token of which the draft is sure with p is the target's greedy one with about p ** modesty
+    )
     accepted_of_3: float  # expected when three tokens are drafted: greedy, or by the overlap if sampled
 
 
@@ -66,39 +69,60 @@ def logits_of(model: ModelRunner, tokens: Sequence[int]) -> Tensor:
 
 def agreements(target: ModelRunner, drafts: Mapping[str, ModelRunner], corpus: Corpus) -> list[Agreement]:
     """One per draft. Distributions are those at the corpus' temperature, or at 1 if that is greedy."""
-    heat = corpus.temperature or 1.0
-    matches: dict[str, list[Tensor]] = {name: [] for name in drafts}
-    overlaps: dict[str, list[Tensor]] = {name: [] for name in drafts}
-    same: dict[str, list[bool]] = {name: [] for name in drafts}
+    found = {name: _Found() for name in drafts}
     for seed, tokens in enumerate(corpus.texts):
         ours = logits_of(target, tokens[:-1])[corpus.first - 1 :]
-        best, probs = ours.argmax(-1), (ours / heat).softmax(-1)
-        draws = [Draw(seed, position, Stream.TOKEN, heat, 1.0, 0.0, 0) for position in range(len(ours))]
-        drawn = choose(ours, draws)
         for name, draft in drafts.items():
-            theirs = logits_of(draft, tokens[:-1])[corpus.first - 1 :]
-            matches[name].append(best == theirs.argmax(-1))
-            overlaps[name].append(torch.minimum(probs, (theirs / heat).softmax(-1)).sum(-1))
-            same[name] += map(eq, drawn, choose(theirs, draws))
-    return [
-        _agreement(name, corpus, torch.stack(matches[name]), torch.stack(overlaps[name]), fmean(same[name]))
-        for name in drafts
-    ]
+            found[name].add(ours, logits_of(draft, tokens[:-1])[corpus.first - 1 :], corpus, seed)
+    return [each.agreement(name, corpus) for name, each in found.items()]
 
 
-def _agreement(draft: str, corpus: Corpus, match: Tensor, overlap: Tensor, same_draw: float) -> Agreement:
-    """From what was found at each position: `match` and `overlap` [texts, positions]."""
-    by_chance = overlap.unfold(1, LOOKAHEAD, 1).cumprod(-1).sum(-1).mean().item()
-    return Agreement(
-        draft=draft,
-        along=corpus.name,
-        share=corpus.share,
-        positions=match.numel(),
-        greedy=match.float().mean().item(),
-        overlap=overlap.mean().item(),
-        same_draw=same_draw,
-        accepted_of_3=by_chance if corpus.temperature else accepted_lengths(match, LOOKAHEAD),
-    )
+@dataclass(slots=True)
+class _Found:
+    """At the positions of each text."""
+
+    match: list[Tensor] = field(default_factory=list)
+    overlap: list[Tensor] = field(default_factory=list)
+    same_draw: list[bool] = field(default_factory=list)
+    confidence: list[Tensor] = field(default_factory=list)
+
+    def add(self, ours: Tensor, theirs: Tensor, corpus: Corpus, seed: int) -> None:
+        """One more text, by the logits `[positions, vocab]` of the target and of the draft."""
+        heat = corpus.temperature or 1.0
+        draws = [Draw(seed, position, Stream.TOKEN, heat, 1.0, 0.0, 0) for position in range(len(ours))]
+        self.match.append(ours.argmax(-1) == theirs.argmax(-1))
+        self.overlap.append(torch.minimum((ours / heat).softmax(-1), (theirs / heat).softmax(-1)).sum(-1))
+        self.same_draw += map(eq, choose(ours, draws), choose(theirs, draws))
+        self.confidence.append(theirs.double().softmax(-1).amax(-1))
+
+    def agreement(self, draft: str, corpus: Corpus) -> Agreement:
+        match, overlap = torch.stack(self.match), torch.stack(self.overlap)
+        by_chance = overlap.unfold(1, LOOKAHEAD, 1).cumprod(-1).sum(-1).mean().item()
+        greedy = match.float().mean().item()
+        return Agreement(
+            draft=draft,
+            along=corpus.name,
+            share=corpus.share,
+            positions=match.numel(),
+            greedy=greedy,
+            overlap=overlap.mean().item(),
+            same_draw=fmean(self.same_draw),
+            modesty=modesty(torch.cat(self.confidence), greedy),
+            accepted_of_3=by_chance if corpus.temperature else accepted_lengths(match, LOOKAHEAD),
+        )
+
+
+def modesty(confidence: Tensor, share: float) -> float:
+    """The power of its confidence `[positions]` with which a draft is right on average; 1 is honest, less is
+    modest. Between 0 and 4."""
+    low, high = 0.0, 4.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        if (confidence**middle).mean().item() > share:
+            low = middle
+        else:
+            high = middle
+    return low
 
 
 def by_looping(texts: Sequence[Tokens], prompt_tokens: int) -> tuple[list[Tokens], list[Tokens]]:

@@ -86,7 +86,8 @@ def _show_agreement(results: Results, console: Console) -> None:
     rows = [
         (
             *(row.draft, row.along, f"{row.share:.0%}", str(row.positions)),
-            *(f"{row.greedy:.1%}", f"{row.overlap:.1%}", f"{row.same_draw:.1%}", f"{row.accepted_of_3:.2f}"),
+            *(f"{row.greedy:.1%}", f"{row.overlap:.1%}", f"{row.same_draw:.1%}", f"{row.modesty:.2f}"),
+            f"{row.accepted_of_3:.2f}",
         )
         for row in results.agreement
     ]

@@ -21,7 +21,7 @@ from bench.inflate import BUNDLED, Pair
 from bench.measure import Spread
 from bench.plotting import require_matplotlib
 from bench.speculation import agreement, formula, plots, report, runner, sweep
-from bench.speculation.agreement import Corpus, agreements, by_looping
+from bench.speculation.agreement import Corpus, agreements, by_looping, modesty
 from bench.speculation.cells import AUTO, BATCHES, MODEL, NGRAM, TAU, Cell, Group, K, designed, everything
 from bench.speculation.formula import StepCosts
 from bench.speculation.goals import goals
@@ -216,6 +216,12 @@ def test_a_model_agrees_with_itself_and_not_with_a_stranger(stranger) -> None:
     assert unknown.greedy < 0.5
     assert unknown.overlap < 0.9
     assert unknown.same_draw < unknown.overlap + 0.15
+
+
+def test_modesty_is_the_power_that_makes_confidence_right() -> None:
+    confidence = torch.tensor([0.2, 0.5, 0.9])
+    for power in (0.4, 1.0, 2.0):
+        assert modesty(confidence, (confidence**power).mean().item()) == pytest.approx(power, abs=1e-4)
 
 
 @pytest.mark.slow
