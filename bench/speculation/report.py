@@ -99,6 +99,7 @@ def _show_agreement(results: Results, console: Console) -> None:
         "same greedy",
         "Σ min",
         "same draw",
+        "modesty",
         "accepted of 3",
     )
     console.print(table("how often drafts agree with the target", columns, rows, left=2), "")
