@@ -20,11 +20,11 @@ from router.replan import ReplanBudget
 from router.routes import Routes, Traits
 from router.size_bucket import Entry
 from tandem.config import ClusterConfig
-from tandem.errors import AlreadyExists, NotFound, TandemError, Unavailable
+from tandem.errors import NotFound, TandemError, Unavailable
 from tandem.geometry import ModelGeometry
 from tandem.ledger import PoolAudit
 from tandem.metrics import RouterMetrics
-from tandem.request import Request, Timings, child_id, parent_id
+from tandem.request import Request, Timings, child_id, name_in_use, parent_id
 from tandem.sampling import MAX_N
 
 WORKER_WAIT_S = 30.0  # how long requests wait for a missing kind of worker to come (back)
@@ -126,8 +126,8 @@ class Dispatcher:
     def start(self, requests: Sequence[Request]) -> list[Flight]:
         """Begin all completions of one request, or none.
 
-        Raises `DRAINING`, `ID_IN_USE`, `NEVER_FITS`, `TENANT_QUOTA`, or `Unavailable` if a kind of worker has
-        been missing for long. A full queue is reported by the flights.
+        Raises `DRAINING`, `AlreadyExists`, `NEVER_FITS`, `TENANT_QUOTA`, or `Unavailable` if a kind of worker
+        is missing for long. A full queue is reported by the flights.
         """
         with self.metrics.refusals():
             self._check_acceptable(requests)
@@ -238,8 +238,8 @@ class Dispatcher:
     def _check_acceptable(self, requests: Sequence[Request]) -> None:
         if self._draining:
             raise draining()
-        if self._flights_of(parent_id(requests[0].request_id)):
-            raise AlreadyExists("ID_IN_USE", "request_id is already running")
+        if running := self._flights_of(parent_id(requests[0].request_id)):
+            raise name_in_use(running[0].request, requests[0])
         for request in requests:
             self._admission.check_fits_ever(self.needs(request))
         self._check_workers()

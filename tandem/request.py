@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum, IntEnum
 
-from tandem.errors import InvalidRequest
+from tandem.errors import AlreadyExists, InvalidRequest
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.prefix_usage import NO_HIT, PrefixHit
 from tandem.sampling import SamplingParams
@@ -244,6 +244,14 @@ class Request:
             len(self.token_ids),
         )
 
+    def asks_as(self, other: Request) -> bool:
+        """Whether both ask for the same, whatever each has got already."""
+        mine, theirs = (
+            (each.token_ids[: each.num_prompt_tokens], each.sampling, each.max_tokens, each.speculation)
+            for each in (self, other)
+        )
+        return mine == theirs
+
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
@@ -252,3 +260,13 @@ class Request:
     def max_total_tokens(self) -> int:
         """Prompt plus the longest allowed output."""
         return self.num_prompt_tokens + self.max_tokens
+
+
+def name_in_use(running: Request, asked: Request) -> AlreadyExists:
+    """Why a request cannot have the name of one that runs."""
+    if asked.asks_as(running):
+        return AlreadyExists("ID_IN_USE", "request_id is already running")
+    return AlreadyExists(
+        "ID_REUSED_DIFFERENT_BODY",
+        "request_id is already running and asks for something else; give this request a name of its own",
+    )

@@ -361,7 +361,7 @@ async def test_a_name_in_use_is_a_conflict(cluster, client):
         with pytest.raises(openai.ConflictError) as raised:
             await client.completions.create(model=MODEL, prompt="x", extra_body={"request_id": "taken"})
         call.cancel()
-    assert raised.value.code == "ID_IN_USE"
+    assert raised.value.code == "ID_REUSED_DIFFERENT_BODY"
     assert raised.value.response.headers["x-should-retry"] == "false"
 
 

@@ -144,15 +144,26 @@ async def test_a_name_is_in_use_until_its_request_has_ended(cluster):
     many = {"n": 2, "temperature": 1.0}
     with slow_steps(cluster.decodes[0]):
         for first, second in (({}, {}), ({}, many), (many, {}), (many, many)):
-            call = open_stream(cluster, ask("x", request_id="taken", max_tokens=60, ignore_eos=True, **first))
+            taken = {"request_id": "taken", "max_tokens": 60, "ignore_eos": True}
+            call = open_stream(cluster, ask("x", **taken, **first))
             await until(lambda: cluster.decodes[0].worker.num_running)
-            failed = await failure(stream(cluster, ask("y", request_id="taken", max_tokens=1, **second)))
-            assert (failed.code, failed.reason) == ("ALREADY_EXISTS", "ID_IN_USE")
-            assert failed.message == "request_id is already running"
+            asked = {"x": {**taken, **second}, "y": {"request_id": "taken", "max_tokens": 1, **second}}
+            for prompt, params in asked.items():
+                failed = await failure(stream(cluster, ask(prompt, **params)))
+                is_same = prompt == "x" and first == second
+                reason = "ID_IN_USE" if is_same else "ID_REUSED_DIFFERENT_BODY"
+                assert (failed.code, failed.reason) == ("ALREADY_EXISTS", reason)
+                assert failed.message.startswith("request_id is already running")
             call.cancel()
             await until(lambda: cluster.router.dispatcher.num_flights == 0)
 
-    assert (await complete(cluster, ask("y", request_id="taken", max_tokens=1))).token_ids
+
+async def test_a_name_is_free_when_its_request_has_ended(cluster):
+    """It runs again, whatever it asks: who repeats a request after a broken stream counts on that."""
+    first = await complete(cluster, ask("x", request_id="again", max_tokens=4))
+    second = await complete(cluster, ask("x", request_id="again", max_tokens=4))
+    assert second.token_ids == first.token_ids
+    assert (await complete(cluster, ask("y", request_id="again", max_tokens=1))).token_ids
 
 
 # --- waits ---
