@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-import decode_worker.restore
+import decode_worker.beginnings
 import prefill_worker.sender
 from deploy.commands import verify as command
 from deploy.verify.arms import Arm, Findings
@@ -84,7 +84,7 @@ async def test_kv_that_a_decode_worker_misplaces_is_found_there_only():
         return load(cache, [*blocks[1:], *blocks[:1]], *args)
 
     async with running() as cluster:
-        with meddled(decode_worker.restore, "import_kv", misplace):
+        with meddled(decode_worker.beginnings, "import_kv", misplace):
             found = await verify(cluster)
     assert not found["all"]["is_sound"]
     assert found["prefill-0 → here"]["is_ok"]

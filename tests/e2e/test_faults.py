@@ -459,7 +459,7 @@ async def test_a_reader_that_never_reads_disturbs_nobody():
 
 
 async def test_a_client_with_too_much_unread_is_given_up(monkeypatch):
-    monkeypatch.setattr(flight, "MAX_BACKLOG", 20)
+    monkeypatch.setattr(flight, "MAX_BACKLOG", 3)
     async with running() as cluster:
         asked = Ask.from_pb(ask("unread", max_tokens=300, ignore_eos=True))
         [unread] = cluster.router.dispatcher.start(await cluster.router.intake.requests(asked))
