@@ -122,9 +122,19 @@ def p_value(counts: dict[tuple[int, int], int], expected: dict[tuple[int, int], 
     return float(torch.special.gammaincc(half_freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
 
 
+# Penalties are applied row by row: two of their cases take a minute.
+LONG = {("penalties", "auto, 1 token"), ("penalties", "exact, 3 tokens")}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", SAMPLING)
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [
+        pytest.param(kind, case, marks=[pytest.mark.long] * ((kind, case) in LONG))
+        for kind in SAMPLING
+        for case in CASES
+    ],
+)
 def test_draws_have_the_targets_distribution(target, draft, kind, case) -> None:
     policy, num_tokens, tau = CASES[case]
     controls = SpeculationParams(policy=policy, assistant_confidence_threshold=tau)
