@@ -138,24 +138,29 @@ def _penalized(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.T
     """A copy with bias, penalties and `min_tokens` applied."""
     scores = logits.float().clone()
     for row, state in zip(scores, states, strict=True):
-        if state.params.changes_logits:
-            _penalize(row, state)
+        if len(state.bias_ids):
+            row[state.bias_ids] += state.biases
+    counted = [i for i, state in enumerate(states) if state.output_counts is not None]
+    if counted:
+        scores[counted] = _less_of_the_same(scores[counted], [states[i] for i in counted])
+    for row, state in zip(scores, states, strict=True):
+        if state.position < state.params.min_tokens:
+            row[state.stop_ids] = _NEVER
     return scores
 
 
-def _penalize(row: torch.Tensor, state: SamplingState) -> None:
-    """Bias, penalties and `min_tokens` on one row, in place."""
-    params = state.params
-    row[state.bias_ids] += state.biases
-    if state.prompt_counts is not None and state.output_counts is not None:
-        if params.repetition_penalty != 1:
-            seen = (state.prompt_counts + state.output_counts) > 0
-            scaled = torch.where(row < 0, row * params.repetition_penalty, row / params.repetition_penalty)
-            row.copy_(torch.where(seen, scaled, row))
-        row -= params.frequency_penalty * state.output_counts
-        row -= params.presence_penalty * (state.output_counts > 0)
-    if state.position < params.min_tokens:
-        row[state.stop_ids] = _NEVER
+def _less_of_the_same(scores: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    """Repetition, frequency and presence penalties, `scores` [states, vocab]."""
+    params = [state.params for state in states]
+    repetition, frequency, presence = (
+        _column([getattr(each, name) for each in params], scores)
+        for name in ("repetition_penalty", "frequency_penalty", "presence_penalty")
+    )
+    prompt = torch.stack([state.prompt_counts for state in states])  # type: ignore[misc]
+    output = torch.stack([state.output_counts for state in states])  # type: ignore[misc]
+    scaled = torch.where(scores < 0, scores * repetition, scores / repetition)
+    scores = torch.where(prompt + output > 0, scaled, scores)
+    return scores - frequency * output - presence * (output > 0)
 
 
 def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
