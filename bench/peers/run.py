@@ -87,19 +87,24 @@ def run(options: Options, as_json: bool) -> dict[str, Any]:
             for batch in batches:
                 meter.say(f"{prompt_tokens} tokens in, batch {batch}")
                 rows += _cell(everybody, prompt_tokens, batch, geometry.vocab_size, options.rounds)
+                content = _write(options, found, rows, skipped)  # what is measured is kept, however this ends
                 meter.step()
             if options.profile is not None:
                 _profile(everybody, options.profile, prompt_tokens, geometry.vocab_size, shown)
     _show(rows, found, geometry, options, shown)
     for line in skipped:
         shown.print(f"not measured: {line}")
+    return content
+
+
+def _write(options: Options, found: Limits, rows: Sequence[Row], skipped: Sequence[str]) -> dict[str, Any]:
     content = {
         "machine": machine(options.threads),
         "limits": flat(found),
         "shape": options.shape,
         "output_tokens": OUTPUT_TOKENS,
         "rows": [flat(row) for row in rows],
-        "skipped": skipped,
+        "skipped": list(skipped),
     }
     write_csv(options.out / "peers.csv", [flat(row) for row in rows])
     write_json(options.out / "peers.json", content)
