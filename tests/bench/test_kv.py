@@ -45,7 +45,7 @@ def test_growth_counts_objects(monkeypatch):
     assert all(row.life_us > 0 for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_gap_is_measured_with_and_without_overlap():
     rows = handoff._case(300, 150, 1)
     assert [(row.prompt_tokens, row.chunks, row.overlap) for row in rows] == [(300, 2, True), (300, 2, False)]

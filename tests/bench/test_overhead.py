@@ -17,7 +17,7 @@ def test_only_tokens_that_come_while_all_run_count():
     assert overhead.steady_rate([early, [(4.0, 1), (5.0, 1)]]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_engine_and_service_take_turns(tmp_path, monkeypatch):
     monkeypatch.setattr(overhead, "BATCHES", (1, 2))
     document = overhead.run(1, tmp_path, as_json=True)

@@ -224,7 +224,7 @@ def test_modesty_is_the_power_that_makes_confidence_right() -> None:
         assert modesty(confidence, (confidence**power).mean().item()) == pytest.approx(power, abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_quality_falls_with_precision() -> None:
     data = held_out(BUNDLED.target)
     skipped: list[str] = []

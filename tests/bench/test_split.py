@@ -7,7 +7,7 @@ import pytest
 from bench import isolation, split
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_mode_gets_the_same_requests(tmp_path, monkeypatch):
     monkeypatch.setattr(split, "MIXES", {"short": "mix:8*3,300"})
     monkeypatch.setattr(isolation, "ROUNDS", 1)
