@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench import greedy
 from tandem.client import TandemClient
 from tandem.config import BUNDLED_MODELS
 from tandem.sampling import SamplingParams
@@ -55,16 +56,7 @@ class Reference:
     def complete(self, prompts: Sequence[Sequence[int]]) -> float:
         """Output tokens per second for one batch of equal-length prompts."""
         began_s = time.perf_counter()
-        ids = torch.tensor(prompts)
-        with torch.inference_mode():
-            self._model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=OUTPUT_TOKENS,
-                min_new_tokens=OUTPUT_TOKENS,
-                do_sample=False,
-                pad_token_id=0,
-            )
+        greedy.complete(self._model, prompts, OUTPUT_TOKENS)
         return len(prompts) * OUTPUT_TOKENS / (time.perf_counter() - began_s)
 
 

@@ -6,8 +6,8 @@
     bonus token      drawn from the target's last row when every draft token was accepted
 
 `match` serves greedy decoding and the `exact` policy, where the target's token at each position is
-fixed by its own rule: greedy, or a draw with the numbers that belong to (seed, position). `accept`
-is speculative sampling (Leviathan, Kalman, Matias 2023; Chen et al. 2023): its output has exactly the
+fixed by its own rule: greedy, or a draw with the numbers that belong to (seed, position). The others
+are speculative sampling (Leviathan, Kalman, Matias 2023; Chen et al. 2023): its output has exactly the
 target's distribution.
 """
 

@@ -84,9 +84,9 @@ def _walk(
     sequence: DecodeSequence, proposal: Proposal, advance: Advance, token_ids: Sequence[int], row: int
 ) -> None:
     """Rows from `row` on judge the draft tokens and give the one after them."""
-    offset = 0
-    while _take(sequence, proposal, offset, chosen_token(token_ids[row + offset]), advance):
-        offset += 1
+    last = row + len(proposal.token_ids)
+    for offset in range(1 + acceptance.match(proposal.token_ids, token_ids[row:last])):
+        _take(sequence, proposal, offset, chosen_token(token_ids[row + offset]), advance)
 
 
 def _side_by_side(

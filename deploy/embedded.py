@@ -15,7 +15,6 @@ import time
 from asyncio.subprocess import PIPE, Process
 from collections import deque
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +23,7 @@ from typing import Any, Self, TypeVar
 from tandem.config import ClusterConfig, CoresConfig
 from tandem.errors import ConfigError, TandemError, Unavailable
 from tandem.internal import InternalPlane
+from tandem.signals import send
 
 READY_S = 120.0
 STOP_S = 10.0
@@ -217,17 +217,10 @@ class EmbeddedService:
         process = child.process
         if process is None or process.returncode is not None:
             return
-        _signal(process, signal.SIGTERM)
+        send(process, signal.SIGTERM)
         try:
             async with asyncio.timeout(STOP_S):
                 await process.wait()
         except TimeoutError:
-            _signal(process, signal.SIGKILL)
+            send(process, signal.SIGKILL)
             await process.wait()
-
-
-def _signal(process: Process, number: signal.Signals) -> None:
-    """Like `process.send_signal`, which polls first: of a child that has just ended it would take the exit
-    code away from asyncio's watcher, who then reports 255 for an unknown child process."""
-    with suppress(ProcessLookupError):
-        os.kill(process.pid, number)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench import greedy
 from bench.forward.rig import timed
 from bench.speculation.text import Tokens
 from tandem.engine.batch import SequenceRows
@@ -99,24 +100,9 @@ class RandomModel:
         return first_s, max(whole_s - first_s, 1e-9), outputs
 
     def _generate(self, prompts: Sequence[Tokens], num_tokens: int) -> tuple[float, list[Tokens]]:
-        ids = torch.tensor([list(prompt) for prompt in prompts], device=self.device)
         found: list[torch.Tensor] = []
-
-        def call() -> None:
-            found.append(
-                self._model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=num_tokens,
-                    min_new_tokens=num_tokens,
-                    do_sample=False,
-                    pad_token_id=0,
-                )
-            )
-
-        with torch.inference_mode():
-            seconds = timed(call, self.device)
-        return seconds, [tuple(row) for row in found[0][:, ids.shape[1] :].tolist()]
+        seconds = timed(lambda: found.append(greedy.complete(self._model, prompts, num_tokens)), self.device)
+        return seconds, [tuple(row) for row in found[0].tolist()]
 
     @contextmanager
     def _sdpa(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.utils import logging
 
+from bench import greedy
 from bench.inflate import Pair
 from bench.openvino.peer import OpenVino
 from bench.speculation.rig import Rig, Setup
@@ -78,32 +79,27 @@ class Transformers:
         return Phases(first_s, whole_s - first_s)
 
     def _complete(self, prompts: Sequence[Tokens], num_tokens: int) -> float:
-        ids = [list(prompt) for prompt in prompts]
         began_s = time.perf_counter()
-        self._generate(ids, _exactly(num_tokens))
+        self._generate(prompts, num_tokens)
         return time.perf_counter() - began_s
 
-    def _generate(self, ids: list[list[int]], config: GenerationConfig) -> None:
-        batch = torch.tensor(ids)
-        with torch.inference_mode():
-            self._model.generate(batch, attention_mask=torch.ones_like(batch), generation_config=config)
+    def _generate(self, prompts: Sequence[Tokens], num_tokens: int) -> None:
+        greedy.complete(self._model, prompts, num_tokens)
 
 
 class TransformersBatching(Transformers):
     """`generate_batch`: continuous batching over a paged cache, which every call sets up anew."""
 
-    def _generate(self, ids: list[list[int]], config: GenerationConfig) -> None:
-        config.eos_token_id = -1  # it knows no least number of tokens
-        pages = len(ids) * num_blocks(len(ids[0]) + self._output_tokens, PAGE_TOKENS)
+    def _generate(self, prompts: Sequence[Tokens], num_tokens: int) -> None:
+        count, length = len(prompts), len(prompts[0])
+        pages = count * num_blocks(length + self._output_tokens, PAGE_TOKENS)
         room = ContinuousBatchingConfig(
-            num_blocks=pages, page_size=PAGE_TOKENS, max_batch_tokens=len(ids) * len(ids[0])
+            num_blocks=pages, page_size=PAGE_TOKENS, max_batch_tokens=count * length
         )
-        self._model.generate_batch(ids, generation_config=config, continuous_batching_config=room)
-
-
-def _exactly(num_tokens: int) -> GenerationConfig:
-    ends = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens}
-    return GenerationConfig(do_sample=False, pad_token_id=0, **ends)  # type: ignore[no-untyped-call]
+        ends = {"max_new_tokens": num_tokens, "eos_token_id": -1}  # it knows no least number of tokens
+        asked = GenerationConfig(do_sample=False, **ends)  # type: ignore[no-untyped-call]
+        ids = [list(prompt) for prompt in prompts]
+        self._model.generate_batch(ids, generation_config=asked, continuous_batching_config=room)
 
 
 class OpenVinoArm:

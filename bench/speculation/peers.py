@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from bench import greedy
 from bench.inflate import Pair
 from bench.measure import Spread, interleave
 from bench.openvino.peer import OpenVino, Pipeline
@@ -65,17 +66,7 @@ class Transformers:
     def _complete(self, prompts: Sequence[Tokens], **options: Any) -> float:
         began_s = time.perf_counter()
         for prompt in prompts:
-            ids = torch.tensor([prompt])
-            with torch.inference_mode():
-                self._target.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=self._output_tokens,
-                    min_new_tokens=self._output_tokens,
-                    do_sample=False,
-                    pad_token_id=0,
-                    **options,
-                )
+            greedy.complete(self._target, [prompt], self._output_tokens, **options)
         return len(prompts) * self._output_tokens / (time.perf_counter() - began_s)
 
 

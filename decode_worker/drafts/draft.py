@@ -15,9 +15,7 @@ class Proposal:
     """Draft tokens for one sequence. `probs` are what they were drawn from, where the draft was not sure."""
 
     token_ids: list[int] = field(default_factory=list)
-    probs: list[Probs] = field(
-        default_factory=list
-    )  # [vocab] each; empty unless drawn for speculative sampling
+    probs: list[Probs] = field(default_factory=list)  # empty unless drawn for speculative sampling
     is_tau_stop: bool = False  # the draft was unsure and stopped before its number
     confidence: float = 1.0  # the product of the probabilities of the draft's likeliest tokens
 

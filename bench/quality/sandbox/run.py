@@ -24,6 +24,7 @@ from pathlib import Path
 from bench.quality.sandbox.launch import WALLED
 from bench.quality.sandbox.probe import PROBE
 from tandem.errors import ConfigError
+from tandem.signals import send
 
 LOOK_EVERY_S = 0.05
 START_S = 60.0  # of Python and the walls, on the busiest of machines
@@ -119,7 +120,7 @@ class Sandbox:
 async def _end(process: Process) -> None:
     """It is the only one: walled programs cannot start others."""
     if process.returncode is None:
-        process.kill()
+        send(process, signal.SIGKILL)
     await process.wait()
 
 

@@ -8,7 +8,6 @@ other threads of the team.
 from __future__ import annotations
 
 import ctypes
-import time
 
 from tandem.engine.native import library
 
@@ -17,7 +16,6 @@ PARTS = (
     *("head", "choosing tokens", "waiting", "dequantize", "quantize activations"),
 )
 WITHIN_LINEARS = frozenset({"dequantize", "quantize activations"})
-CALIBRATION_S = 0.02
 
 
 class Clock:
@@ -30,8 +28,6 @@ class Clock:
         self._library.tandem_clock_read.argtypes = (ctypes.c_void_p,)
         self._library.tandem_clock_read.restype = ctypes.c_double
         self._ticks = (ctypes.c_int64 * len(PARTS))()
-        self._library.tandem_clock_read(self._ticks)  # from here on the length of a tick is measured
-        time.sleep(CALIBRATION_S)
         self._tick_ns: float = self._library.tandem_clock_read(self._ticks)
 
     def start(self) -> None:

@@ -90,18 +90,17 @@ class Sampler {
         const Largest largest = largest_of(logits, vocab);
         if (!(masked || largest.are_finite) || !std::isfinite(largest.value)) return -1;
         if (is_greedy(d)) return first_of(largest.value, logits);
-        weigh(logits, vocab, largest.value, float(d.temperature));
-        if (d.top_k > 0 && d.top_k < vocab) keep_top_k(vocab, int(d.top_k));
-        if (d.top_p < 1) keep_top_p(vocab, d.top_p);
-        if (d.min_p > 0) drop_below(float(d.min_p), vocab);
+        weigh(logits, vocab, largest.value, d);
         return first_to_arrive(weights_, vocab, key_of(d, d.stream));
     }
 
     // The draft's token where it is accepted, else one from what the target has more of (decode_worker/acceptance.py).
     int judge(const float* logits, int vocab, const Draw& d, const Drafted& drafted) {
-        const int chosen = choose(logits, vocab, d, false);
         const int64_t proposed = drafted.token_id;
-        if (chosen < 0 || proposed < 0 || is_greedy(d)) return chosen;
+        if (proposed < 0 || is_greedy(d)) return choose(logits, vocab, d, false);
+        const Largest largest = largest_of(logits, vocab);
+        if (!largest.are_finite) return -1;
+        weigh(logits, vocab, largest.value, d);
         const double total = total_of(vocab), drawn_with = drafted.probs ? drafted.probs[proposed] : 1.0;
         if (drawn_with > 0 && chance_of(d, ACCEPT) * drawn_with < weights_[proposed] / total) return int(proposed);
         double rest = 0;
@@ -128,13 +127,17 @@ class Sampler {
     std::vector<float> weights_;  // unnormalized probabilities; the largest is 1
     std::vector<float> sorted_;   // or what the target has more of
 
-    void weigh(const float* logits, int vocab, float largest, float temperature) {
+    // What the parameters leave of the softmax.
+    void weigh(const float* logits, int vocab, float largest, const Draw& d) {
         weights_.resize(round_up(vocab, LANES));
-        const f8 most = set1(largest), t = set1(temperature);
+        const f8 most = set1(largest), t = set1(float(d.temperature));
         for (int i = 0; i < vocab; i += LANES) {
             const f8 x = i + LANES <= vocab ? load(logits + i) : load_some(logits + i, vocab - i);
             store(weights_.data() + i, exp(div(sub(x, most), t)));
         }
+        if (d.top_k > 0 && d.top_k < vocab) keep_top_k(vocab, int(d.top_k));
+        if (d.top_p < 1) keep_top_p(vocab, d.top_p);
+        if (d.min_p > 0) drop_below(float(d.min_p), vocab);
     }
 
     void drop_below(float least, int vocab) {

@@ -1,6 +1,7 @@
 // Where the time of forwards goes, counted while somebody asks for it. Otherwise a test of a flag is all it costs.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -25,6 +26,14 @@ inline int64_t ticks() {
 #else
     return nanoseconds();
 #endif
+}
+
+// When the library was loaded, by both clocks.
+inline const int64_t first_tick = ticks(), first_ns = nanoseconds();
+
+// How long a tick is: the better known the longer ago that was.
+inline double tick_ns() {
+    return double(nanoseconds() - first_ns) / double(std::max<int64_t>(ticks() - first_tick, 1));
 }
 
 inline std::atomic<bool> is_timed{false};

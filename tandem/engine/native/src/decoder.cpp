@@ -402,9 +402,7 @@ void tandem_clock_run(int32_t is_on) { tandem::is_timed.store(is_on != 0); }
 
 // Ticks of each part of all forwards that were counted [PARTS], and how long a tick is.
 double tandem_clock_read(int64_t* parts) {
-    static const int64_t first_tick = tandem::ticks(), first_ns = tandem::nanoseconds();
     for (int part = 0; part < tandem::PARTS; part++) parts[part] = tandem::spent[part].load();
-    const int64_t passed = tandem::ticks() - first_tick;
-    return passed > 0 ? double(tandem::nanoseconds() - first_ns) / double(passed) : 0.0;
+    return tandem::tick_ns();
 }
 }
