@@ -86,6 +86,8 @@ class TandemClient:
                             yield new
                 return
             except TandemError as error:
+                if progress.has_ended:
+                    return
                 wait_s = progress.wait_after(error)
             await asyncio.sleep(wait_s)
 

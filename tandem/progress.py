@@ -32,6 +32,7 @@ class StreamProgress:
         self._at = (0, 0)  # tokens and characters that the running call has come to
         self._before = (0, 0)  # the same before its last chunk
         self._has_begun = False
+        self._num_running = message.sampling.n or 1
         self._lost: TandemError | None = None
         self._give_up_s = 0.0
         self._wait_s = FIRST_WAIT_S
@@ -40,6 +41,11 @@ class StreamProgress:
     def time_left_s(self) -> float | None:
         """What the caller's time limit leaves for another call."""
         return None if self._deadline_s is None else max(self._deadline_s - time.monotonic(), 0.0)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether every completion has finished; whatever befalls the call now is of no account."""
+        return self._num_running == 0
 
     def rest(self) -> pb.GenerationInput:
         """What to ask for in the next call."""
@@ -51,6 +57,8 @@ class StreamProgress:
     def take(self, event: pb.StreamGenerateResponse) -> pb.StreamGenerateResponse | None:
         """The event with what is new in it, or None. Raises `StreamBroken` if known text comes otherwise."""
         self._has_begun = True
+        if event.WhichOneof("event") == "finished":
+            self._num_running -= 1
         if event.WhichOneof("event") != "token_chunk" or not self._resume_s:
             return event
         chunk = event.token_chunk
@@ -74,6 +82,7 @@ class StreamProgress:
 
     def wait_after(self, error: TandemError) -> float:
         """Seconds until the next call. Raises what was lost first, if there should be none."""
+        assert not self.has_ended
         now_s = time.monotonic()
         if self._lost is None:
             if not (self._resume_s and self._has_begun and isinstance(error, WORTH_RESUMING)):

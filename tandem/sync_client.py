@@ -68,6 +68,8 @@ class SyncTandemClient:
                             yield new
                 return
             except TandemError as error:
+                if progress.has_ended:
+                    return
                 wait_s = progress.wait_after(error)
             time.sleep(wait_s)
 

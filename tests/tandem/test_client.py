@@ -24,6 +24,7 @@ from tandem.errors import (
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.v1 import generation_pb2_grpc, model_pb2, model_pb2_grpc
 from tandem.sampling import SamplingParams
+from tandem.sync_client import SyncTandemClient
 from tests.serving import until
 
 
@@ -33,6 +34,7 @@ class Server(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.Model
     def __init__(self) -> None:
         self.asked: list[object] = []
         self.error: Exception | None = None
+        self.late_error: Exception | None = None
         self.hangs = False
         self.num_cancelled = 0
 
@@ -46,6 +48,8 @@ class Server(generation_pb2_grpc.GenerationServiceServicer, model_pb2_grpc.Model
             if self.hangs:
                 await asyncio.sleep(60)
             yield pb.StreamGenerateResponse(finished=pb.Finished())
+            if self.late_error:
+                raise self.late_error
         except (asyncio.CancelledError, GeneratorExit):
             self.num_cancelled += 1
             raise
@@ -83,6 +87,11 @@ async def serving(port: int = 0):
 
 async def kinds(events) -> list[str]:
     return [event.WhichOneof("event") async for event in events]
+
+
+def kinds_blocking(address: str, resume_s: float) -> list[str]:
+    with SyncTandemClient(address) as client:
+        return [event.WhichOneof("event") for event in client.stream("hi", resume_s=resume_s)]
 
 
 async def test_a_stream_is_its_events():
@@ -131,6 +140,17 @@ async def test_an_error_in_the_middle_comes_after_what_was_sent():
         assert [(await anext(events)).WhichOneof("event") for _ in range(2)] == ["admitted", "token_chunk"]
         with pytest.raises(StreamBroken):
             await anext(events)
+
+
+@pytest.mark.parametrize("resume_s", [0, 30])
+async def test_a_connection_lost_behind_the_end_is_no_loss(resume_s):
+    """The last event came, and the status behind it did not."""
+    whole = ["admitted", "token_chunk", "finished"]
+    async with serving() as (client, server, _):
+        server.late_error = Unavailable("DRAINING", "gone")
+        assert await kinds(client.stream("hi", resume_s=resume_s)) == whole
+        assert await asyncio.to_thread(kinds_blocking, client.address, resume_s) == whole
+        assert len(server.asked) == 2
 
 
 async def test_leaving_a_stream_early_cancels_the_request():

@@ -65,6 +65,7 @@ def test_one_whole_stream_comes_out_of_many_lost_ones(output, data):
     assert [token_id for chunk in chunks for token_id in chunk.token_ids] == token_ids
     assert "".join(chunk.text for chunk in chunks) == "".join(texts)
     assert [entry.logprob for chunk in chunks for entry in chunk.logprobs] == [-t for t in token_ids]
+    assert progress.has_ended
     at = 0
     for chunk in chunks:
         assert chunk.position == at
