@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import threading
-from contextlib import asynccontextmanager, closing
+from contextlib import closing
 
 import pytest
 import pytest_asyncio
@@ -18,6 +18,7 @@ from tandem.errors import InvalidRequest, NotFound, TandemError, Unavailable
 from tandem.sampling import SamplingParams
 from tandem.sync_client import SyncTandemClient
 from tests.e2e.harness import Result, config, failure, generate, quiesce, running, slow_steps
+from tests.road import road_to
 
 in_module = pytest.mark.asyncio(loop_scope="module")
 
@@ -29,49 +30,6 @@ SAMPLINGS = [
     SamplingParams(max_tokens=NUM_TOKENS, temperature=1.0, seed=5, presence_penalty=1.0, logprobs=2),
     SamplingParams(max_tokens=NUM_TOKENS, temperature=0.8, seed=6, min_tokens=30, stop=("ab", "e")),
 ]
-
-
-class Road:
-    """Leads to a server over TCP, and breaks on demand."""
-
-    def __init__(self) -> None:
-        self._writers: set[asyncio.StreamWriter] = set()
-        self.num_breaks = 0
-
-    def cut(self) -> None:
-        self.num_breaks += 1
-        for writer in self._writers:
-            writer.transport.abort()
-
-    async def carry(self, target, reader, writer) -> None:
-        host, _, port = target.rpartition(":")
-        far_reader, far_writer = await asyncio.open_connection(host, int(port))
-        ends = {writer, far_writer}
-        self._writers |= ends
-        await asyncio.gather(_pump(reader, far_writer), _pump(far_reader, writer))
-        self._writers -= ends
-
-
-async def _pump(reader, writer) -> None:
-    try:
-        while data := await reader.read(1 << 16):
-            writer.write(data)
-            await writer.drain()
-    except ConnectionError:
-        pass
-    finally:
-        writer.close()
-
-
-@asynccontextmanager
-async def road_to(address):
-    """The road, and its address."""
-    road = Road()
-    server = await asyncio.start_server(lambda *ends: road.carry(address, *ends), "127.0.0.1", 0)
-    async with server:
-        port = server.sockets[0].getsockname()[1]
-        yield road, f"127.0.0.1:{port}"
-        road.cut()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

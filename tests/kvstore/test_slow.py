@@ -6,7 +6,7 @@ import asyncio
 import signal
 import sys
 import time
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import pytest
 
@@ -16,31 +16,9 @@ from tandem.config import KvStoreConfig
 from tandem.errors import DeadlineExceeded
 from tests.kvstore.samples import make_header, make_sample
 from tests.kvstore.test_service import PAYLOAD, big, put, read_all, serving, until
+from tests.road import road_to
 
 BYTES_PER_S = 200_000
-
-
-@asynccontextmanager
-async def slow_link(port: int):
-    """A port whose connections pass so many bytes in a second from the store."""
-
-    async def forward(reader, writer, bytes_per_s):
-        with suppress(ConnectionError):
-            while data := await reader.read(4096):
-                await asyncio.sleep(len(data) / bytes_per_s)
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    async def connected(reader, writer):
-        store_reader, store_writer = await asyncio.open_connection("127.0.0.1", port)
-        await asyncio.gather(forward(reader, store_writer, 1e9), forward(store_reader, writer, BYTES_PER_S))
-
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
-    try:
-        yield server.sockets[0].getsockname()[1]
-    finally:
-        server.close()
 
 
 @pytest.mark.slow
@@ -53,7 +31,7 @@ async def test_a_reader_on_a_slow_link_keeps_its_lease():
             for chunk, payload in sample.chunks:
                 await writer.write(chunk, payload)
             handle = await writer.seal()
-        async with slow_link(service.port) as port, rpc.channel(f"127.0.0.1:{port}") as channel:
+        async with road_to(f"127.0.0.1:{service.port}", BYTES_PER_S) as (_, far), rpc.channel(far) as channel:
             began_s = time.monotonic()
             read = await read_all(KvClient(channel, config).get(handle, "far"))
             assert time.monotonic() - began_s > 4 * config.lease_s
