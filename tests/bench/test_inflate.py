@@ -29,14 +29,6 @@ TARGETS = {
 DRAFT = Size(4, 192, 6, 3, 400)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def prompt_ids() -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED.target)
     return [tokenizer(text)["input_ids"] for text in PROMPTS]

@@ -66,14 +66,6 @@ ROW = Row(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory):
     """A checkpoint of the tiny target's vocabulary that knows nothing of it."""

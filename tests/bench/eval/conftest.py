@@ -5,20 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
 
 from bench.eval import decoding
 from bench.eval.experiment import Settings
 from bench.inflate import Pair
 from tests.checkpoints import save_llama, tiny_llama
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
