@@ -44,6 +44,16 @@ void multiply_rows(const Linear& linear, const float* x, int ldx, int rows, floa
     add_bias(linear, rows, y, ldy, first, last);
 }
 
+// What a member of the team does of a product; it is whole behind the next barrier.
+void multiply_shared(const Linear& linear, const float* x, int ldx, int rows, float* y, int ldy, Team& team,
+                     int member) {
+    const int panels = round_up(linear.out, PANEL) / PANEL;
+    auto some = [&](int first, int last) { multiply_rows(linear, x, ldx, rows, y, ldy, first, last); };
+    if (!prepares_rows(linear)) return team.divide(panels, panels_together(rows), some);
+    const Share mine(panels, member, team.size());
+    some(mine.first, mine.last);
+}
+
 inline float sum_of_squares(const float* x, int n) {
     f8 total = zero();
     int i = 0;
@@ -103,7 +113,9 @@ class Forward {
             for (int row = 0; row < b.rows; row += ROW_BLOCK) project(l, layer, row, block_rows(row), member);
             meet(member, PLACE);
             if (member == 0) __atomic_store_n(cache.layers_written, layer + 1, __ATOMIC_RELEASE);
-            for (size_t i = member; i < work.size(); i += team.size()) attend_some(l, layer, work[i], member);
+            team.divide(int(work.size()), 1, [&](int first, int last) {
+                for (int i = first; i < last; i++) attend_some(l, layer, work[i], member);
+            });
             meet(member, ATTEND);
             for (int row = 0; row < b.rows; row += ROW_BLOCK) finish(l, row, block_rows(row), member);
         }
@@ -146,8 +158,7 @@ class Forward {
     }
 
     void linear(const Linear& l, const float* from, int ld_from, int rows, float* to, int ld_to, int member) {
-        Share panels(round_up(l.out, PANEL) / PANEL, member, team.size(), 4);
-        multiply_rows(l, from, ld_from, rows, to, ld_to, panels.first, panels.last);
+        multiply_shared(l, from, ld_from, rows, to, ld_to, team, member);
     }
 
     void norm(const float* from, const float* weight, float* to) const {
@@ -391,10 +402,7 @@ void tandem_choose(const float* logits, int32_t rows, int64_t stride, int32_t vo
 void tandem_linear(void* engine, const tandem::Linear* linear, const float* x, int32_t rows, float* y) {
     auto& team = static_cast<tandem::Engine*>(engine)->team;
     const int width = tandem::round_up(linear->out, tandem::PANEL);
-    team.run([&](int member) {
-        tandem::Share panels(width / tandem::PANEL, member, team.size(), 4);
-        tandem::multiply_rows(*linear, x, linear->in, rows, y, width, panels.first, panels.last);
-    });
+    team.run([&](int member) { tandem::multiply_shared(*linear, x, linear->in, rows, y, width, team, member); });
 }
 
 // Count from now on where forwards spend their time, or stop it.

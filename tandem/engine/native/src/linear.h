@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -28,6 +29,9 @@ struct Linear {
     const int32_t* outlier_inputs;
     const Linear* outliers;
 };
+
+template <int N>
+using number = std::integral_constant<int, N>;
 
 constexpr int ROW_BLOCK = 96;   // rows that go through all panels together
 constexpr int CACHE_LINE = 64;  // bytes
@@ -68,18 +72,18 @@ template <class W>
 inline void multiply_panel(const float* x, int ldx, int rows, const W* w, int in, float* y, int ldy) {
     int r = 0;
     auto tile = [&](auto count) {
-        constexpr int R = decltype(count)::value;
+        constexpr int R = count();
         multiply_tile<R, 1>(x + size_t(r) * ldx, ldx, w, 0, in, y + size_t(r) * ldy, ldy);
         r += R;
     };
-    while (rows - r > 8 || rows - r == 6) tile(std::integral_constant<int, 6>());
-    while (rows - r >= 7) tile(std::integral_constant<int, 4>());
+    while (rows - r > 8 || rows - r == 6) tile(number<6>());
+    while (rows - r >= 7) tile(number<4>());
     switch (rows - r) {
-        case 5: tile(std::integral_constant<int, 5>()); break;
-        case 4: tile(std::integral_constant<int, 4>()); break;
-        case 3: tile(std::integral_constant<int, 3>()); break;
-        case 2: tile(std::integral_constant<int, 2>()); break;
-        case 1: tile(std::integral_constant<int, 1>()); break;
+        case 5: tile(number<5>()); break;
+        case 4: tile(number<4>()); break;
+        case 3: tile(number<3>()); break;
+        case 2: tile(number<2>()); break;
+        case 1: tile(number<1>()); break;
     }
 }
 
@@ -97,12 +101,17 @@ inline void multiply(const Linear& linear, const float* x, int ldx, int rows, fl
         int panel = first_panel;
         for (; count == 1 && panel + 4 <= last_panel; panel += 4)
             multiply_tile<1, 4>(from, ldx, weights + panel * stride, stride, linear.in, to + panel * PANEL, ldy);
+        for (; count == 1 && panel + 2 <= last_panel; panel += 2)
+            multiply_tile<1, 2>(from, ldx, weights + panel * stride, stride, linear.in, to + panel * PANEL, ldy);
         for (; count == 2 && panel + 2 <= last_panel; panel += 2)
             multiply_tile<2, 2>(from, ldx, weights + panel * stride, stride, linear.in, to + panel * PANEL, ldy);
         for (; panel < last_panel; panel++)
             multiply_panel(from, ldx, count, weights + panel * stride, linear.in, to + panel * PANEL, ldy);
     }
 }
+
+// Panels that are best computed side by side.
+inline int panels_together(int rows) { return rows <= 2 ? 2 : 1; }
 
 inline void add_bias(const Linear& linear, int rows, float* y, int ldy, int first_panel, int last_panel) {
     if (!linear.bias) return;

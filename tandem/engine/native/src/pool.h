@@ -1,6 +1,7 @@
 // Threads that run one function together and meet at barriers.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <functional>
@@ -58,11 +59,28 @@ class Team {
         unsigned phase = phase_.load(std::memory_order_acquire);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) == size_ - 1) {
             arrived_.store(0, std::memory_order_relaxed);
+            taken_.store(0, std::memory_order_relaxed);
             phase_.store(phase + 1, std::memory_order_release);
             return;
         }
         for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; spins++)
             spins < SPINS ? relax() : std::this_thread::yield();  // a member may have lost its core
+    }
+
+    // Items [0, total) for whoever comes for them, as `work(first, last)` with multiples of `grain`: large pieces first
+    // and small ones last, so that members are done together though one was slower or had lost its core.
+    // There is a barrier between two calls.
+    template <class F>
+    void divide(int total, int grain, const F& work) {
+        if (size_ == 1) return work(0, total);
+        int first = taken_.load(std::memory_order_relaxed);
+        while (first < total) {
+            const int piece = std::max((total - first) / (2 * size_) / grain, 1) * grain;
+            const int last = std::min(total, first + piece);
+            if (!taken_.compare_exchange_weak(first, last, std::memory_order_relaxed)) continue;
+            work(first, last);
+            first = taken_.load(std::memory_order_relaxed);
+        }
     }
 
    private:
@@ -92,16 +110,13 @@ class Team {
     bool is_closing_ = false;
     std::atomic<int> arrived_{0};
     std::atomic<unsigned> phase_{0};
+    alignas(64) std::atomic<int> taken_{0};  // of the items that are being divided
 };
 
-// The share of `total` items, in whole multiples of `grain`, that a member takes: [first, last).
+// The share of `total` items that a member takes: [first, last).
 struct Share {
     int first, last;
-    Share(int total, int member, int size, int grain = 1) {
-        int grains = (total + grain - 1) / grain;
-        first = std::min(total, grains * member / size * grain);
-        last = std::min(total, grains * (member + 1) / size * grain);
-    }
+    Share(int total, int member, int size) : first(total * member / size), last(total * (member + 1) / size) {}
 };
 
 }  // namespace tandem

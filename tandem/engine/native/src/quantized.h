@@ -242,8 +242,9 @@ inline void multiply_int8(const Linear& l, const float* x, int ldx, int rows, fl
 
 // --- activations as they are ---
 
-// R rows against P panels of codes: a group is unpacked to halves in the nearest cache, then multiplied.
-template <int P>
+// R rows (`rows`, if P is one) against P panels of codes: a group is unpacked to halves in the nearest cache, then
+// multiplied.
+template <int R, int P>
 inline void multiply_codes(const Linear& l, const Codebook16& codebook, const float* x, int ldx, int rows, float* y,
                            int ldy, int panel) {
     alignas(64) uint16_t halves[P][MAX_GROUP * PANEL];
@@ -263,8 +264,7 @@ inline void multiply_codes(const Linear& l, const Codebook16& codebook, const fl
         unpacking.stop();
         const size_t stride = size_t(MAX_GROUP) * PANEL;
         const float* from = x + begin;
-        if (P == 4) multiply_tile<1, 4>(from, ldx, halves[0], stride, count, partial, P * PANEL);
-        else if (P == 2) multiply_tile<2, 2>(from, ldx, halves[0], stride, count, partial, P * PANEL);
+        if constexpr (P > 1) multiply_tile<R, P>(from, ldx, halves[0], stride, count, partial, P * PANEL);
         else multiply_panel(from, ldx, rows, halves[0], count, partial, P * PANEL);
         for (int r = 0; r < rows; r++)
             for (int p = 0; p < P; p++) {
@@ -287,9 +287,14 @@ inline void multiply_codes(const Linear& l, const float* x, int ldx, int rows, f
         const float* from = x + size_t(row) * ldx;
         float* to = y + size_t(row) * ldy;
         int panel = first;
-        for (; count == 1 && panel + 4 <= last; panel += 4) multiply_codes<4>(l, codebook, from, ldx, 1, to, ldy, panel);
-        for (; count == 2 && panel + 2 <= last; panel += 2) multiply_codes<2>(l, codebook, from, ldx, 2, to, ldy, panel);
-        for (; panel < last; panel++) multiply_codes<1>(l, codebook, from, ldx, count, to, ldy, panel);
+        auto next = [&](auto r, auto p) {
+            multiply_codes<r(), p()>(l, codebook, from, ldx, count, to, ldy, panel);
+            panel += p();
+        };
+        while (count == 1 && panel + 4 <= last) next(number<1>(), number<4>());
+        while (count == 1 && panel + 2 <= last) next(number<1>(), number<2>());
+        while (count == 2 && panel + 2 <= last) next(number<2>(), number<2>());
+        while (panel < last) next(number<0>(), number<1>());
     }
 }
 
@@ -323,6 +328,9 @@ inline void rotate(float* x, int in, int group) {
         for (int i = 0; i < group; i++) at[i] *= scale;
     }
 }
+
+// Whether rows are turned, taken apart or quantized before they are multiplied; a caller does that for all its panels.
+inline bool prepares_rows(const Linear& l) { return l.activation_bits <= 8 || l.is_rotated || l.num_outliers; }
 
 inline void multiply_quantized(const Linear& l, const float* x, int ldx, int rows, float* y, int ldy, int first,
                                int last) {
