@@ -18,6 +18,7 @@ class Assembly:
 
     def __init__(self, header: ObjectHeader, first_block: int = 0) -> None:
         self.header = header
+        self._cell_bytes = header.cell_bytes
         self._first_block = first_block
         self._next_index = 0
         self.digests: list[bytes] = []
@@ -31,14 +32,15 @@ class Assembly:
         require(chunk.index >= self._next_index if self._first_block else chunk.index == self._next_index)
         require(chunk.block_start + chunk.num_blocks <= header.num_blocks)
         require(chunk.layer_start + chunk.num_layers <= header.num_layers)
-        require(chunk.length == chunk.num_cells * header.cell_bytes)
+        require(chunk.length == chunk.num_cells * self._cell_bytes)
         layers = range(chunk.layer_start, chunk.layer_start + chunk.num_layers)
-        blocks = ((1 << chunk.num_blocks) - 1) << chunk.block_start
-        require(not any(self._blocks_of_layer.get(layer, 0) & blocks for layer in layers))
+        blocks, arrived = ((1 << chunk.num_blocks) - 1) << chunk.block_start, self._blocks_of_layer
+        for layer in layers:
+            require(not arrived.get(layer, 0) & blocks)
         if self._digest.chunk(chunk.index, chunk, payload) != chunk.digest:
             raise DataLoss
         for layer in layers:
-            self._blocks_of_layer[layer] = self._blocks_of_layer.get(layer, 0) | blocks
+            arrived[layer] = arrived.get(layer, 0) | blocks
         self.digests.append(chunk.digest)
         self._next_index = chunk.index + 1
         behind = max(0, self._first_block - chunk.block_start)

@@ -72,13 +72,18 @@ class Books:
                 raise
         return obj
 
-    def keep(self, obj: KvObject, digest: bytes, message: Buffer, *, is_placed: bool = False) -> None:
-        """Keep the object's next message, which may lie in its place already; its put deadline starts
-        again."""
-        if is_placed and self._placeable is not None:
-            self._placeable.accept(obj.key, len(message))
-        else:
-            self._backend.put(obj.key, len(obj.digests), bytes(message))
+    def keep(self, obj: KvObject, digest: bytes, message: Buffer) -> None:
+        """Keep the object's next message; its put deadline starts again."""
+        self._backend.put(obj.key, len(obj.digests), bytes(message))
+        self._note_kept(obj, digest)
+
+    def keep_placed(self, obj: KvObject, digest: bytes, num_bytes: int) -> None:
+        """The same for a message of so many bytes that lies in its place."""
+        assert self._placeable is not None, obj.key
+        self._placeable.accept(obj.key, num_bytes)
+        self._note_kept(obj, digest)
+
+    def _note_kept(self, obj: KvObject, digest: bytes) -> None:
         obj.digests.append(digest)
         self._wait(obj, self._config.put_deadline_s)
 

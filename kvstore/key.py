@@ -19,10 +19,15 @@ MODELS = ("target", "draft")  # a request has at most one object of each
 Buffer = bytes | bytearray | memoryview
 
 
+def malformed() -> InvalidRequest:
+    """What came over the wire is refused; the text never tells which byte was wrong."""
+    return InvalidRequest("BAD_MESSAGE", "malformed request message")
+
+
 def require(condition: bool) -> None:
-    """Refuse what came over the wire; the text never tells which byte was wrong."""
+    """Refuse what came over the wire unless the condition holds."""
     if not condition:
-        raise InvalidRequest("BAD_MESSAGE", "malformed request message")
+        raise malformed()
 
 
 def object_id_of(tenant: str, request_id: str, model: str = "target") -> bytes:

@@ -66,10 +66,10 @@ class KvObject:
     leases: dict[str, Lease] = field(default_factory=dict)  # by holder
     is_shared: bool = False  # a writer or a reader was told where its memory is
     has_lost_peer: bool = False  # a reader whose time ran out may still look there
+    key: ObjectKey = field(init=False)
 
-    @property
-    def key(self) -> ObjectKey:
-        return self.header.key
+    def __post_init__(self) -> None:
+        self.key = self.header.key
 
     @property
     def owner(self) -> str:

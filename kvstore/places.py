@@ -47,14 +47,12 @@ class Places:
         obj.is_shared = True
         return self._placeable.path(obj.key)
 
-    def chunks(
-        self, ticket: PutTicket, placed: Placed
-    ) -> Iterator[tuple[ChunkHeader, memoryview, memoryview]]:
-        """What the writer has put there since: header, payload, and the message around both. BAD_MESSAGE if
-        it is not whole chunks."""
+    def chunks(self, ticket: PutTicket, placed: Placed) -> Iterator[tuple[ChunkHeader, memoryview, int]]:
+        """What the writer has put there since: header, payload, and the bytes of the message around both.
+        BAD_MESSAGE if it is not whole chunks."""
         obj, backend = ticket.object, self._placeable
         require(obj.is_shared and not ticket.is_repeat and placed.end <= obj.header.most_message_bytes)
         assert backend is not None, "nobody was told of a file that is not there"
         for message in split(backend.placed(obj.key, placed.end)):
             record, payload = decode(message)
-            yield expect(ChunkHeader, record), payload, message
+            yield expect(ChunkHeader, record), payload, len(message)

@@ -100,10 +100,8 @@ class ChunkRange:
     num_layers: int
 
     def __post_init__(self) -> None:
-        _in(self.num_blocks, 1, MAX_BLOCKS)
-        _in(self.num_layers, 1, MAX_LAYERS)
-        _in(self.block_start, 0, MAX_BLOCKS)
-        _in(self.layer_start, 0, MAX_LAYERS)
+        require(1 <= self.num_blocks <= MAX_BLOCKS and 1 <= self.num_layers <= MAX_LAYERS)
+        require(0 <= self.block_start <= MAX_BLOCKS and 0 <= self.layer_start <= MAX_LAYERS)
 
     @property
     def num_cells(self) -> int:
@@ -120,8 +118,7 @@ class ChunkHeader(ChunkRange):
 
     def __post_init__(self) -> None:
         ChunkRange.__post_init__(self)
-        _in(self.index, 0, MAX_CHUNKS - 1)
-        _in(self.length, 1, MAX_CHUNK_BYTES)
+        require(0 <= self.index < MAX_CHUNKS and 1 <= self.length <= MAX_CHUNK_BYTES)
         require(len(self.digest) == DIGEST_BYTES)
 
 

@@ -16,13 +16,13 @@ import grpc
 
 from kvstore.books import MAX_LEASE_FACTOR
 from kvstore.following import NOT_YET, Following, Progress
-from kvstore.key import MODELS, KvHandle, ObjectKey, object_id_of, require
+from kvstore.key import MODELS, KvHandle, ObjectKey, malformed, object_id_of, require
 from kvstore.link import FILE, MAY_PLACE, RESERVED
 from kvstore.objects import ObjectState, PutTicket
 from kvstore.records import ChunkHeader, ObjectHeader, Placed, Record, Seal
 from kvstore.store import KvStore
 from kvstore.wire import decode, expect, reaches
-from tandem.errors import DeadlineExceeded, InvalidRequest
+from tandem.errors import DeadlineExceeded
 from tandem.pb.kv.v1 import kv_pb2 as pb
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -170,7 +170,7 @@ class KvServicer:
         except TimeoutError:
             raise DeadlineExceeded("transfer") from None
         except StopAsyncIteration:
-            raise InvalidRequest("BAD_MESSAGE", "malformed request message") from None
+            raise malformed() from None
         return (*decode(message), message)
 
     def _cut_when_idle(self) -> asyncio.TimerHandle:

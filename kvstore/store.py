@@ -7,8 +7,7 @@ The life of an object here:
 3. `seal` makes it immutable and readable. Without a reader it lives for one lease time.
 4. `lease` and `read` serve it to a holder, `renew` keeps the lease. When the last lease is ended the
    object waits for another reader; when the last lease runs out it goes.
-5. `release` gives up a lease or the whole object, `forget` an attempt whose handle never arrived. Its
-   bytes are free once its last lease has ended.
+5. `release` gives up a lease or, once the last has ended, the object; `forget` what has no handle yet.
 
 Plain and synchronous, run by one thread at a time (`turns`); every operation first sweeps what is due,
 so nothing past its deadline is ever seen. Knows nothing of sockets, tensors or what the bytes mean.
@@ -82,27 +81,23 @@ class KvStore:
         self.counters.reserved += 1
         return PutTicket(obj, Assembly(header))
 
-    def append(
-        self, ticket: PutTicket, chunk: ChunkHeader, payload: Buffer, message: Buffer, is_placed: bool = False
-    ) -> None:
-        """Check a chunk and keep the message it came in, which may lie in its place already."""
+    def append(self, ticket: PutTicket, chunk: ChunkHeader, payload: Buffer, message: Buffer) -> None:
+        """Check a chunk and keep the message it came in."""
         self.sweep()
         obj = self._writable(ticket)
-        try:
-            ticket.assembly.add(chunk, payload)
-        except DataLoss:
-            self.counters.refused_corrupt += 1
-            raise
+        self._check(ticket, chunk, payload)
         if not ticket.is_repeat:
-            self._books.keep(obj, chunk.digest, message, is_placed=is_placed)
+            self._books.keep(obj, chunk.digest, message)
         elif obj.digests[chunk.index : chunk.index + 1] != [chunk.digest]:
             raise self._stale("the object exists with other content")
 
     def append_placed(self, ticket: PutTicket, placed: Placed) -> None:
-        """The same for what the writer has put into the object's file."""
-        self._writable(ticket)
-        for chunk, payload, message in self.places.chunks(ticket, placed):
-            self.append(ticket, chunk, payload, message, is_placed=True)
+        """Check the chunks that the writer has put into the object's file, and keep them there."""
+        self.sweep()
+        obj = self._writable(ticket)
+        for chunk, payload, num_bytes in self.places.chunks(ticket, placed):
+            self._check(ticket, chunk, payload)
+            self._books.keep_placed(obj, chunk.digest, num_bytes)
 
     def seal(self, ticket: PutTicket, seal: Seal) -> KvHandle:
         """Make a complete object readable. An incomplete one stays reserved until its put deadline."""
@@ -239,7 +234,6 @@ class KvStore:
         return self._books.audits()
 
     def bytes_in(self, *states: ObjectState) -> int:
-        """Payload bytes charged to objects in these states."""
         return self._books.bytes_in(*states)
 
     def check_integrity(self) -> None:
@@ -259,6 +253,13 @@ class KvStore:
             raise self._stale("the object exists with other content or is being written")
         self.counters.repeated += 1
         return PutTicket(obj, Assembly(header), is_repeat=True)
+
+    def _check(self, ticket: PutTicket, chunk: ChunkHeader, payload: Buffer) -> None:
+        try:
+            ticket.assembly.add(chunk, payload)
+        except DataLoss:
+            self.counters.refused_corrupt += 1
+            raise
 
     def _writable(self, ticket: PutTicket) -> KvObject:
         obj = ticket.object

@@ -16,9 +16,8 @@ from typing import Any, TypeVar
 
 import msgpack
 
-from kvstore.key import Buffer, require
+from kvstore.key import Buffer, malformed, require
 from kvstore.records import ChunkHeader, ObjectHeader, Placed, Record, Seal
-from tandem.errors import InvalidRequest
 
 R = TypeVar("R", ObjectHeader, ChunkHeader, Seal)
 MAGIC = b"TKV\x01"
@@ -26,6 +25,7 @@ VERSION = 2
 MAX_HEADER_BYTES = 1024
 TAG = b"\x0a"  # field 1, length-delimited
 PREFIX = struct.Struct("<4sI")
+MAX_PREFIX = 6  # bytes of the tag and the length
 
 _KINDS: dict[str, type[Record]] = {
     "header": ObjectHeader,
@@ -55,7 +55,7 @@ _LIMITS: dict[str, Any] = {
 def expect(kind: type[R], record: Record) -> R:
     """The record, which must be of this kind here."""
     if not isinstance(record, kind):
-        raise InvalidRequest("BAD_MESSAGE", "malformed request message")
+        raise malformed()
     return record
 
 
@@ -74,22 +74,20 @@ def head_of(record: Record, payload_bytes: int = 0) -> bytes:
 def split(messages: memoryview) -> Iterator[memoryview]:
     """Messages that lie one behind the other; BAD_MESSAGE at the first that is not whole."""
     while messages:
-        require(messages[0] == TAG[0])
-        num_prefix = _prefix_bytes(messages)
-        length = sum((byte & 0x7F) << 7 * place for place, byte in enumerate(messages[1:num_prefix]))
-        require(num_prefix > 0 and length > 0)
-        yield messages[: num_prefix + length]  # one that is cut short has another length than it says
-        messages = messages[num_prefix + length :]
+        end = _frame_in(messages).stop
+        yield messages[:end]  # one that is cut short has another length than it says
+        messages = messages[end:]
 
 
 def decode(message: Buffer) -> tuple[Record, memoryview]:
     """The record in a message and a view of the payload behind it, or BAD_MESSAGE."""
-    frame = _frame(message)
-    require(len(frame) >= PREFIX.size)
-    magic, length = PREFIX.unpack_from(frame)
-    require(magic == MAGIC and 0 < length <= MAX_HEADER_BYTES and PREFIX.size + length <= len(frame))
-    header, payload = frame[PREFIX.size : PREFIX.size + length], frame[PREFIX.size + length :]
-    record = _unpack(header)
+    view = memoryview(message)
+    frame = _frame_in(view)
+    start = frame.start + PREFIX.size
+    require(start <= frame.stop == len(view))
+    magic, length = PREFIX.unpack_from(view, frame.start)
+    require(magic == MAGIC and 0 < length <= MAX_HEADER_BYTES and start + length <= frame.stop)
+    record, payload = _unpack(view[start : start + length]), view[start + length :]
     require(len(payload) == (record.length if isinstance(record, ChunkHeader) else 0))
     return record, payload
 
@@ -103,22 +101,26 @@ def reaches(message: Buffer, first_block: int) -> bool:
 
 
 def _varint(value: int) -> bytes:
-    low, rest = value & 0x7F, value >> 7
-    return bytes([low | 0x80]) + _varint(rest) if rest else bytes([low])
+    digits = bytearray()
+    while value > 0x7F:
+        digits.append(value & 0x7F | 0x80)
+        value >>= 7
+    digits.append(value)
+    return bytes(digits)
 
 
-def _frame(message: Buffer) -> memoryview:
-    """What is behind the tag and the length, which must be exactly that long."""
+def _frame_in(message: memoryview) -> slice:
+    """Where the frame of the message that begins here should be: behind the tag and a length without needless
+    digits."""
     require(message[:1] == TAG)
-    num_prefix = _prefix_bytes(message)
-    frame = memoryview(message)[num_prefix:]
-    require(num_prefix > 0 and message[1:num_prefix] == _varint(len(frame)))
-    return frame
-
-
-def _prefix_bytes(message: Buffer) -> int:
-    """Of the tag and the length; 0 if that does not end."""
-    return next((end for end in range(2, min(7, len(message) + 1)) if message[end - 1] < 0x80), 0)
+    length = shift = 0
+    for start, byte in enumerate(message[1:MAX_PREFIX], 2):
+        length |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            require(byte > 0)
+            return slice(start, start + length)
+        shift += 7
+    raise malformed()
 
 
 def _pack(record: Record) -> bytes:
@@ -132,7 +134,7 @@ def _unpack(header: memoryview) -> Record:
     try:
         values = msgpack.unpackb(header, **_LIMITS)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
-        raise InvalidRequest("BAD_MESSAGE", "malformed request message") from error
+        raise malformed() from error
     require(type(values) is dict and values.get("v") == VERSION and type(values.get("kind")) is str)
     require(values["kind"] in _SHAPES)
     kind, names, types = _SHAPES[values["kind"]]

@@ -33,10 +33,9 @@ def sent(monkeypatch):
     lengths = []
     append = KvStore.append
 
-    def noting(self, ticket, chunk, payload, message, is_placed=False):
-        if not is_placed:
-            lengths.append(chunk.length)
-        append(self, ticket, chunk, payload, message, is_placed)
+    def noting(self, ticket, chunk, payload, message):
+        lengths.append(chunk.length)
+        append(self, ticket, chunk, payload, message)
 
     monkeypatch.setattr(KvStore, "append", noting)
     return lengths
