@@ -19,7 +19,7 @@ from tandem.errors import FailedPrecondition, Internal, TandemError
 from tandem.output import OutputDelta
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
-from tandem.work import Work
+from tandem.work import Work, failure_to_pb
 
 log = logging.getLogger(__name__)
 
@@ -137,9 +137,5 @@ def _to_pb(news: list[tuple[Key, Event]]) -> pb.DecodeResponse:
             case Started():
                 message.started.CopyFrom(pb.DecodeStarted(**asdict(event)))
             case _:
-                message.failed.CopyFrom(_failed(event))
+                message.failed.CopyFrom(failure_to_pb(event))
     return response
-
-
-def _failed(error: TandemError) -> pb.WorkFailed:
-    return pb.WorkFailed(reason=error.reason, message=error.message, error_id=error.error_id)

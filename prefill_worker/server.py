@@ -65,8 +65,10 @@ class PrefillServer:
         )
         host = WorkerHost(router_address, plane)
         servicer = PrefillServicer(worker, fingerprint)
+        info = engine.worker_info(worker_id, pb.WORKER_ROLE_PREFILL, fingerprint)
+        info.streams_prefill = True
         await host.start(
-            engine.worker_info(worker_id, pb.WORKER_ROLE_PREFILL, fingerprint),
+            info,
             lambda server: worker_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server),
             lambda: WorkerLoad(
                 engine.pool.num_free,

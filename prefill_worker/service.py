@@ -1,4 +1,4 @@
-"""The prefill worker's gRPC face: one call per prompt, its first token and its KV handle streamed back."""
+"""The prefill worker's gRPC face: one stream per router, or one call per prompt."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 
 import grpc
 
-from kvstore.key import KvHandle
-from prefill_worker.job import Event, KvOpened
+from prefill_worker.job import Event
+from prefill_worker.session import PrefillSession, accept, is_last, progress
 from prefill_worker.worker import PrefillWorker
-from tandem.errors import FailedPrecondition, TandemError
+from tandem.errors import TandemError
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
-from tandem.work import Work
 
 
 class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
@@ -24,28 +23,34 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         self._worker = worker
         self._fingerprint = fingerprint
 
+    async def StreamPrefill(
+        self,
+        request_iterator: AsyncIterator[pb.StreamPrefillRequest],
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[pb.StreamPrefillResponse]:
+        session = PrefillSession(self._worker, self._fingerprint)
+        reader = asyncio.ensure_future(session.read(request_iterator))
+        try:
+            while (events := await session.take()) is not None:
+                yield pb.StreamPrefillResponse(events=events)
+            await reader
+        finally:
+            reader.cancel()
+            session.close()
+
     async def Prefill(
         self, request: pb.PrefillRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.PrefillResponse]:
-        if request.work.fingerprint != self._fingerprint:
-            raise FailedPrecondition("FINGERPRINT_MISMATCH", "prefill and decode builds differ")
         events: asyncio.Queue[Event] = asyncio.Queue()
-        job = self._worker.submit(Work.from_pb(request.work), events.put_nowait)
+        job = self._worker.submit(accept(request.work, self._fingerprint), events.put_nowait)
         try:
-            while True:
+            is_over = False
+            while not is_over:
                 event = await events.get()
+                is_over = is_last(event)
                 if isinstance(event, TandemError):
                     raise event
-                if isinstance(event, KvOpened):
-                    yield pb.PrefillResponse(kv_opened=pb.KvOpened(handle=event.handle.to_pb()))
-                    continue
-                if isinstance(event, KvHandle):
-                    sealed = pb.KvSealed(handle=event.to_pb(), send_ns=job.send_ns)
-                    yield pb.PrefillResponse(kv_sealed=sealed)
-                    return
-                yield pb.PrefillResponse(first_token=event.to_pb())
-                if event.finish is not None:
-                    return
+                yield progress(job, event)
         except BaseException:  # cancelled, hung up or failed: nothing of the prompt may stay behind
             self._worker.cancel(job)
             raise

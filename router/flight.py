@@ -16,13 +16,15 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from router.admission import Plan
 from router.endings import STAGES, as_client_sees, status_of
-from router.links import DecodeLink, no_prefill
+from router.flight_events import Admitted, Completed, FlightEvent
+from router.links import DecodeLink
+from router.prefill_link import PrefillNews, no_prefill
 from router.registry import WorkerInfo
 from tandem.errors import (
     Cancelled,
@@ -39,7 +41,7 @@ from tandem.output import OutputDelta
 from tandem.pb.kv.v1 import kv_pb2
 from tandem.pb.worker.v1 import worker_pb2
 from tandem.prefix_usage import NO_HIT
-from tandem.request import STATUS_OF_REASON, Mark, Request, RequestStatus, Timings, Usage
+from tandem.request import STATUS_OF_REASON, Mark, Request, RequestStatus, Usage
 from tandem.work import HOP_MARGIN_S, Work
 
 if TYPE_CHECKING:
@@ -51,25 +53,6 @@ log = logging.getLogger(__name__)
 WORTH_ANOTHER_PLAN = (Unavailable, Overloaded, FailedPrecondition, NotFound, DataLoss, DeadlineExceeded)
 MIN_TIME_LEFT_S = 2 * HOP_MARGIN_S  # less is the deadline itself, as a worker sees it
 MAX_BACKLOG = 4096  # deltas a client may leave unread before it is given up
-
-
-@dataclass(frozen=True, slots=True)
-class Admitted:
-    """The request has its memory."""
-
-    plan: Plan
-
-
-@dataclass(frozen=True, slots=True)
-class Completed:
-    """The one successful end of a request."""
-
-    delta: OutputDelta  # the last one: finish reason and matched stop
-    usage: Usage
-    timings: Timings
-
-
-FlightEvent = Admitted | OutputDelta | Completed
 
 
 class Flight:
@@ -204,24 +187,26 @@ class Flight:
 
     async def _prefill(self, plan: Plan) -> tuple[OutputDelta, kv_pb2.KvHandle | None]:
         """The first token, delivered; and unless it was the last, where the KV is."""
-        work, lifecycle = self._work(plan.decode), self.request.lifecycle
+        lifecycle = self.request.lifecycle
         first: OutputDelta | None = None
         handle: kv_pb2.KvHandle | None = None
+
+        def take(news: PrefillNews) -> None:
+            nonlocal first, handle
+            if isinstance(news, worker_pb2.KvOpened):
+                self._prefetch(plan, news.handle)
+            elif isinstance(news, worker_pb2.KvSealed):
+                handle = news.handle
+                lifecycle.mark(Mark.KV_SEALED)
+                lifecycle.note_transfer(news.send_ns)
+                self._dispatcher.release_prefill(plan)
+            else:
+                first = news
+                lifecycle.mark(Mark.FIRST_TOKEN)
+                self._deliver(news)
+
         self._is_storing = True
-        async with aclosing(self._dispatcher.links.prefill(plan.prefill).prefill(work)) as events:
-            async for event in events:
-                # The call is heard to its end: to leave early says that nobody wants this KV.
-                if isinstance(event, worker_pb2.KvOpened):
-                    self._prefetch(plan, event.handle)
-                elif isinstance(event, worker_pb2.KvSealed):
-                    handle = event.handle
-                    lifecycle.mark(Mark.KV_SEALED)
-                    lifecycle.note_transfer(event.send_ns)
-                    self._dispatcher.release_prefill(plan)
-                else:
-                    first = event
-                    lifecycle.mark(Mark.FIRST_TOKEN)
-                    self._deliver(first)
+        await self._dispatcher.links.prefill(plan.prefill).prefill(self._work(plan.decode), take)
         if first is None or (first.finish is None) == (handle is None):
             raise no_prefill()
         self._is_storing = handle is not None

@@ -12,7 +12,8 @@ import grpc
 
 from router.ask import SESSION_HEADER, Ask
 from router.dispatch import Dispatcher
-from router.flight import Admitted, Completed, Flight, FlightEvent
+from router.flight import Flight
+from router.flight_events import Admitted, Completed, FlightEvent
 from router.intake import Intake
 from router.interleave import interleave
 from tandem.errors import Cancelled, NotFound

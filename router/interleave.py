@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from router.flight import Flight, FlightEvent
+from router.flight import Flight
+from router.flight_events import FlightEvent
 
 
 async def interleave(flights: Sequence[Flight]) -> AsyncGenerator[tuple[int, FlightEvent]]:

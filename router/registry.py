@@ -54,6 +54,7 @@ class WorkerInfo:
     block_size: int  # tokens
     num_blocks: int
     block_bytes: int
+    streams_prefill: bool = False  # a prefill worker that takes all prompts over one stream
 
     @classmethod
     def from_pb(cls, message: worker_pb2.WorkerInfo) -> Self:
@@ -72,6 +73,7 @@ class WorkerInfo:
             block_size=message.block_size,
             num_blocks=message.num_blocks,
             block_bytes=message.block_bytes,
+            streams_prefill=message.streams_prefill,
         )
 
     def to_pb(self) -> worker_pb2.WorkerInfo:
@@ -84,6 +86,7 @@ class WorkerInfo:
             block_size=self.block_size,
             num_blocks=self.num_blocks,
             block_bytes=self.block_bytes,
+            streams_prefill=self.streams_prefill,
         )
 
     def can_exchange_kv(self, other: WorkerInfo) -> bool:

@@ -1,4 +1,4 @@
-"""The work order a router sends to a worker: what to compute, from where, until when."""
+"""The work order a router sends to a worker: what to compute, from where, until when; and how it failed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
-from tandem.errors import InvalidRequest
+from tandem.errors import InvalidRequest, TandemError, error_from_reason
 from tandem.output import OutputStream
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.request import Request
@@ -21,6 +21,27 @@ MAX_TIMEOUT_MS = (1 << 32) - 1  # 49 days, what the field on the wire holds
 def work_id(request_id: str, router_id: str) -> str:
     """What workers and the store call a request: callers of two routers may choose the same name."""
     return f"{request_id}@{router_id}"
+
+
+def failure_to_pb(error: TandemError) -> pb.WorkFailed:
+    """Of one order on a stream of many, where a status would end them all."""
+    return pb.WorkFailed(
+        reason=error.reason,
+        message=error.message,
+        error_id=error.error_id,
+        retry_after_ms=error.retry_after_ms,
+        metadata=error.metadata,
+    )
+
+
+def failure_from_pb(failed: pb.WorkFailed) -> TandemError:
+    """As the worker raised it, with the id under which its log has more."""
+    after_ms = failed.retry_after_ms if failed.HasField("retry_after_ms") else None
+    error = error_from_reason(
+        failed.reason, failed.message, retry_after_ms=after_ms, metadata=dict(failed.metadata)
+    )
+    error.error_id = failed.error_id or error.error_id
+    return error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

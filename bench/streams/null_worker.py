@@ -28,18 +28,34 @@ TOKEN, TEXT = 7, " word"
 
 
 class NullPrefill(worker_pb2_grpc.PrefillServiceServicer):
-    """The first token and a handle that nobody will look behind."""
+    """The first token and a handle that nobody will look behind, in two messages as of a real worker."""
 
     async def Prefill(self, request: pb.PrefillRequest, context: Any) -> AsyncIterator[pb.PrefillResponse]:
-        work = request.work
-        yield pb.PrefillResponse(first_token=pb.OutputDelta(token_ids=[TOKEN], text=TEXT))
-        handle = kv_pb2.KvHandle(
-            object_id=bytes(16),
-            epoch=work.epoch,
-            num_tokens=len(work.token_ids),
-            fingerprint=work.fingerprint,
-        )
-        yield pb.PrefillResponse(kv_sealed=pb.KvSealed(handle=handle))
+        for progress in _prefilled(request.work):
+            yield progress
+
+    async def StreamPrefill(
+        self, request_iterator: AsyncIterator[pb.StreamPrefillRequest], context: Any
+    ) -> AsyncIterator[pb.StreamPrefillResponse]:
+        async for request in request_iterator:
+            if request.HasField("start"):
+                work = request.start
+                for progress in _prefilled(work):
+                    event = pb.PromptEvent(request_id=work.request_id, epoch=work.epoch, progress=progress)
+                    yield pb.StreamPrefillResponse(events=[event])
+
+
+def _prefilled(work: pb.Work) -> tuple[pb.PrefillResponse, pb.PrefillResponse]:
+    handle = kv_pb2.KvHandle(
+        object_id=bytes(16),
+        epoch=work.epoch,
+        num_tokens=len(work.token_ids),
+        fingerprint=work.fingerprint,
+    )
+    return (
+        pb.PrefillResponse(first_token=pb.OutputDelta(token_ids=[TOKEN], text=TEXT)),
+        pb.PrefillResponse(kv_sealed=pb.KvSealed(handle=handle)),
+    )
 
 
 @dataclass(slots=True)
@@ -135,6 +151,7 @@ async def _start(
         block_size=config.cache.block_size,
         num_blocks=NUM_BLOCKS,
         block_bytes=1,
+        streams_prefill=role == pb.WORKER_ROLE_PREFILL,
     )
     await host.start(info, add, WorkerLoad, Ledger(name, "blocks", NUM_BLOCKS).audit)
     return host

@@ -10,27 +10,29 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from tandem.pb.kv.v1 import kv_pb2
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2, worker_pb2_grpc
 from tandem.rpc import channel
 
 
 class RelayServicer:
-    """One call to a prefill worker per stream, one order on the one stream to a decode worker."""
+    """For each stream one order on the one stream to a prefill worker, and one on that to a decode worker."""
 
     def __init__(self, workers: str) -> None:
         self._channel = channel(workers)
         self._prefill: Any = worker_pb2_grpc.PrefillServiceStub(self._channel)
         self._decode: Any = worker_pb2_grpc.DecodeServiceStub(self._channel)
+        self._prompts: asyncio.Queue[worker_pb2.StreamPrefillRequest] = asyncio.Queue()
         self._orders: asyncio.Queue[worker_pb2.DecodeRequest] = asyncio.Queue()
-        self._listeners: dict[str, Callable[[worker_pb2.SequenceEvent], None]] = {}
+        self._listeners: dict[str, Callable[[Any], None]] = {}
         self._num_requests = 0
 
     async def run(self) -> None:
         """Orders out, news in; until cancelled."""
-        call = self._decode.Decode()
-        await asyncio.gather(self._send(call), self._read(call))
+        streams = ((self._prefill.StreamPrefill(), self._prompts), (self._decode.Decode(), self._orders))
+        await asyncio.gather(
+            *(_send(call, orders) for call, orders in streams), *(self._read(call) for call, _ in streams)
+        )
 
     async def StreamGenerate(
         self, request: pb.StreamGenerateRequest, context: Any
@@ -38,18 +40,15 @@ class RelayServicer:
         self._num_requests += 1
         work = _work(f"relayed-{self._num_requests}", request.input)
         yield pb.StreamGenerateResponse(admitted=pb.Admitted(request_id=work.request_id))
-        handle = kv_pb2.KvHandle()
-        async for response in self._prefill.Prefill(worker_pb2.PrefillRequest(work=work), timeout=60):
-            if response.HasField("first_token"):
-                yield _chunk(0, response.first_token)
-            else:
-                handle = response.kv_sealed.handle
-        work.token_ids.append(0)
-        events: asyncio.Queue[worker_pb2.SequenceEvent] = asyncio.Queue()
+        events: asyncio.Queue[Any] = asyncio.Queue()
         self._listeners[work.request_id] = events.put_nowait
-        order = worker_pb2.StartDecode(work=work, handle=handle)
-        self._orders.put_nowait(worker_pb2.DecodeRequest(start=order))
         try:
+            self._prompts.put_nowait(worker_pb2.StreamPrefillRequest(start=work))
+            yield _chunk(0, (await events.get()).progress.first_token)
+            handle = (await events.get()).progress.kv_sealed.handle
+            work.token_ids.append(0)
+            order = worker_pb2.StartDecode(work=work, handle=handle)
+            self._orders.put_nowait(worker_pb2.DecodeRequest(start=order))
             for position in range(1, work.sampling.max_tokens):
                 while not (event := await events.get()).HasField("output"):
                     pass
@@ -58,15 +57,16 @@ class RelayServicer:
         finally:
             del self._listeners[work.request_id]
 
-    async def _send(self, call: Any) -> None:
-        while True:
-            await call.write(await self._orders.get())
-
     async def _read(self, call: Any) -> None:
         async for response in call:
             for event in response.events:
                 if (listener := self._listeners.get(event.request_id)) is not None:
                     listener(event)
+
+
+async def _send(call: Any, orders: asyncio.Queue[Any]) -> None:
+    while True:
+        await call.write(await orders.get())
 
 
 def _work(request_id: str, asked: pb.GenerationInput) -> worker_pb2.Work:

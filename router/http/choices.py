@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from router.flight import Admitted, Completed, FlightEvent
+from router.flight_events import Admitted, Completed, FlightEvent
 from router.http.generation import Generation
 from router.http.logprobs import Logprobs, LogprobsReader
 from router.http.shapes import Part, usage_json

@@ -9,7 +9,7 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from router.links import PrefillLink
+from router.prefill_link import PrefillLink
 from tandem.pb.worker.v1.worker_pb2 import KvSealed
 from tests.e2e.harness import (
     Result,
@@ -144,12 +144,14 @@ async def test_leaving_before_the_handle_has_arrived(cluster, monkeypatch):
     """The worker's call has ended well, so only the router can tell that nobody will fetch the KV."""
     is_lost = asyncio.Event()
 
-    async def keep_handle_back(link, work):
-        async for event in prefill(link, work):
-            if isinstance(event, KvSealed):
+    async def keep_handle_back(link, work, on_news):
+        def take(news):
+            if isinstance(news, KvSealed):
                 is_lost.set()
             else:
-                yield event
+                on_news(news)
+
+        await prefill(link, work, take)
         await asyncio.Event().wait()
 
     prefill = PrefillLink.prefill

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import ExitStack
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -17,6 +18,7 @@ from router import flight
 from router.ask import Ask
 from tandem.errors import ConfigError, DeadlineExceeded, FailedPrecondition, Overloaded
 from tandem.request import Mark
+from tandem.worker_host import WorkerHost
 from tests.e2e.harness import (
     Result,
     ask,
@@ -251,6 +253,33 @@ async def test_a_prefill_worker_lost_after_its_first_token():
 
         same(result, wanted)
         assert len(result.admitted) == 2
+
+
+@pytest.mark.parametrize("streams", [True, False])
+async def test_many_prompts_outlive_their_prefill_worker(monkeypatch, streams):
+    """All that were on one stream are planned again; so are those of a worker of the version before, which is
+    asked prompt by prompt."""
+    start = WorkerHost.start
+
+    async def as_version(host, info, *others):
+        info.streams_prefill = streams and info.streams_prefill
+        await start(host, info, *others)
+
+    monkeypatch.setattr(WorkerHost, "start", as_version)
+    async with running(config(prefill={"token_budget": 32}), num_prefill=2) as cluster:
+        prompts = [f"story number {index}" for index in range(8)]
+        wanted = [await complete(cluster, ask(prompt, **LONG)) for prompt in prompts]
+        with ExitStack() as stack:
+            held = [stack.enter_context(gate(one.worker._runner, "run")) for one in cluster.prefills]
+            sending = [asyncio.create_task(complete(cluster, ask(prompt, **LONG))) for prompt in prompts]
+            await until(lambda: all(gated.num_arrived for gated in held))
+            await until(lambda: cluster.router.dispatcher.num_flights == len(prompts))
+            await crash(cluster.prefills[0])
+        results = await asyncio.gather(*sending)
+
+        for result, undisturbed in zip(results, wanted, strict=True):
+            same(result, undisturbed)
+        assert sum(len(result.admitted) for result in results) == 12
 
 
 async def test_the_only_prefill_worker_restarts():

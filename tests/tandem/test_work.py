@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tandem.errors import InvalidRequest
+from tandem.errors import InvalidRequest, Overloaded, Unavailable
 from tandem.pb.v1 import generation_pb2
 from tandem.pb.worker.v1 import worker_pb2
 from tandem.request import Request
 from tandem.sampling import SamplingParams
-from tandem.work import HOP_MARGIN_S, MAX_TIMEOUT_MS, Work
+from tandem.work import HOP_MARGIN_S, MAX_TIMEOUT_MS, Work, failure_from_pb, failure_to_pb
 
 IDS = st.integers(0, 2**32 - 1)
 STOP = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
@@ -162,3 +162,19 @@ def test_ids_outside_the_vocabulary_are_refused_by_range(changes):
     make(**changes).check_vocabulary(101)
     with pytest.raises(InvalidRequest, match=r"outside \[0, 100\)"):
         make(**changes).check_vocabulary(100)
+
+
+@given(
+    st.sampled_from([InvalidRequest, Overloaded, Unavailable]),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=40),
+    st.none() | st.integers(0, 2**32 - 1),
+    st.dictionaries(st.text("abc_", min_size=1), st.text("0123456789"), max_size=3),
+)
+def test_a_failure_keeps_its_meaning_on_the_wire(kind, message, retry_after_ms, metadata):
+    reasons = {InvalidRequest: "NEVER_FITS", Overloaded: "NO_MEMORY_FIT_NOW", Unavailable: "DRAINING"}
+    raised = kind(reasons[kind], message, retry_after_ms=retry_after_ms, metadata=metadata)
+    wire = worker_pb2.WorkFailed.FromString(failure_to_pb(raised).SerializeToString())
+    heard = failure_from_pb(wire)
+    assert type(heard) is kind
+    for name in ("reason", "message", "retry_after_ms", "metadata", "error_id"):
+        assert getattr(heard, name) == getattr(raised, name), name

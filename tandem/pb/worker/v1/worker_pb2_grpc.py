@@ -40,6 +40,11 @@ class PrefillServiceStub(object):
                 request_serializer=tandem_dot_pb_dot_worker_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
                 response_deserializer=tandem_dot_pb_dot_worker_dot_v1_dot_worker__pb2.PrefillResponse.FromString,
                 _registered_method=True)
+        self.StreamPrefill = channel.stream_stream(
+                '/tandem.worker.v1.PrefillService/StreamPrefill',
+                request_serializer=tandem_dot_pb_dot_worker_dot_v1_dot_worker__pb2.StreamPrefillRequest.SerializeToString,
+                response_deserializer=tandem_dot_pb_dot_worker_dot_v1_dot_worker__pb2.StreamPrefillResponse.FromString,
+                _registered_method=True)
 
 
 class PrefillServiceServicer(object):
@@ -53,6 +58,13 @@ class PrefillServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamPrefill(self, request_iterator, context):
+        """The same for many prompts, over one stream per router: prompts and cancellations in, their progress out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PrefillServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +72,11 @@ def add_PrefillServiceServicer_to_server(servicer, server):
                     servicer.Prefill,
                     request_deserializer=tandem_dot_pb_dot_worker_dot_v1_dot_worker__pb2.PrefillRequest.FromString,
                     response_serializer=tandem_dot_pb_dot_worker_dot_v1_dot_worker__pb2.PrefillResponse.SerializeToString,
+            ),
+            'StreamPrefill': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamPrefill,
+                    request_deserializer=tandem_dot_pb_dot_worker_dot_v1_dot_worker__pb2.StreamPrefillRequest.FromString,
+                    response_serializer=tandem_dot_pb_dot_worker_dot_v1_dot_worker__pb2.StreamPrefillResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +107,33 @@ class PrefillService(object):
             '/tandem.worker.v1.PrefillService/Prefill',
             tandem_dot_pb_dot_worker_dot_v1_dot_worker__pb2.PrefillRequest.SerializeToString,
             tandem_dot_pb_dot_worker_dot_v1_dot_worker__pb2.PrefillResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamPrefill(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/tandem.worker.v1.PrefillService/StreamPrefill',
+            tandem_dot_pb_dot_worker_dot_v1_dot_worker__pb2.StreamPrefillRequest.SerializeToString,
+            tandem_dot_pb_dot_worker_dot_v1_dot_worker__pb2.StreamPrefillResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,8 @@ class PrefillServiceStub:
     def __new__(cls, channel: _aio.Channel) -> PrefillServiceAsyncStub: ...
     Prefill: _grpc.UnaryStreamMultiCallable[_worker_pb2.PrefillRequest, _worker_pb2.PrefillResponse]
     """Computes a prompt. The first token comes as soon as it is sampled, the KV handle when the store has it."""
+    StreamPrefill: _grpc.StreamStreamMultiCallable[_worker_pb2.StreamPrefillRequest, _worker_pb2.StreamPrefillResponse]
+    """The same for many prompts, over one stream per router: prompts and cancellations in, their progress out."""
 
 @_typing.type_check_only
 class PrefillServiceAsyncStub(PrefillServiceStub):
@@ -43,6 +45,8 @@ class PrefillServiceAsyncStub(PrefillServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Prefill: _aio.UnaryStreamMultiCallable[_worker_pb2.PrefillRequest, _worker_pb2.PrefillResponse]  # type: ignore[assignment]
     """Computes a prompt. The first token comes as soon as it is sampled, the KV handle when the store has it."""
+    StreamPrefill: _aio.StreamStreamMultiCallable[_worker_pb2.StreamPrefillRequest, _worker_pb2.StreamPrefillResponse]  # type: ignore[assignment]
+    """The same for many prompts, over one stream per router: prompts and cancellations in, their progress out."""
 
 class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
     """A prefill worker."""
@@ -54,6 +58,14 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.PrefillResponse], _abc.AsyncIterator[_worker_pb2.PrefillResponse]]:
         """Computes a prompt. The first token comes as soon as it is sampled, the KV handle when the store has it."""
+
+    @_abc_1.abstractmethod
+    def StreamPrefill(
+        self,
+        request_iterator: _MaybeAsyncIterator[_worker_pb2.StreamPrefillRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_worker_pb2.StreamPrefillResponse], _abc.AsyncIterator[_worker_pb2.StreamPrefillResponse]]:
+        """The same for many prompts, over one stream per router: prompts and cancellations in, their progress out."""
 
 def add_PrefillServiceServicer_to_server(servicer: PrefillServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
