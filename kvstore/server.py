@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
@@ -48,12 +49,16 @@ class KvServicer:
 
     async def PutKv(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.PutKvResponse:
         header, _, _ = await self._next(request_iterator)
-        reserve, undo = self._store.reserve, self._store.abort
-        wanted = expect(ObjectHeader, header)
-        ticket = await self._turns.take_or_undo(reserve, undo, wanted, context.peer())
+        wanted, may_place = (
+            expect(ObjectHeader, header),
+            MAY_PLACE in dict(context.invocation_metadata() or ()),
+        )
+        terms = wanted, context.peer(), may_place
+        ticket, path = await self._turns.take_or_undo(self._reserve, self._unreserve, *terms)
         key = ticket.object.key
         try:
-            await context.send_initial_metadata(await self._reserved(ticket, context))
+            reserved = (RESERVED, str(self._store.store_epoch))
+            await context.send_initial_metadata((reserved, (FILE, str(path))) if path else (reserved,))
             while True:
                 record, payload, message = await self._next(request_iterator)
                 if isinstance(record, Seal):
@@ -155,13 +160,13 @@ class KvServicer:
             num_objects += await self._turns.take(self._store.forget, key, request.tenant)
         return pb.ForgetKvResponse(num_objects=num_objects)
 
-    async def _reserved(self, ticket: PutTicket, context: Context) -> tuple[tuple[str, str], ...]:
-        """Says that a put may begin, and to a writer that asks for it where the object's file is."""
-        metadata = [(RESERVED, str(self._store.store_epoch))]
-        if MAY_PLACE in dict(context.invocation_metadata() or ()):
-            path = await self._turns.take(self._store.places.for_writer, ticket)
-            metadata += [(FILE, str(path))] if path else []
-        return tuple(metadata)
+    def _reserve(self, header: ObjectHeader, writer: str, may_place: bool) -> tuple[PutTicket, Path | None]:
+        """Lets a put begin, and says to a writer that asks for it where the object's file is."""
+        ticket = self._store.reserve(header, writer)
+        return ticket, self._store.places.for_writer(ticket) if may_place else None
+
+    def _unreserve(self, reserved: tuple[PutTicket, Path | None]) -> None:
+        self._store.abort(reserved[0])
 
     async def _next(self, requests: AsyncIterator[bytes]) -> tuple[Record, memoryview, bytes]:
         try:
