@@ -31,6 +31,7 @@ class Trial:
     client_bottleneck: bool
     most_in_flight: int
     stopped: bool = False  # as it could not hold any more
+    errors: int = 0  # requests that were refused or failed, instead of being late
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,10 @@ class Run:
     records: list[RequestRecord]
     summary: dict[str, Any]
     scraper: Scraper | None = None  # with what the server said meanwhile
+    num_requests: int = 0  # that were to be sent: a run that was stopped has fewer records
+
+
+Runs = dict[tuple[float, int], Run]  # by rate and number of the trial
 
 
 @dataclass(slots=True)
@@ -151,7 +155,7 @@ class LoadTest:
         await self._warm_up()
         options = self.options
         requests = self._requests(options.num_requests, options.seed)
-        with Meter("load test", sum(request.num_turns for request in requests)) as meter:
+        with Meter("load test", _num_turns(requests)) as meter:
 
             def note(record: RequestRecord) -> bool:
                 meter.step()
@@ -159,32 +163,52 @@ class LoadTest:
 
             return await self._once(requests, self._times(requests), options.seed, note)
 
-    async def search(self) -> Found:
-        """The highest Poisson rate at which enough requests meet the limits. Raises `ConfigError`."""
+    async def search(self, known: Runs | None = None) -> Found:
+        """The highest Poisson rate at which enough requests meet the limits. Raises `ConfigError`.
+
+        `known` are runs of before, with equal options but for the limits: none of them is repeated, and new
+        ones are added. One that was stopped says nothing of looser limits, so the loosest are searched first.
+        """
         if self.options.limits == Slos():
             raise ConfigError("a search for the most goodput needs a limit, such as --slo ttft=500ms")
         await self._warm_up()
-        say = Console(stderr=True, highlight=False).print
+        runs = {} if known is None else known
 
         async def trial(rate: float, number: int) -> Trial:
-            seed = self.options.seed + number
-            requests = self._requests(self.options.num_requests, seed)
-            times = Schedule(Arrival.POISSON, rate).times(len(requests), seed)
-            misses = _Misses(self.options, sum(request.num_turns for request in requests))
-            found = (await self._once(requests, times, seed, misses)).summary
-            share = misses.attainment if misses.are_too_many else found["attainment"] or 0.0
-            so_far = ", stopped" if misses.are_too_many else ""
-            say(f"{rate:.2f} requests/s, trial {number + 1}: {100 * share:.0f} % within the limits{so_far}")
-            return Trial(
-                rate=rate,
-                attainment=share,
-                goodput_rps=found["goodput_rps"] or 0.0,
-                client_bottleneck=found["client_bottleneck"],
-                most_in_flight=found["most_in_flight"],
-                stopped=misses.are_too_many,
-            )
+            run = runs.get((rate, number))
+            if run is None:
+                run = runs[rate, number] = await self._trial(rate, number)
+            return self._judged(rate, number, run)
 
         return await search(trial, self.options.arrival.rate, self.options.attainment, self.options.trials)
+
+    async def _trial(self, rate: float, number: int) -> Run:
+        """One run at a rate; it is stopped if that can hold no more."""
+        seed = self.options.seed + number
+        requests = self._requests(self.options.num_requests, seed)
+        times = Schedule(Arrival.POISSON, rate).times(len(requests), seed)
+        return await self._once(requests, times, seed, _Misses(self.options, _num_turns(requests)))
+
+    def _judged(self, rate: float, number: int, run: Run) -> Trial:
+        """What a run was by the limits of now."""
+        misses = _Misses(self.options, run.num_requests)
+        for record in run.records:
+            misses(record)
+        found = summarize(run.records, self.options.limits, ())
+        share = misses.attainment if misses.are_too_many else found["attainment"] or 0.0
+        trial = Trial(
+            rate=rate,
+            attainment=share,
+            goodput_rps=found["goodput_rps"] or 0.0,
+            client_bottleneck=found["client_bottleneck"],
+            most_in_flight=found["most_in_flight"],
+            stopped=misses.are_too_many,
+            errors=found["errors"],
+        )
+        so_far = ", stopped" if trial.stopped else ""
+        say = Console(stderr=True, highlight=False).print
+        say(f"{rate:.2f} requests/s, trial {number + 1}: {100 * share:.0f} % within the limits{so_far}")
+        return trial
 
     async def _once(
         self,
@@ -203,7 +227,8 @@ class LoadTest:
         driver = Driver(self._target, self.options.cancelling, seed, on_end, scraper)
         records = await driver.run(requests, times, self.options.concurrency)
         lags_ms, limits = driver.loop_lags_ms, self.options.limits
-        return Run(records, summarize(records, limits, lags_ms, is_closed=times is None), scraper)
+        summary = summarize(records, limits, lags_ms, is_closed=times is None)
+        return Run(records, summary, scraper, _num_turns(requests))
 
     async def _warm_up(self) -> None:
         requests = [replace(one, then=None) for one in self._requests(self.options.warm_up, WARM_UP_SEED)]
@@ -252,3 +277,7 @@ class LoadTest:
                 return [request.at_s or 0.0 for request in requests]
             case _:
                 return schedule.times(len(requests), self.options.seed)
+
+
+def _num_turns(requests: Sequence[LoadRequest]) -> int:
+    return sum(request.num_turns for request in requests)
