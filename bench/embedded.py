@@ -21,6 +21,7 @@ class Embedded:
 
     address: str
     internal_address: str
+    http_url: str
     pid: int
 
 
@@ -55,7 +56,8 @@ def started(values: Mapping[str, Any]) -> Iterator[Embedded]:
             if not line:
                 raise ConfigError(f"the service did not start: {last_words(said.read_text())}")
             facts = json.loads(line)
-            yield Embedded(facts["address"], facts["internal_address"], process.pid)
+            http_url = f"http://{facts['http_address']}"
+            yield Embedded(facts["address"], facts["internal_address"], http_url, process.pid)
         finally:
             process.terminate()
             process.wait()

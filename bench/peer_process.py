@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Self
@@ -25,12 +26,15 @@ class PeerProcess:
 
     @classmethod
     @contextmanager
-    def started(cls, command: list[str]) -> Iterator[Self]:
-        """Raises `ConfigError` if there is no such program."""
+    def started(cls, command: list[str], environment: Mapping[str, str] | None = None) -> Iterator[Self]:
+        """`environment` is added to our own. Raises `ConfigError` if there is no such program."""
+        variables = os.environ | (environment or {})
         pipe = subprocess.PIPE
         with tempfile.TemporaryFile("w+") as errors:
             try:
-                child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors, text=True)
+                child = subprocess.Popen(
+                    command, stdin=pipe, stdout=pipe, stderr=errors, text=True, env=variables
+                )
             except OSError as error:
                 raise ConfigError(f"{cls.name} did not start: {error}; {cls.needed}") from error
             with child:

@@ -1,4 +1,4 @@
-"""What `tandem bench serve`, `bench split`, `bench overhead`, `compare` and `report` understand."""
+"""What `tandem bench serve`, `split`, `goodput` and `overhead`, `compare` and `report` understand."""
 
 from __future__ import annotations
 
@@ -70,6 +70,18 @@ Result = Annotated[Path, typer.Argument(help="Folder or serve.json of a `tandem 
 Margin = Annotated[float, typer.Option(help="Share by which a figure may get worse.", min=0)]
 
 Seconds = Annotated[float, typer.Option(help="Of arrivals in each cell.", min=1)]
+VLlmSteps = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--vllm-step-tokens",
+        help="One more vLLM whose steps compute at most so many tokens, so that long prompts come in chunks "
+        "between others' tokens. May be repeated.",
+        min=64,
+    ),
+]
+Speculating = Annotated[
+    bool, typer.Option("--speculation", help="Ourselves with a draft, too; with --shape raw.")
+]
 Rates = Annotated[list[float] | None, typer.Option("--rate", help="Requests per second; may be repeated.")]
 
 
@@ -130,6 +142,27 @@ def split(
     from bench.split import RATES, run
 
     document = run(seconds, rates or RATES, out, json_output)
+    if json_output:
+        print(json.dumps(document))
+
+
+def goodput(
+    shape: o.PeerShape = "111m",
+    vllm_python: o.VLlmPython = None,
+    vllm_steps: VLlmSteps = None,
+    speculation: Speculating = False,
+    num_requests: Requests = 40,
+    trials: Trials = 1,
+    minutes: o.Minutes = 14.0,
+    out: o.Out = Path("bench-results/goodput"),
+    json_output: o.Json = False,
+) -> None:
+    """The largest rate of mixed prompts within limits, of the whole service and of vLLM's server."""
+    from bench.goodput.run import Comparison, run
+
+    steps = tuple(vllm_steps or ())
+    comparison = Comparison(shape, vllm_python, steps, speculation, num_requests, trials, minutes, out)
+    document = run(comparison, json_output)
     if json_output:
         print(json.dumps(document))
 

@@ -99,8 +99,19 @@ class GrpcTarget:
 class HttpTarget:
     """Any server with OpenAI's /v1/completions at a URL such as http://host:8000."""
 
-    def __init__(self, url: str, model: str, token: str | None = None, tls_ca: Path | None = None) -> None:
-        """`tls_ca` is trusted instead of the system's authorities. Raises `ConfigError` if it is no URL."""
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        token: str | None = None,
+        tls_ca: Path | None = None,
+        *,
+        with_ids: bool = False,
+    ) -> None:
+        """`tls_ca` is trusted instead of the system's authorities. Raises `ConfigError` if it is no URL.
+
+        `with_ids` asks for `token_ids`, as vLLM and Tandem have them: tokens without text are then seen, too.
+        """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{url} is no URL such as http://127.0.0.1:8000")
@@ -109,6 +120,7 @@ class HttpTarget:
         self._path = parts.path.rstrip("/").removesuffix("/v1") + "/v1/completions"
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._model = model
+        self._more = {"return_token_ids": True} if with_ids else {}
 
     async def send(self, request: LoadRequest, reply: Reply) -> None:
         if request.then is not None and not isinstance(request.prompt, str):
@@ -121,6 +133,7 @@ class HttpTarget:
             "stream": True,
             "stream_options": {"include_usage": True},
             **({"ignore_eos": True} if request.ignore_eos else {}),
+            **self._more,
         }
         usage: dict[str, Any] = {}
         try:
@@ -131,8 +144,10 @@ class HttpTarget:
                     if "error" in event:
                         raise SendError(str(event["error"].get("code") or event["error"].get("type")))
                     for choice in event.get("choices") or []:
-                        if choice.get("text"):
-                            reply.note(1, choice["text"])
+                        token_ids = choice.get("token_ids") or ()
+                        if token_ids or choice.get("text"):
+                            reply.note(len(token_ids) or 1, choice.get("text") or "")
+                            reply.token_ids.extend(token_ids)
                     usage = event.get("usage") or usage
         except OSError as error:
             raise SendError(f"NO_CONNECTION ({type(error).__name__})") from error

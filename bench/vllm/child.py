@@ -2,9 +2,9 @@
 
     python child.py SETTINGS
 
-SETTINGS is JSON: `{"model": folder, "dtype": "float32", "threads": n, "cache_gb": n, "max_sequences": n,
-"max_tokens": n}`, the last of a prompt with its output. Each line of standard input is a JSON request
-`{"prompts": [[ids]], "max_tokens": n}`: all prompts are completed greedily at once, and
+SETTINGS is JSON: `{"model": folder, "dtype": "float32", "max_sequences": n, "max_tokens": n}`, the last of a
+prompt with its output; threads and KV memory are in the environment. Each line of standard input is a JSON
+request `{"prompts": [[ids]], "max_tokens": n}`: all prompts are completed greedily at once, and
 `{"seconds": s, "outputs": [[ids]]}` is the answer. The model is loaded before the first one.
 """
 
@@ -20,22 +20,11 @@ from typing import Any
 def serve(settings: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the library prints is no answer
-    _set_environment(settings)
     import vllm
 
     engine = _engine(vllm, settings)
     for line in sys.stdin:
         print(json.dumps(_complete(vllm, engine, json.loads(line))), file=answers, flush=True)
-
-
-def _set_environment(settings: dict[str, Any]) -> None:
-    """What vLLM reads when it is imported: threads and KV memory on a CPU, everything in this process."""
-    cores = sorted(os.sched_getaffinity(0))[: settings["threads"]]
-    os.environ["OMP_NUM_THREADS"] = str(settings["threads"])
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(settings["cache_gb"])
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # nothing must outlive whoever ends this process
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 
 def _engine(vllm: Any, settings: dict[str, Any]) -> Any:

@@ -1,0 +1,1 @@
+"""`tandem bench goodput`: the largest rate within limits, of the whole service and of vLLM's server."""

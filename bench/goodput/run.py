@@ -1,0 +1,211 @@
+"""The largest rate each server holds within limits, limits by limits, all servers on the same cores in turns.
+
+1. vLLM's servers start and are put to sleep. Ours starts when it is its turn.
+2. For each pair of limits, the loosest first, each server in turn is searched for the largest Poisson rate at
+   which enough requests keep them (bench/serve/search.py). Rates that it has run before are not run again.
+3. What is found is written at once, so that whoever stops it has what was measured.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.goodput.report import Finds, Row, rows_of, sheet
+from bench.goodput.systems import System, tandem, vllm
+from bench.measure import console, flat, machine, table, write_csv, write_json
+from bench.serve.arrivals import Arrival, Schedule
+from bench.serve.metrics import Slo
+from bench.serve.record import Outcome
+from bench.serve.search import Found
+from bench.serve.session import LoadTest, Model, Options, Runs
+from bench.shapes import checkpoint
+from bench.vllm.peer import Settings
+from bench.vllm.server import SERVED_NAME
+from tandem.config import BUNDLED_MODELS
+from tandem.errors import ConfigError
+from tandem.geometry import ModelGeometry
+
+INPUT_TOKENS, MAX_INPUT_TOKENS = "mix:128*4,1024", 1024  # one long prompt in five
+OUTPUT_TOKENS = 64
+MAX_SEQUENCES = 64  # of vLLM at once: more than any limit here leaves time for
+BASE = "Tandem"
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Where searches begin, and limits by name, each at least as tight as the one before."""
+
+    first_rate: float  # requests per second
+    limits: Mapping[str, Slo]
+
+
+LOADS = {
+    "raw": Load(
+        4.0,
+        {
+            "loose": Slo(ttft_ms=2000, itl_ms=250),
+            "middle": Slo(ttft_ms=1000, itl_ms=100),
+            "tight": Slo(ttft_ms=500, itl_ms=50),
+        },
+    ),
+    "111m": Load(
+        0.5,
+        {
+            "loose": Slo(ttft_ms=10_000, itl_ms=1000),
+            "middle": Slo(ttft_ms=5000, itl_ms=250),
+            "tight": Slo(ttft_ms=3000, itl_ms=100),
+        },
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What to compare, and for how long."""
+
+    shape: str
+    vllm_python: Path | None
+    step_tokens: Sequence[int]  # of one more vLLM each: most that one of its steps computes
+    with_speculation: bool
+    num_requests: int
+    trials: int
+    minutes: float
+    out: Path
+
+
+def run(comparison: Comparison, as_json: bool) -> dict[str, Any]:
+    """Measure, write, show; the document that was written. Raises `ConfigError`."""
+    load = _load(comparison)
+    path = checkpoint(comparison.shape)
+    model = Model(SERVED_NAME, ModelGeometry.from_path(path).vocab_size, MAX_INPUT_TOKENS + OUTPUT_TOKENS)
+    deadline_s = time.monotonic() + 60 * comparison.minutes
+    head, rows = _head(comparison), list[Row]()
+    content = head | {"rows": [], "trials": [], "skipped": list(load.limits)}
+    with ExitStack() as stack:
+        systems = _systems(comparison, path, stack)
+        for found in measure(systems, load, model, _options(comparison, load), deadline_s):
+            rows = rows_of(found, load.limits)
+            content = head | _results(rows, found, load)
+            write_csv(comparison.out / "goodput.csv", content["rows"])
+            write_json(comparison.out / "goodput.json", content)
+    _show(comparison, rows, content["skipped"], console(as_json))
+    return content
+
+
+def measure(
+    systems: Mapping[str, System], load: Load, model: Model, options: Options, deadline_s: float
+) -> Iterator[Finds]:
+    """After each search all that is found.
+
+    No limits are begun after `deadline_s` on the monotonic clock, so that each has all systems.
+    """
+    say = Console(stderr=True, highlight=False).print
+    runs: dict[str, Runs] = {name: {} for name in systems}
+    found: dict[tuple[str, str], Found] = {}
+    for label, slo in load.limits.items():
+        if time.monotonic() > deadline_s:
+            break
+        for name, awake in systems.items():
+            say(f"{len(found) + 1} of {len(load.limits) * len(systems)}: {name} within {label} limits")
+            with awake() as target:
+                test = LoadTest(target, model, replace(options, slo=slo))
+                found[label, name] = asyncio.run(test.search(runs[name]))
+            _check_answered(name, runs[name])
+            yield found
+
+
+def _check_answered(name: str, runs: Runs) -> None:
+    """A server that refuses everything is no slow one. Raises `ConfigError`."""
+    records = [record for run in runs.values() for record in run.records]
+    if not any(record.outcome is Outcome.OK for record in records):
+        raise ConfigError(f"{name} answered no request: {records[0].error}")
+
+
+def _load(comparison: Comparison) -> Load:
+    if comparison.shape not in LOADS:
+        raise ConfigError(f"there are limits for the shapes {', '.join(LOADS)}, none for {comparison.shape}")
+    if comparison.with_speculation and comparison.shape != "raw":
+        raise ConfigError(
+            "random weights have no draft that agrees with them: --speculation needs --shape raw"
+        )
+    return LOADS[comparison.shape]
+
+
+def _options(comparison: Comparison, load: Load) -> Options:
+    return Options(
+        num_requests=comparison.num_requests,
+        arrival=Schedule(Arrival.POISSON, load.first_rate),
+        input_lengths=INPUT_TOKENS,
+        output_lengths=str(OUTPUT_TOKENS),
+        trials=comparison.trials,
+    )
+
+
+def _systems(comparison: Comparison, path: Path, stack: ExitStack) -> dict[str, System]:
+    """Ourselves and, where a Python has it, vLLM. Raises `ConfigError` if that cannot run."""
+    systems = {BASE: tandem(path, {"draft": "none"})}
+    if comparison.with_speculation:
+        draft = {"draft": "model", "draft_path": str(BUNDLED_MODELS / "draft")}
+        systems[f"{BASE}, speculating"] = tandem(path, draft)
+    if comparison.vllm_python is not None:
+        plain = Settings(str(path), _num_cores(), MAX_SEQUENCES, max_tokens=MAX_INPUT_TOKENS + OUTPUT_TOKENS)
+        chunked = {
+            f"vLLM, steps of {count} tokens": replace(plain, step_tokens=count)
+            for count in comparison.step_tokens
+        }
+        systems |= vllm(comparison.vllm_python, {"vLLM": plain, **chunked}, stack)
+    return systems
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _head(comparison: Comparison) -> dict[str, Any]:
+    """What is known before anything is measured."""
+    return {
+        "machine": machine(_num_cores()),
+        "shape": comparison.shape,
+        "load": {
+            "arrivals": "poisson",
+            "input_tokens": INPUT_TOKENS,
+            "output_tokens": OUTPUT_TOKENS,
+            "requests": comparison.num_requests,
+            "trials": comparison.trials,
+        },
+    }
+
+
+def _results(rows: Sequence[Row], found: Finds, load: Load) -> dict[str, Any]:
+    return {
+        "rows": [flat(row) for row in rows],
+        "trials": [
+            {"limits": label, "system": name, **asdict(trial)}
+            for (label, name), one in found.items()
+            for trial in one.trials
+        ],
+        "skipped": [label for label in load.limits if label not in {row.limits for row in rows}],
+    }
+
+
+def _show(comparison: Comparison, rows: Sequence[Row], skipped: Sequence[str], shown: Console) -> None:
+    title = (
+        f"{comparison.shape}, over HTTP, {_num_cores()} cores; prompts {INPUT_TOKENS}, {OUTPUT_TOKENS} out, "
+        f"{comparison.trials} x {comparison.num_requests} requests a rate; the largest Poisson rate "
+        f"at which 90 % keep the limits, and {BASE}'s over it"
+    )
+    shown.print(table(*sheet(title, rows)))
+    if any(row.client_late for row in rows):
+        shown.print("*: the load test, on the same cores, was more than 10 ms late to send some requests")
+    for label in skipped:
+        shown.print(f"not measured: {label} limits, for want of time")
+    shown.print(f"\ngoodput.csv and goodput.json are in {comparison.out}")

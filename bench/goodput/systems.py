@@ -1,0 +1,50 @@
+"""Servers of one checkpoint over HTTP. At most one is awake: the others get no processor time.
+
+Ours starts within seconds, so it is started each time it is asked; vLLM's takes minutes, so it is put to
+sleep in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.embedded import started
+from bench.serve.target import HttpTarget
+from bench.vllm.peer import Settings
+from bench.vllm.server import SERVED_NAME, VLlmServer, starting
+
+System = Callable[[], AbstractContextManager[HttpTarget]]  # awake until the block ends
+
+
+def tandem(path: Path, speculation: Mapping[str, Any]) -> System:
+    """The embedded service as it is by default: both workers share all cores, prompts go where it pays."""
+    values = {"model": {"path": str(path), "name": SERVED_NAME}, "speculation": speculation}
+    return partial(_tandem, values)
+
+
+@contextmanager
+def _tandem(values: Mapping[str, Any]) -> Iterator[HttpTarget]:
+    with started(values) as service:
+        yield HttpTarget(service.http_url, SERVED_NAME, with_ids=True)
+
+
+def vllm(python: Path, engines: Mapping[str, Settings], stack: ExitStack) -> dict[str, System]:
+    """A server for each engine until the stack closes, all asleep. Raises `ConfigError` if one cannot run."""
+    servers = {name: stack.enter_context(starting(python, each)) for name, each in engines.items()}
+    for server in servers.values():
+        server.wait_until_ready()
+        server.sleep()
+    return {name: partial(_awake, server) for name, server in servers.items()}
+
+
+@contextmanager
+def _awake(server: VLlmServer) -> Iterator[HttpTarget]:
+    server.wake()
+    try:
+        yield HttpTarget(server.url, SERVED_NAME, with_ids=True)
+    finally:
+        server.sleep()

@@ -1,0 +1,124 @@
+"""vLLM's own OpenAI-compatible server as a process group, which can be put to sleep between measurements."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from bench.embedded import last_words
+from bench.vllm.peer import NEEDED, Settings, environment
+from tandem.errors import ConfigError
+
+MODULE = "vllm.entrypoints.openai.api_server"
+HOST = "127.0.0.1"
+SERVED_NAME = "checkpoint"
+START_S = 900.0  # it compiles
+LOOK_S, LOOK_TIMEOUT_S = 0.5, 5.0  # between two looks at whether it is there; for one of them
+LEAVE_S = 20.0
+
+
+class VLlmServer:
+    """A server that starts. It and its children are one process group."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, said: IO[str]) -> None:
+        self._process = process
+        self._port = port
+        self._said = said
+        self.url = f"http://{HOST}:{port}"
+
+    def wait_until_ready(self) -> None:
+        """Raises `ConfigError` if it ends instead, or takes too long."""
+        deadline_s = time.monotonic() + START_S
+        while not self._is_healthy():
+            if self._process.poll() is not None:
+                self._said.seek(0)
+                raise ConfigError(f"vLLM's server ended: {last_words(self._said.read())}; {NEEDED}")
+            if time.monotonic() > deadline_s:
+                raise ConfigError(f"vLLM's server was not ready after {START_S:.0f} s")
+            time.sleep(LOOK_S)
+
+    def sleep(self) -> None:
+        """No process of it gets processor time any more, until `wake`."""
+        self._signal(signal.SIGSTOP)
+
+    def wake(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        """Asked first, then killed with whatever it has left behind."""
+        self._process.terminate()
+        self.wake()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(LEAVE_S)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):  # nothing is left of it
+            os.killpg(self._process.pid, number)
+
+    def _is_healthy(self) -> bool:
+        connection = http.client.HTTPConnection(HOST, self._port, timeout=LOOK_TIMEOUT_S)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == http.HTTPStatus.OK
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+
+@contextmanager
+def starting(python: Path, settings: Settings) -> Iterator[VLlmServer]:
+    """A server until the block ends, not ready yet. Raises `ConfigError` if there is no such program."""
+    port = _free_port()
+    with tempfile.TemporaryFile("w+") as said:
+        try:
+            process = subprocess.Popen(
+                command(python, settings, port),
+                stdout=said,
+                stderr=said,
+                env=os.environ | environment(settings),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ConfigError(f"vLLM's server did not start: {error}; {NEEDED}") from error
+        server = VLlmServer(process, port, said)
+        try:
+            yield server
+        finally:
+            server.end()
+
+
+def command(python: Path, settings: Settings, port: int) -> list[str]:
+    """As a user would start it, without what helps only with equal prompts or costs only time."""
+    options = {
+        "model": settings.model,
+        "served-model-name": SERVED_NAME,
+        "host": HOST,
+        "port": port,
+        "dtype": settings.dtype,
+        "max-model-len": settings.max_tokens,
+        "max-num-seqs": settings.max_sequences,
+        "seed": 0,
+    }
+    if settings.step_tokens is not None:
+        options["max-num-batched-tokens"] = settings.step_tokens
+    words = [f"--{name}={value}" for name, value in options.items()]
+    flags = ["--no-enable-prefix-caching", "--disable-uvicorn-access-log"]
+    return [str(python), "-I", "-m", MODULE, *words, *flags]
+
+
+def _free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind((HOST, 0))
+        return int(listening.getsockname()[1])
