@@ -40,8 +40,13 @@ class Plan:
     decode: WorkerInfo
     store: str  # which start of the store
     decision: Decision = SPLIT  # where the prompt is computed
-    waiting_tokens: int = 0  # at the prefill worker when it was admitted, its own included
+    prefill_tokens: int = 0  # of its prompt, less what the store is thought to have
+    queued_before: int = 0  # tokens of other prompts, where its own is computed, when it was admitted
     num_kept: int = 0  # tokens of its prompt that its decode worker is thought to have
+
+    @property
+    def attempt(self) -> tuple[str, int]:
+        return self.request_id, self.epoch
 
     def blamed(self, stage: str, error: TandemError) -> set[str]:
         """Who may be the cause of an error in that stage."""
@@ -167,23 +172,24 @@ class Admission:
             (store, needs.store_bytes),
         )
         _reserve_all(request_id, epoch, wanted)
-        prefill.queued_tokens += needs.prefill_tokens
+        tokens = max(needs.prefill_tokens - route.stored_tokens, 1)
+        prefill.queued_tokens += tokens
         for pool in pair:
             self._fleet.changed(pool)
-        return Plan(request_id, epoch, needs, prefill.info, decode.info, self._store_incarnation)
+        incarnation = self._store_incarnation
+        return Plan(request_id, epoch, needs, prefill.info, decode.info, incarnation, prefill_tokens=tokens)
 
-    def waiting_tokens(self, plan: Plan) -> int:
-        """Prompt tokens that its prefill worker has yet to compute, the plan's own included."""
+    def queued_before(self, plan: Plan) -> int:
+        """Tokens of other prompts that its prefill worker has yet to compute."""
         pool = self._pool_of(plan.prefill)
-        return pool.queued_tokens if pool else plan.needs.prefill_tokens
+        return pool.queued_tokens - plan.prefill_tokens if pool else 0
 
-    def place(self, plan: Plan, decision: Decision, num_kept: int = 0) -> Plan:
+    def place(self, plan: Plan, decision: Decision, queued_before: int = 0, num_kept: int = 0) -> Plan:
         """The plan as decided; a prompt that stays with its decode worker gives the other credits back."""
-        waiting_tokens = self.waiting_tokens(plan)
         if decision.is_local and plan.prefill is not None:
             self.release_prefill(plan)
             self.release_store(plan)
-        return replace(plan, decision=decision, waiting_tokens=waiting_tokens, num_kept=num_kept)
+        return replace(plan, decision=decision, queued_before=queued_before, num_kept=num_kept)
 
     def release_prefill(self, plan: Plan) -> None:
         """The prefill worker's blocks are free again."""
@@ -191,7 +197,7 @@ class Admission:
         if pool is None:
             self.releases_after_loss += 1
         elif pool.ledger.release(plan.request_id, generation=plan.epoch):
-            pool.queued_tokens -= plan.needs.prefill_tokens
+            pool.queued_tokens -= plan.prefill_tokens
             self._fleet.changed(pool)
 
     def release_decode(self, plan: Plan) -> None:

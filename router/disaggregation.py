@@ -2,19 +2,20 @@
 
 The split pays by keeping long prompts out of the way of running sequences. A short prompt may cost less
 where it will be decoded: no other queue, no hand-off. What each way costs is learnt from the requests that
-went it, so the first ones are split. Both costs are seconds of somebody's time until the sequence runs, and
-neither side computes what it has cached:
+went it, so the first ones are split. Both costs are seconds of somebody's time until the sequence runs.
+Neither side computes what the store has, which both restore, nor a decode worker what it kept itself:
 
-    split: (tokens that wait at the prefill worker, these included, less cached ones) · s per token + hand-off
-    local: (tokens, less kept ones) · s per token · (1 + sequences that run there and wait meanwhile)
+    split: (tokens queued before it at the prefill worker + own) · s per token + hand-off
+    local: (tokens queued before it at the decode worker + own · (1 + sequences that run there and wait
+           meanwhile)) · s per token
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from enum import Enum
 
+from router.decode_loads import DecodeLoads
 from tandem.request import Timings
 
 ALPHA = 0.2  # weight of the newest measurement
@@ -69,6 +70,14 @@ class Cached:
         """Whether some of what later prompts might use is in neither place."""
         return max(self.in_store, self.at_decode) < self.wanted
 
+    def left_at_prefill(self, tokens: int) -> int:
+        """To be computed of a prompt: the last token always is."""
+        return max(tokens - self.in_store, 1)
+
+    def left_at_decode(self, tokens: int) -> int:
+        """The same where it is decoded, which restores from the store too."""
+        return max(tokens - max(self.in_store, self.at_decode), 1)
+
 
 NOTHING = Cached()
 
@@ -77,15 +86,11 @@ NOTHING = Cached()
 class Situation:
     """What is known when a request is admitted."""
 
-    tokens: int  # to be prefilled, or to be found
-    waiting_tokens: int  # at the prefill worker, these included
-    num_running: int  # sequences on the decode worker, without this one
+    tokens: int  # of the prompt
+    prefill_queue: int = 0  # tokens to be computed before it at the prefill worker
+    local_queue: int = 0  # and at the decode worker
+    num_running: int = 0  # sequences there that wait while it is computed
     cached: Cached = NOTHING
-
-    @property
-    def local_tokens(self) -> int:
-        """To be computed on the decode worker: the last one always is."""
-        return max(self.tokens - self.cached.at_decode, 1)
 
 
 @dataclass(slots=True)
@@ -97,12 +102,13 @@ class Costs:
     local_s_per_token: float = 0.0
 
     def split_s(self, situation: Situation) -> float:
-        tokens = situation.waiting_tokens - min(situation.cached.in_store, situation.tokens - 1)
+        tokens = situation.prefill_queue + situation.cached.left_at_prefill(situation.tokens)
         return tokens * self.split_s_per_token + self.handoff_s
 
     def local_s(self, situation: Situation) -> float:
         per_token = self.local_s_per_token or self.split_s_per_token
-        return situation.local_tokens * per_token * (1 + situation.num_running)
+        own_tokens = situation.cached.left_at_decode(situation.tokens)
+        return (situation.local_queue + own_tokens * (1 + situation.num_running)) * per_token
 
     def prefer_local(self, situation: Situation) -> bool:
         return self.local_s(situation) < self.split_s(situation)
@@ -110,7 +116,7 @@ class Costs:
 
 def decide(situation: Situation, costs: Costs, num_measured: int, most_tokens: int) -> Decision:
     """At most `most_tokens` are computed on a decode worker."""
-    if situation.local_tokens > most_tokens:
+    if situation.cached.left_at_decode(situation.tokens) > most_tokens:
         return Decision(False, Why.LONG)
     if situation.cached.is_nowhere:
         return Decision(False, Why.CACHEABLE)
@@ -129,29 +135,20 @@ class Disaggregation:
         self._most_tokens = most_tokens
         self._costs = Costs()
         self._num_measured = 0
-        self._running: Counter[str] = Counter()  # by decode worker
+        self.loads = DecodeLoads()
 
     def decide(
-        self, tokens: int, waiting_tokens: int, decode_worker: str, cached: Cached = NOTHING
+        self, tokens: int, prefill_queue: int, decode_worker: str, cached: Cached = NOTHING
     ) -> Decision:
         if self._fixed is not None:
             return self._fixed
-        situation = Situation(tokens, waiting_tokens, self._running[decode_worker], cached)
+        there = self.loads.waiting_tokens(decode_worker), self.loads.num_running(decode_worker)
+        situation = Situation(tokens, prefill_queue, *there, cached)
         return decide(situation, self._costs, self._num_measured, self._most_tokens)
-
-    def begin(self, decode_worker: str) -> None:
-        """A request is admitted to this worker."""
-        self._running[decode_worker] += 1
-
-    def end(self, decode_worker: str) -> None:
-        """It has left."""
-        self._running[decode_worker] -= 1
-        if not self._running[decode_worker]:
-            del self._running[decode_worker]
 
     def note(self, decision: Decision, tokens: int, timings: Timings) -> None:
         """A request that went this way has ended; its first token came after that many were computed, those
-        that waited before it too."""
+        queued before it too."""
         costs, per_token = self._costs, timings.prefill_ms / 1e3 / tokens
         if decision.is_local:
             costs.local_s_per_token = _mixed(costs.local_s_per_token, per_token)

@@ -8,16 +8,16 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from router.admission import STORE, Admission, Plan
-from router.disaggregation import STAY, Disaggregation
+from router.admission import Admission, Plan
 from router.flight import Flight
 from router.links import StoreLink, WorkerLinks
 from router.needs import Needs, needs_of
+from router.placement import Placement
 from router.queue import QueueSnapshot, RequestQueue
 from router.quota import TenantQuota
 from router.registry import WorkerRole
 from router.replan import ReplanBudget
-from router.routes import Routes, Traits
+from router.routes import Traits
 from router.size_bucket import Entry
 from tandem.config import ClusterConfig
 from tandem.errors import NotFound, TandemError, Unavailable
@@ -68,7 +68,7 @@ class Dispatcher:
         self._draft = ModelGeometry.from_path(draft) if draft else None
         self._admission = admission
         self._store = store
-        self._routes = Routes(config)
+        self._placement = Placement(config, admission, metrics)
         self._queue: RequestQueue[Ticket] = RequestQueue(
             config.router.max_queue,
             config.router.aging_s,
@@ -76,8 +76,6 @@ class Dispatcher:
                 entry.request.needs, self._avoidable(entry.request.exclude)
             ),
         )
-        router = config.router
-        self._disaggregation = Disaggregation(router.disaggregate, router.local_prefill_tokens)
         self._flights: dict[str, Flight] = {}
         self._quota = TenantQuota(config.router.max_requests_per_tenant)
         self._background: set[asyncio.Task[None]] = set()
@@ -155,7 +153,7 @@ class Dispatcher:
         needs = self.needs(request)
         self._admission.check_fits_ever(needs)
         named = request.request_id, request.tenant, request.priority, request.deadline_s
-        ticket = Ticket(*named, epoch, needs, exclude, self._routes.traits(request))
+        ticket = Ticket(*named, epoch, needs, exclude, self._placement.traits(request))
         self._queue.put(ticket, needs.decode_blocks, since_s=since_s)
         self.pump()
         try:
@@ -185,19 +183,17 @@ class Dispatcher:
 
     def release(self, plan: Plan) -> None:
         """Give back whatever the plan still holds."""
-        self._disaggregation.end(plan.decode.worker_id)
+        self._placement.end(plan)
         self._admission.release_all(plan)
         self.pump()
 
+    def computed(self, plan: Plan) -> None:
+        """The decode worker has computed the prompt that stayed with it."""
+        self._placement.computed(plan)
+
     def learn(self, plan: Plan, timings: Timings, num_restored: int) -> None:
         """An attempt has gone well, and this is what its stages took. So many tokens came from a store."""
-        if plan.decision.is_local:
-            tokens = plan.needs.prefill_tokens - plan.num_kept - num_restored
-        elif timings.kv_read_ms:
-            tokens = plan.waiting_tokens - num_restored
-        else:  # ended by its first token
-            return
-        self._disaggregation.note(plan.decision, max(tokens, 1), timings)
+        self._placement.learn(plan, timings, num_restored)
 
     def release_prefill(self, plan: Plan) -> None:
         self._admission.release_prefill(plan)
@@ -254,27 +250,12 @@ class Dispatcher:
         if ticket.plan.done():  # cancelled this very moment: out of the queue, without a plan
             return True
         exclude = self._avoidable(ticket.exclude)
-        route = self._routes.route(ticket.traits)
+        route = self._placement.route(ticket.traits)
         plan = self._admission.try_admit(ticket.request_id, ticket.epoch, ticket.needs, exclude, route)
         if plan is not None:
-            placed = self._place(ticket, plan)
-            self._routes.note(ticket.traits, placed)
-            ticket.plan.set_result(placed)
+            ticket.plan.set_result(self._placement.place(plan, ticket.traits, ticket.exclude))
             self.replans.note_admitted()
         return plan is not None
-
-    def _place(self, ticket: Ticket, plan: Plan) -> Plan:
-        """Split, or stay with the decode worker."""
-        waiting, worker = self._admission.waiting_tokens(plan), plan.decode.worker_id
-        cached = self._routes.cached(ticket.traits, worker)
-        decision = self._disaggregation.decide(plan.needs.prefill_tokens, waiting, worker, cached)
-        if plan.prefill is None:
-            decision = plan.decision
-        elif self._config.router.store_fallback and STORE in ticket.exclude:
-            decision = STAY
-        self._disaggregation.begin(worker)
-        self.metrics.note_placed(decision.name)
-        return self._admission.place(plan, decision, cached.at_decode)
 
     def _avoidable(self, exclude: Collection[str]) -> frozenset[str]:
         """The workers to avoid, as far as there are others of their kind now."""

@@ -233,6 +233,7 @@ class Flight:
                 return
             if to_mark:
                 lifecycle.mark(to_mark.pop())
+                self._dispatcher.computed(plan)
                 if lifecycle.status is RequestStatus.PREFILL:
                     lifecycle.to(RequestStatus.DECODE)
             self._deliver(event)

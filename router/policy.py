@@ -51,6 +51,7 @@ class Route:
     request_id: str = ""
     session: str = ""  # whose requests should meet the same worker again; empty: of no session
     cached_tokens: Mapping[str, int] = field(default_factory=dict)  # of the prompt, by worker id: a guess
+    stored_tokens: int = 0  # of the prompt, in the store: a guess too
 
 
 ANY = Route()

@@ -49,17 +49,15 @@ class Routes:
     def route(self, traits: Traits) -> Route:
         """By what is known now."""
         cached = {} if self._prefixes is None else self._prefixes.cached_tokens(traits.beginnings)
-        return Route(traits.request_id, traits.session, cached)
+        return Route(traits.request_id, traits.session, cached, self._in_store(traits))
 
     def cached(self, traits: Traits, decode_worker: str) -> Cached:
         """By what is known now, with that decode worker."""
-        in_store = at_decode = wanted = 0
-        if self._stored is not None:
-            in_store = self._stored.cached_tokens(traits.beginnings).get(STORE, 0)
-            wanted = len(traits.beginnings) * self._piece_tokens
+        at_decode = 0
+        wanted = len(traits.beginnings) * self._piece_tokens if self._stored is not None else 0
         if self._keeps_blocks and self._prefixes is not None:
             at_decode = self._prefixes.cached_tokens(traits.beginnings).get(decode_worker, 0)
-        return Cached(in_store, at_decode, wanted)
+        return Cached(self._in_store(traits), at_decode, wanted)
 
     def note(self, traits: Traits, plan: Plan) -> None:
         """The request went this way."""
@@ -67,3 +65,9 @@ class Routes:
             self._prefixes.note(traits.beginnings, plan.decode.worker_id)
         if self._stored is not None and (self._publishes_all or not plan.decision.is_local):
             self._stored.note(traits.beginnings, STORE)
+
+    def _in_store(self, traits: Traits) -> int:
+        """Tokens of the prompt."""
+        if self._stored is None:
+            return 0
+        return self._stored.cached_tokens(traits.beginnings).get(STORE, 0)

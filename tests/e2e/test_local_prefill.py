@@ -15,6 +15,7 @@ from tests.e2e.harness import (
     complete,
     config,
     crash,
+    gate,
     open_stream,
     quiesce,
     read_tokens,
@@ -39,8 +40,13 @@ async def learnt(num_decode=1, **parts):
         for index in range(MIN_MEASURED):
             found = (await complete(cluster, ask(f"first {index}", **MORE))).finished.timings
             assert found.placement == "split/unmeasured"
-        cluster.router.dispatcher._disaggregation._costs.handoff_s = 5.0  # so that noise decides nothing
+        costs_of(cluster).handoff_s = 5.0
         yield cluster
+
+
+def costs_of(cluster):
+    """What the router has learnt: a test says it, so that noise decides nothing."""
+    return cluster.router.dispatcher._placement._disaggregation._costs
 
 
 def placement(result):
@@ -70,7 +76,7 @@ async def test_long_prompts_are_split_and_the_queue_decides_for_short_ones():
     async with learnt() as cluster:
         assert placement(await complete(cluster, ask("x" * 65, **MORE))) == "split/long"
         with slow_steps(cluster.decodes[0], 0.03):
-            cluster.router.dispatcher._disaggregation._costs.handoff_s = 1e-6
+            costs_of(cluster).handoff_s = 1e-6
             call = open_stream(cluster, ask("runs", max_tokens=60, ignore_eos=True))
             await read_tokens(call, Result(), 2)
             beside = [
@@ -134,19 +140,19 @@ async def test_what_each_side_has_cached_decides(cluster):
     wanted = (await complete(cluster, ask(prompt, **MORE))).token_ids
     kvstore = {"prefix_tokens": 16}
     async with learnt(cache={"prefix_bytes": 4 * MIB}, kvstore=kvstore) as other:
-        costs = other.router.dispatcher._disaggregation._costs
-        costs.handoff_s, costs.split_s_per_token, costs.local_s_per_token = 0.5, 1.0, 1.0
+        costs = costs_of(other)
+        costs.handoff_s, costs.split_s_per_token, costs.local_s_per_token = 0.5, 1.0, 1.02
         places = []
         for _ in range(2):
             found = await complete(other, ask(prompt, **MORE))
             places.append(placement(found))
             assert found.token_ids == wanted
             await until(lambda: not other.prefills[0].worker.num_running)
-            costs.handoff_s, costs.split_s_per_token, costs.local_s_per_token = 0.5, 1.0, 1.0
-        assert places == ["split/cacheable", "split/cached"]
-        assert found.finished.usage.cached == 48
+            costs.handoff_s, costs.split_s_per_token, costs.local_s_per_token = 0.5, 1.0, 1.02
+        assert places == ["split/cacheable", "local/cached"], "the hand-off is worth more than 15 tokens"
+        assert found.finished.usage.cached == 48, "the decode worker restored them"
     async with learnt(cache={"keep_blocks": True}, kvstore=kvstore) as other:
-        costs = other.router.dispatcher._disaggregation._costs
+        costs = costs_of(other)
         places = []
         for _ in range(2):
             costs.handoff_s, costs.split_s_per_token, costs.local_s_per_token = 0.01, 1.0, 1.5
@@ -154,3 +160,20 @@ async def test_what_each_side_has_cached_decides(cluster):
             places.append(placement(found))
             assert found.token_ids == wanted
         assert places == ["split/cheaper", "local/cached"]
+
+
+async def test_a_prompt_that_waits_at_the_decode_worker_speaks_for_the_split():
+    """The line there is the router's own count: it grows with each that stays and shrinks with its token."""
+    async with learnt() as cluster:
+        costs = costs_of(cluster)
+        costs.handoff_s, costs.split_s_per_token, costs.local_s_per_token = 50.0, 1.0, 1.0
+        loads = cluster.router.dispatcher._placement._disaggregation.loads
+        with gate(cluster.decodes[0].worker._prompts, "step") as held:
+            first = asyncio.create_task(complete(cluster, ask("x" * 60, **MORE)))
+            await until(lambda: held.num_arrived)
+            assert loads.waiting_tokens("decode-0") == 60
+            second = asyncio.create_task(complete(cluster, ask("y" * 30, **MORE)))
+            await until(lambda: loads._num_sequences["decode-0"] == 2)
+        assert placement(await first) == "local/cheaper"
+        assert placement(await second) == "split/cheaper", "60 tokens in line are more than the hand-off"
+        await until(lambda: not loads.waiting_tokens("decode-0"))

@@ -24,8 +24,8 @@ from tandem.request import Timings
 COSTS = Costs(split_s_per_token=1e-3, handoff_s=0.01, local_s_per_token=1e-3)
 
 
-def decided(tokens=50, waiting=50, running=0, measured=MIN_MEASURED, most=64, cached=NOTHING):
-    return decide(Situation(tokens, waiting, running, cached), COSTS, measured, most)
+def decided(tokens=50, queued=0, queued_there=0, running=0, measured=MIN_MEASURED, most=64, cached=NOTHING):
+    return decide(Situation(tokens, queued, queued_there, running, cached), COSTS, measured, most)
 
 
 def test_an_idle_service_saves_the_hand_off():
@@ -37,7 +37,13 @@ def test_running_sequences_are_worth_the_hand_off():
 
 
 def test_a_queue_outweighs_a_running_sequence():
-    assert decided(running=1, waiting=100) == Decision(True, Why.CHEAPER)
+    assert decided(running=1, queued=50) == Decision(True, Why.CHEAPER)
+
+
+def test_prompts_in_line_at_the_decode_worker_are_worth_the_hand_off():
+    assert decided(queued_there=9) == Decision(True, Why.CHEAPER)
+    assert decided(queued_there=11) == Decision(False, Why.CHEAPER)
+    assert decided(queued_there=60, queued=60) == Decision(True, Why.CHEAPER)
 
 
 @pytest.mark.parametrize(
@@ -55,69 +61,98 @@ def test_what_rules_a_prompt_out(changes, why):
 
 SECONDS = st.floats(1e-6, 1.0)
 SITUATIONS = st.builds(
-    lambda tokens, more, running: Situation(tokens, tokens + more, running),
-    st.integers(1, 500),
-    st.integers(0, 5000),
-    st.integers(0, 50),
+    Situation,
+    tokens=st.integers(1, 500),
+    prefill_queue=st.integers(0, 5000),
+    local_queue=st.integers(0, 5000),
+    num_running=st.integers(0, 50),
+    cached=st.builds(Cached, st.integers(0, 500), st.integers(0, 500)),
 )
+MEASURED = st.builds(Costs, SECONDS, SECONDS, SECONDS)
 
 
-@given(SITUATIONS, st.builds(Costs, SECONDS, SECONDS, SECONDS), st.integers(0, 5000), st.integers(0, 50))
-def test_more_waiting_never_speaks_for_the_split_and_more_running_never_against_it(
-    here, costs, more_waiting, more_running
-):
-    def is_local(situation):
-        return decide(situation, costs, MIN_MEASURED, 10_000).is_local
-
-    longer = Situation(here.tokens, here.waiting_tokens + more_waiting, here.num_running)
-    busier = Situation(here.tokens, here.waiting_tokens, here.num_running + more_running)
-    assert is_local(longer) >= is_local(here) >= is_local(busier)
+@given(SITUATIONS, MEASURED)
+def test_the_side_whose_predicted_cost_is_higher_is_never_chosen(here, costs):
+    chosen = decide(here, costs, MIN_MEASURED, 10_000)
+    local_s, split_s = costs.local_s(here), costs.split_s(here)
+    assert (local_s <= split_s) if chosen.is_local else (split_s <= local_s)
 
 
-def test_what_the_store_has_speaks_for_the_split():
-    assert decided(cached=Cached(in_store=48, wanted=48)) == Decision(False, Why.CACHED)
-    assert decided(running=1, cached=Cached(in_store=48, wanted=48)) == Decision(False, Why.CHEAPER)
+@given(SITUATIONS, MEASURED, st.integers(1, 5000))
+def test_a_predicted_cost_grows_with_what_is_queued_on_its_side_and_with_nothing_else(here, costs, more):
+    behind_prefill = replace(here, prefill_queue=here.prefill_queue + more)
+    behind_local = replace(here, local_queue=here.local_queue + more)
+    busier = replace(here, num_running=here.num_running + more)
+    assert costs.split_s(behind_prefill) > costs.split_s(here)
+    assert costs.local_s(behind_prefill) == costs.local_s(here)
+    assert min(costs.local_s(behind_local), costs.local_s(busier)) > costs.local_s(here)
+    assert costs.split_s(behind_local) == costs.split_s(busier) == costs.split_s(here)
+
+
+@given(SITUATIONS, MEASURED, st.integers(0, 500))
+def test_what_is_stored_is_computed_by_neither_side_and_what_is_kept_not_where_it_is(here, costs, more):
+    cached = here.cached
+    stored = replace(here, cached=replace(cached, in_store=cached.in_store + more))
+    kept = replace(here, cached=replace(cached, at_decode=cached.at_decode + more))
+    assert costs.split_s(stored) <= costs.split_s(here)
+    assert costs.local_s(stored) <= costs.local_s(here)
+    assert costs.local_s(kept) <= costs.local_s(here)
+    assert costs.split_s(kept) == costs.split_s(here)
+
+
+@given(st.integers(1, 500), st.integers(0, 600), st.integers(0, 600))
+def test_the_last_token_is_always_computed(tokens, in_store, at_decode):
+    cached = Cached(in_store, at_decode)
+    assert 1 <= cached.left_at_decode(tokens) <= cached.left_at_prefill(tokens) <= tokens
+
+
+def test_what_the_store_has_makes_the_queue_decide():
+    stored = Cached(in_store=48, wanted=48)
+    assert decided(running=6, cached=stored) == Decision(False, Why.CHEAPER)
+    assert decided(running=4, cached=stored) == Decision(True, Why.CACHED)
+    assert decided(tokens=110, most=64, cached=Cached(in_store=96)).is_local
 
 
 def test_what_the_decode_worker_kept_speaks_for_it():
     kept = Cached(at_decode=48, wanted=48)
     assert decided(running=2, cached=kept) == Decision(True, Why.CACHED)
     assert decided(cached=kept) == Decision(True, Why.CHEAPER)
-    assert decided(tokens=110, waiting=110, most=64, cached=Cached(at_decode=96)).is_local
-    assert decided(tokens=110, waiting=110, most=64, cached=Cached(in_store=96)).why is Why.LONG
-
-
-@given(SITUATIONS, st.builds(Costs, SECONDS, SECONDS, SECONDS), st.integers(0, 500), st.integers(0, 500))
-def test_more_cached_on_one_side_never_speaks_for_the_other(here, costs, in_store, at_decode):
-    def is_local(cached):
-        return decide(replace(here, cached=cached), costs, MIN_MEASURED, 10_000).is_local
-
-    plain = is_local(Cached(in_store, at_decode))
-    assert is_local(Cached(in_store + 16, at_decode)) <= plain <= is_local(Cached(in_store, at_decode + 16))
+    assert decided(tokens=110, most=64, cached=Cached(at_decode=96)).is_local
 
 
 def test_costs_are_learnt_from_the_requests_themselves():
     one = Disaggregation("auto", 100)
-    split = one.decide(10, 10, "d")
+    split = one.decide(10, 0, "d")
     assert split == Decision(False, Why.UNMEASURED)
     for _ in range(MIN_MEASURED):
         one.note(split, 10, Timings(prefill_ms=10, kv_write_ms=2, kv_wait_ms=1, kv_read_ms=3))
-    local = one.decide(10, 10, "d")
+    local = one.decide(10, 0, "d")
     assert local == Decision(True, Why.CHEAPER)
     for _ in range(20):
         one.note(local, 10, Timings(prefill_ms=40))  # it turns out to be slower there
-    assert one.decide(10, 10, "d") == Decision(False, Why.CHEAPER)
+    assert one.decide(10, 0, "d") == Decision(False, Why.CHEAPER)
 
 
 def test_who_runs_where_is_counted_while_it_runs():
     one = Disaggregation("auto", 100)
     for _ in range(MIN_MEASURED):
         one.note(Decision(False, Why.UNMEASURED), 10, Timings(prefill_ms=10, kv_read_ms=6))
-    one.begin("busy")
-    assert not one.decide(10, 10, "busy").is_local
-    assert one.decide(10, 10, "idle").is_local
-    one.end("busy")
-    assert one.decide(10, 10, "busy").is_local
+    one.loads.begin("busy", ("r", 1))
+    assert not one.decide(10, 0, "busy").is_local
+    assert one.decide(10, 0, "idle").is_local
+    one.loads.end("busy", ("r", 1))
+    assert one.decide(10, 0, "busy").is_local
+
+
+def test_a_prompt_in_line_counts_until_it_is_computed():
+    one = Disaggregation("auto", 100)
+    for _ in range(MIN_MEASURED):
+        one.note(Decision(False, Why.UNMEASURED), 10, Timings(prefill_ms=10, kv_read_ms=30))
+    one.loads.begin("d", ("r", 1), prompt_tokens=31)
+    assert not one.decide(10, 0, "d").is_local
+    assert one.decide(10, 0, "idle").is_local
+    one.loads.computed(("r", 1))
+    assert one.decide(10, 0, "d").is_local, "one sequence runs, and waits for ten tokens"
 
 
 @pytest.mark.parametrize(("mode", "name"), [("always", "split/always"), ("never", "local/never")])
