@@ -70,6 +70,9 @@ Result = Annotated[Path, typer.Argument(help="Folder or serve.json of a `tandem 
 Margin = Annotated[float, typer.Option(help="Share by which a figure may get worse.", min=0)]
 
 Seconds = Annotated[float, typer.Option(help="Of arrivals in each cell.", min=1)]
+GoodputShape = Annotated[
+    str, typer.Option(help="Model of the comparison: raw (the bundled one) or 111m with random weights.")
+]
 VLlmSteps = Annotated[
     list[int] | None,
     typer.Option(
@@ -147,7 +150,7 @@ def split(
 
 
 def goodput(
-    shape: o.PeerShape = "111m",
+    shape: GoodputShape = "111m",
     vllm_python: o.VLlmPython = None,
     vllm_steps: VLlmSteps = None,
     speculation: Speculating = False,
