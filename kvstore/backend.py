@@ -7,7 +7,9 @@ store's business (kvstore/store.py).
 from __future__ import annotations
 
 import pkgutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from importlib import import_module
 from pathlib import Path
 from typing import Protocol, cast, runtime_checkable
@@ -68,11 +70,11 @@ class Reserving(Protocol):
 
 
 @runtime_checkable
-class Placeable(Reserving, Protocol):
+class Placeable(Backend, Mappable, Reserving, Protocol):
     """A backend in whose files a writer on the same host may put an object's messages by itself."""
 
-    def path(self, key: ObjectKey) -> Path:
-        """The object's file."""
+    def path(self, key: ObjectKey) -> Path | None:
+        """The object's file; None if this one has none."""
 
     def placed(self, key: ObjectKey, end: int) -> memoryview:
         """What lies in the file behind the messages that were kept, up to that byte."""
@@ -84,14 +86,30 @@ class Placeable(Reserving, Protocol):
         """As `delete`, and other objects may lie in that memory: nobody looks at it any more."""
 
 
+class Use(Enum):
+    """Who may look at an object's file."""
+
+    NONE = "none"  # nobody: other objects may lie there
+    NOW = "now"  # a writer or a reader, so it stays where it is
+    LOST = "lost"  # somebody who did not say that they are done: no other object gets it
+
+
+@runtime_checkable
+class Moving(Protocol):
+    """A backend that takes an object out of its file to make room for others."""
+
+    def watch(self, use_of: Callable[[ObjectKey], Use]) -> None:
+        """Ask there who may look at the file before it is taken."""
+
+
 def known_schemes() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(backends.__path__))
 
 
 def backend_from_url(url: str) -> Backend:
     """Open the backend that the URL's scheme names, `memory://` for one, or several as tiers
-    (kvstore/tiers.py): `memory://?bytes=N+disk:///PATH`."""
-    from kvstore.tiers import open_tiers, split_tiers
+    (kvstore/tier_urls.py): `memory://?bytes=N+disk:///PATH`."""
+    from kvstore.tier_urls import open_tiers, split_tiers
 
     return open_tiers(split_tiers(url), _open_one)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
-from kvstore.backend import Backend, Placeable, Reserving
+from kvstore.backend import Backend, Moving, Placeable, Reserving, Use
 from kvstore.expiry import ExpiryHeap
 from kvstore.key import Buffer, ObjectKey
 from kvstore.objects import KvObject, Lease, ObjectState
@@ -46,6 +46,8 @@ class Books:
         # Looked at once: what a protocol asks of an object takes longer to find out than to book a chunk.
         self._reserving = backend if isinstance(backend, Reserving) else None
         self._placeable = backend if isinstance(backend, Placeable) else None
+        if isinstance(backend, Moving):
+            backend.watch(self._use_of)
         self._config = config
         self._clock = clock
         self._on_free = on_free
@@ -210,11 +212,15 @@ class Books:
         """Memory that somebody may still have open is left to the last who has."""
         if self._placeable is None:
             self._backend.delete(obj.key)
-        elif obj.is_quiet:
+        elif obj.use is Use.NONE:
             self._placeable.recycle(obj.key)
         else:
             self._backend.delete(obj.key)
             self.num_quarantined += 1
+
+    def _use_of(self, key: ObjectKey) -> Use:
+        obj = self.objects.get(key)
+        return Use.NONE if obj is None else obj.use
 
     def _hold(self, obj: KvObject, hold: str) -> None:
         held = self.ledger_of(obj.header).hold(obj.owner, hold, generation=obj.key.epoch)

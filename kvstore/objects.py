@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvstore.assembly import Assembly
+from kvstore.backend import Use
 from kvstore.key import KvHandle, ObjectKey
 from kvstore.records import ObjectHeader, Seal
 
@@ -80,9 +81,11 @@ class KvObject:
         return self.state in (ObjectState.SEALED, ObjectState.LEASED)
 
     @property
-    def is_quiet(self) -> bool:
-        """Whether everybody who was let at its memory has said that they are done."""
-        return not self.is_shared or (self.seal is not None and not self.has_lost_peer)
+    def use(self) -> Use:
+        """Who of those that were let at its memory may look there."""
+        if self.is_shared and (self.seal is None or self.leases):
+            return Use.NOW
+        return Use.LOST if self.is_shared and self.has_lost_peer else Use.NONE
 
     def is_prefix_of(self, fingerprint: bytes, tenant: str) -> bool:
         """Whether this is a prefix that the tenant's prompts for that model build may use now."""

@@ -2,7 +2,7 @@
 
 A writer says up to which byte it has put chunks, and each is checked where it lies before it counts: what
 was not checked is no part of the object. Whoever was told of a place is somebody to wait for before it is
-used again (`KvObject.is_quiet`).
+used again (`KvObject.use`).
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class Places:
         obj = ticket.object
         if obj.state is not ObjectState.RESERVED or self._placeable is None:
             return None
-        obj.is_shared = True
-        return self._placeable.path(obj.key)
+        path = self._placeable.path(obj.key)
+        obj.is_shared |= path is not None
+        return path
 
     def chunks(self, ticket: PutTicket, placed: Placed) -> Iterator[tuple[ChunkHeader, memoryview, int]]:
         """What the writer has put there since: header, payload, and the bytes of the message around both.

@@ -1,7 +1,5 @@
 """Two backends as one: a small fast one over a large slow one.
 
-    memory://?bytes=268435456+disk:///var/tmp/kv
-
 An object lies in one of them. It is written to the fast one; when that has no room, the objects that were
 used least recently move down, whole. An object that is read a second time from below moves up again:
 most are read once, and moving those would cost more than it saves. Nothing is ever dropped here, so it
@@ -11,16 +9,11 @@ pairs.
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
-from collections.abc import Callable
-from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from kvstore.backend import Backend, Location, Mappable
+from kvstore.backend import Backend
 from kvstore.key import ObjectKey
-from tandem.errors import ConfigError, TandemError
-
-_BORDER = re.compile(r"\+(?=[a-z]+://)")
+from tandem.errors import TandemError
 
 
 class TieredBackend:
@@ -33,21 +26,20 @@ class TieredBackend:
         self._upper_bytes = upper_bytes
         self._lower = lower
         self._sizes: OrderedDict[ObjectKey, list[int]] = OrderedDict()  # above; least recently used first
+        self._room: dict[ObjectKey, int] = {}  # bytes that each may take above
         self._below: dict[ObjectKey, list[int]] = {}
         self._read_below: set[ObjectKey] = set()
         self._used_bytes = 0  # above
 
     def put(self, key: ObjectKey, index: int, message: bytes) -> None:
-        if key not in self._below and not self._has_room(key, len(message)):
+        if key not in self._below and not self._make_room(key, self._size(key) + len(message)):
             self._demote(key)
         if key in self._below:
             self._lower.put(key, index, message)
             self._below[key].append(len(message))
         else:
             self._upper.put(key, index, message)
-            self._sizes.setdefault(key, []).append(len(message))
-            self._sizes.move_to_end(key)
-            self._used_bytes += len(message)
+            self._note_above(key, len(message))
 
     def get(self, key: ObjectKey, index: int) -> bytes:
         if key in self._below and index == 0:
@@ -60,31 +52,57 @@ class TieredBackend:
     def delete(self, key: ObjectKey) -> None:
         self._upper.delete(key)
         self._lower.delete(key)
-        self._used_bytes -= sum(self._sizes.pop(key, ()))
-        self._below.pop(key, None)
-        self._read_below.discard(key)
+        self._forget(key)
 
     def close(self) -> None:
         self._upper.close()
         self._lower.close()
 
-    def _has_room(self, key: ObjectKey, num_bytes: int) -> bool:
-        """Whether the object may grow above; others move down for it, unless it is too large anyway."""
-        if sum(self._sizes.get(key, ())) + num_bytes > self._upper_bytes:
+    def _forget(self, key: ObjectKey) -> None:
+        self._sizes.pop(key, None)
+        self._used_bytes -= self._room.pop(key, 0)
+        self._below.pop(key, None)
+        self._read_below.discard(key)
+
+    def _note_above(self, key: ObjectKey, num_bytes: int) -> None:
+        """The object's next message is that long."""
+        self._sizes.setdefault(key, []).append(num_bytes)
+        self._sizes.move_to_end(key)
+
+    def _size(self, key: ObjectKey) -> int:
+        return sum(self._sizes.get(key, ()))
+
+    def _make_room(self, key: ObjectKey, num_bytes: int) -> bool:
+        """Whether the object may be that large above; others move down for it, unless it never fits."""
+        more = num_bytes - self._room.get(key, 0)
+        while num_bytes <= self._upper_bytes < self._used_bytes + more:
+            other = next((other for other in self._sizes if other != key and self._may_move(other)), None)
+            if other is None:
+                return False
+            self._demote(other)
+        if num_bytes > self._upper_bytes:
             return False
-        while self._used_bytes + num_bytes > self._upper_bytes:
-            self._demote(next(other for other in self._sizes if other != key))
+        if more > 0:
+            self._room[key] = num_bytes
+            self._used_bytes += more
+        return True
+
+    def _may_move(self, key: ObjectKey) -> bool:
+        """Whether an object may move down now."""
         return True
 
     def _demote(self, key: ObjectKey) -> None:
         """Move down what there is of the object; it stays above if that fails."""
         sizes = self._sizes.get(key, [])
         _copy(key, len(sizes), self._upper, self._lower)
-        self._upper.delete(key)
-        self._used_bytes -= sum(sizes)
-        self._sizes.pop(key, None)
+        self._clear_above(key)
+        self._forget(key)
         self._below[key] = sizes
         self.num_demoted += 1
+
+    def _clear_above(self, key: ObjectKey) -> None:
+        """The object lies below by now."""
+        self._upper.delete(key)
 
     def _note_reading(self, key: ObjectKey) -> None:
         if key in self._read_below:
@@ -96,30 +114,21 @@ class TieredBackend:
         """Move up, if the object fits and the tiers let it; it can be read below as well."""
         sizes = self._below[key]
         try:
-            if not self._has_room(key, sum(sizes)):
+            if not self._make_room(key, sum(sizes)):
                 return
+            self._open_above(key, sum(sizes))
             _copy(key, len(sizes), self._lower, self._upper)
         except TandemError:
+            self._used_bytes -= self._room.pop(key, 0)
             return
         self._lower.delete(key)
         del self._below[key]
         self._read_below.discard(key)
         self._sizes[key] = sizes
-        self._used_bytes += sum(sizes)
         self.num_promoted += 1
 
-
-class MappableTiers(TieredBackend):
-    """Over an upper tier whose objects can be mapped."""
-
-    def locate(self, key: ObjectKey) -> Location | None:
-        """Where the upper tier has the object, which moves there if it can."""
-        if key in self._below:
-            self._promote(key)
-        if key in self._below or not isinstance(self._upper, Mappable):
-            return None
-        self._sizes.move_to_end(key)
-        return self._upper.locate(key)
+    def _open_above(self, key: ObjectKey, num_bytes: int) -> None:
+        """Messages of so many bytes will come."""
 
 
 def _copy(key: ObjectKey, num_messages: int, source: Backend, target: Backend) -> None:
@@ -130,33 +139,3 @@ def _copy(key: ObjectKey, num_messages: int, source: Backend, target: Backend) -
     except BaseException:
         target.delete(key)
         raise
-
-
-def split_tiers(url: str) -> list[str]:
-    """The URLs of the tiers, fastest first."""
-    return _BORDER.split(url)
-
-
-def open_tiers(urls: list[str], open_one: Callable[[str], Backend]) -> Backend:
-    """The tiers as one backend. Every tier but the last says how many `bytes` it keeps."""
-    if len(urls) == 1:
-        return open_one(urls[0])
-    url, upper_bytes = _without_bytes(urls[0])
-    upper = open_one(url)
-    try:
-        kind = MappableTiers if isinstance(upper, Mappable) else TieredBackend
-        return kind(upper, upper_bytes, open_tiers(urls[1:], open_one))
-    except BaseException:
-        upper.close()
-        raise
-
-
-def _without_bytes(url: str) -> tuple[str, int]:
-    parts = urlsplit(url)
-    options = dict(parse_qsl(parts.query, keep_blank_values=True))
-    text = options.pop("bytes", "")
-    if not text.isdecimal() or int(text) == 0:
-        raise ConfigError(
-            f"a {parts.scheme}:// tier over another one needs its size, ?bytes=268435456 for one"
-        )
-    return parts._replace(query=urlencode(options)).geturl(), int(text)

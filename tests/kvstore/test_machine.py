@@ -33,6 +33,10 @@ PUT_S, LEASE_S = 10.0, 30.0
 CONFIG = KvStoreConfig(put_deadline_s=PUT_S, lease_s=LEASE_S)
 IDS = [bytes([number]) * 16 for number in range(3)]
 SIZE = make_header().total_bytes
+TIERS = {  # of two objects each
+    "tiers": f"memory://?bytes={2 * SIZE}+",
+    "mapped tiers": f"shm://?bytes={2 * make_header().most_message_bytes}+",
+}
 TOTAL = 4 * SIZE + 100  # a fifth object does not fit
 REFUSED = (FailedPrecondition, NotFound, Overloaded, InvalidRequest)
 SECONDS = st.sampled_from([0.5, 0.5, 3.0, 3.0, 9.0, 11.0, 31.0])
@@ -219,7 +223,8 @@ class StoreMachine(RuleBasedStateMachine):
     def keep(self, is_placed: bool, ticket: PutTicket, chunk: tuple[ChunkHeader, bytes]) -> None:
         """As a writer elsewhere, or as one that fills the object's file where it has one."""
         message = encode(*chunk)
-        file = getattr(self.store._backend, "_files", {}).get(ticket.object.key) if is_placed else None
+        backend = getattr(self.store._backend, "_upper", self.store._backend)
+        file = getattr(backend, "_files", {}).get(ticket.object.key) if is_placed else None
         path = self.store.places.for_writer(ticket) if file else None
         if path is None or file is None:
             self.store.append(ticket, *chunk, message)
@@ -401,11 +406,10 @@ def test_random_schedules_agree_with_the_model():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600 + LONG_STEPS // 50)
-@pytest.mark.parametrize("scheme", [*SCHEMES, "tiers"])
+@pytest.mark.parametrize("scheme", [*SCHEMES, *TIERS])
 def test_many_steps_of_random_schedules_over_every_backend(scheme, tmp_path, capsys):
-    with medium("disk" if scheme == "tiers" else scheme, tmp_path) as place:
-        tiers = f"memory://?bytes={2 * SIZE}+{place.url}"
-        machine = type("Machine", (StoreMachine,), {"url": tiers if scheme == "tiers" else place.url})
+    with medium("disk" if scheme in TIERS else scheme, tmp_path) as place:
+        machine = type("Machine", (StoreMachine,), {"url": TIERS.get(scheme, "") + place.url})
         while (missing := LONG_STEPS - machine.num_steps) > 0:  # some schedules end early
             long = settings(SETTINGS, max_examples=-(-missing // STEPS), database=None)
             run_state_machine_as_test(machine, settings=long)
