@@ -8,11 +8,10 @@ from typing import Any
 
 import grpc
 
+from deploy.options import FILES
 from tandem.client import TandemClient
 from tandem.errors import ConfigError
 from tandem.security import client_credentials, read_tokens
-
-FILES = ("api_key_file", "tls_ca", "tls_cert", "tls_key")  # the options, by name
 
 
 @dataclass(frozen=True, slots=True)

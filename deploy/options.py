@@ -1,14 +1,13 @@
-"""The options that commands share, each with its help text."""
+"""The options that commands share, each with its help text. Every command pays for what is imported here."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from tandem.config import POLICIES, QUANTIZATIONS
-from tandem.sampling import SamplingParams
 
 Model = Annotated[
     str | None, typer.Option(help="Folder or hub id of a checkpoint; the bundled one by default.")
@@ -134,24 +133,4 @@ BenchProfile = Annotated[
 Out = Annotated[Path, typer.Option(help="Folder for the files.")]
 Plots = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw PNG plots; needs matplotlib.")]
 
-_SAMPLING = (
-    *(
-        "max_tokens",
-        "min_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "seed",
-        "n",
-        "logprobs",
-        "ignore_eos",
-    ),
-    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
-)
-
-
-def sampling_of(options: dict[str, Any]) -> SamplingParams:
-    """The sampling parameters among a command's options. Raises `BAD_PARAM`."""
-    lists: dict[str, Any] = {name: tuple(options[name] or ()) for name in ("stop", "stop_token_ids")}
-    return SamplingParams(**{name: options[name] for name in _SAMPLING}, **lists)
+FILES = ("api_key_file", "tls_ca", "tls_cert", "tls_key")  # those that name what to show a service

@@ -16,7 +16,6 @@ from rich.console import Console
 from deploy.access import Access, access_of
 from deploy.commands.show import as_json, stream_text, summary
 from deploy.embedded import EmbeddedService
-from deploy.options import sampling_of
 from deploy.settings import load_config
 from tandem.client import TandemClient
 from tandem.config import ClusterConfig
@@ -26,6 +25,21 @@ from tandem.speculation import SpeculationParams, parse_speculation
 
 Prompt = str | list[int]
 MAX_IN_FLIGHT = 256  # from one command; the server's queue is for others too
+_SAMPLING = (
+    *(
+        "max_tokens",
+        "min_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "seed",
+        "n",
+        "logprobs",
+        "ignore_eos",
+    ),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +59,12 @@ def asking_of(options: dict[str, Any]) -> Asking:
     """From the command's options. Raises `BAD_PARAM`."""
     speculation = parse_speculation(options["speculation"], options["num_assistant_tokens"])
     return Asking(sampling_of(options), speculation, options["timeout"])
+
+
+def sampling_of(options: dict[str, Any]) -> SamplingParams:
+    """The sampling parameters among a command's options. Raises `BAD_PARAM`."""
+    lists: dict[str, Any] = {name: tuple(options[name] or ()) for name in ("stop", "stop_token_ids")}
+    return SamplingParams(**{name: options[name] for name in _SAMPLING}, **lists)
 
 
 def settings_of(options: dict[str, Any]) -> ClusterConfig | None:

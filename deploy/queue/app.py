@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from deploy import options as o
-from deploy.access import FILES
 
 app = typer.Typer(no_args_is_help=True, help="Run a file of requests; every line gets one record.")
 
@@ -37,7 +36,7 @@ def _parts(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any
     from tandem.offline.runner import Limits
 
     named = ("server", "model", "draft", "dtype", "quantization", "draft_quantization", "queue", "name")
-    files = {name: str(options[name].resolve()) if options[name] else None for name in FILES}
+    files = {name: str(options[name].resolve()) if options[name] else None for name in o.FILES}
     defaults = {name: options[name] for name in ("max_tokens", "temperature")}
     limits = Limits(options["max_in_flight"], options["max_attempts"], options["patience"])
     return {**{name: options[name] for name in named}, **files}, defaults, limits

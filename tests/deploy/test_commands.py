@@ -230,3 +230,17 @@ def test_the_options_of_a_service_are_its_settings(tmp_path: Path) -> None:
     file.write_text("security: {insecure: true}\nrouter: {http_port: null}\n")
     from_file = config_of(file, {"http_port": 8000, "insecure": False})
     assert (from_file.security.insecure, from_file.router.http_port) == (True, None)
+
+
+def test_help_is_shown_without_what_only_commands_need() -> None:
+    """They cost more to import than all the rest: what a command needs is imported when it runs."""
+    code = """
+import sys
+from deploy.cli import app
+app(["--help"], standalone_mode=False)
+heavy = {"torch", "transformers", "grpc", "google.protobuf", "asyncio", "numpy", "ray", "yaml"}
+print(sorted(heavy & set(sys.modules)), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr == "[]\n"
+    assert "Serve a large language model" in done.stdout
