@@ -9,6 +9,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from router.admission import Admission, Plan
 from router.needs import Needs
+from router.policy import Route
 from router.registry import Registry, WorkerRole
 from tandem.errors import AlreadyExists, InvalidRequest, Unavailable
 from tests.clock import ManualClock
@@ -310,6 +311,7 @@ class AnyHistory(RuleBasedStateMachine):
         self.admission.set_store(60)
         self.numbers = iter(range(10**6))
         self.held: dict[tuple[str, str], dict[str, int]] = {}  # (pool, its start) → request → amount
+        self.to_compute: dict[str, int] = {}  # tokens of each prompt
         self.total: dict[tuple[str, str], int] = {("store", ""): 60}
         for info in (prefill_worker("p0", 30), decode_worker("d0", 40)):
             self.join(info)
@@ -331,17 +333,24 @@ class AnyHistory(RuleBasedStateMachine):
             "store": ("store", plan.store),
         }
 
-    @rule(target=plans, decode=st.integers(1, 45), prefill=st.integers(1, 32), store=st.integers(1, 70))
-    def admit(self, decode, prefill, store):
+    @rule(
+        target=plans,
+        decode=st.integers(1, 45),
+        prefill=st.integers(1, 32),
+        store=st.integers(1, 70),
+        cached=st.integers(0, 600),
+    )
+    def admit(self, decode, prefill, store, cached):
         name = f"r{next(self.numbers)}"
         wanted = needs(decode, prefill, store)
-        plan = self.admission.try_admit(name, 0, wanted)
+        plan = self.admission.try_admit(name, 0, wanted, route=Route(stored_tokens=cached))
         if plan is None:
             assert not self.some_pair_has_room(wanted)
             return multiple()
         amounts = {"prefill": prefill, "decode": decode, "store": store}
         for part, key in self.keys(plan).items():
             self.held.setdefault(key, {})[name] = amounts[part]
+        self.to_compute[name] = max(16 * prefill - cached, 1)
         return plan
 
     def some_pair_has_room(self, wanted: Needs) -> bool:
@@ -401,7 +410,7 @@ class AnyHistory(RuleBasedStateMachine):
     def queued_tokens_are_those_of_running_prefills(self):
         for candidate in self.admission.candidates(WorkerRole.PREFILL):
             held = [v for (pool, _), v in self.held.items() if pool == f"prefill:{candidate.worker_id}"]
-            assert candidate.queued_tokens == 16 * sum(sum(v.values()) for v in held)
+            assert candidate.queued_tokens == sum(self.to_compute[name] for v in held for name in v)
 
     def teardown(self):
         live = {name for amounts in self.held.values() for name in amounts}
