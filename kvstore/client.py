@@ -6,11 +6,11 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, suppress
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import grpc
 
-from kvstore.ahead import checked_ahead
 from kvstore.key import Buffer, KvHandle
 from kvstore.link import connected, drop, store_errors
 from kvstore.mapping import MappedObject, Mappings
@@ -27,6 +27,7 @@ from tandem.pb.kv.v1 import kv_pb2_grpc
 UNARY_S = 5.0
 FOLLOW_KV = "/tandem.kv.v1.KvService/FollowKv"
 GET_KV = "/tandem.kv.v1.KvService/GetKv"
+T = TypeVar("T")
 
 
 class KvClient:
@@ -73,23 +74,19 @@ class KvClient:
         """
         lease_s = lease_s or self._config.lease_s
         check = ReadCheck(handle, tenant, on_header, first_block)
-        request = pb.GetKvRequest(
-            handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s), first_block=first_block
-        )
         renew_at_s = time.monotonic() + lease_s / 3
-        try:
-            async with aclosing(self._checked(check, request, follow)) as chunks:
-                async for chunk in chunks:
-                    if chunk is not None:
-                        yield chunk
-                    if time.monotonic() >= renew_at_s:
-                        with suppress(FailedPrecondition, NotFound):
-                            await self.renew(handle, holder, lease_s)  # over: the stream says if too early
-                        renew_at_s = time.monotonic() + lease_s / 3
-            check.finish()
-        except DataLoss:
-            self.verify_failures += 1
-            raise
+        async with aclosing(self._messages(handle, holder, lease_s, follow, first_block)) as messages:
+            async for message in messages:
+                chunk = self._verified(partial(check.accept, message))
+                if chunk is not None:
+                    yield chunk
+                if time.monotonic() >= renew_at_s:
+                    with suppress(
+                        FailedPrecondition, NotFound
+                    ):  # over: the stream itself says whether too early
+                        await self.renew(handle, holder, lease_s)
+                    renew_at_s = time.monotonic() + lease_s / 3
+            self._verified(check.finish)
 
     async def release(self, handle: KvHandle, holder: str = "") -> bool:
         """Give up a holder's lease, or without a holder the object. False if that came late."""
@@ -118,32 +115,32 @@ class KvClient:
         name = pb.KvState.Name(response.state).removeprefix("KV_STATE_")
         return ObjectStat(ObjectState[name], response.num_bytes, response.num_leases)
 
-    async def _checked(
-        self, check: ReadCheck, request: pb.GetKvRequest, follow: bool
-    ) -> AsyncGenerator[tuple[ChunkHeader, memoryview] | None]:
-        """What the store holds of the object, mapped where store and reader share a host; None for a message
-        that is no chunk."""
+    async def _messages(
+        self, handle: KvHandle, holder: str, lease_s: float, follow: bool, first_block: int
+    ) -> AsyncGenerator[Buffer]:
+        """What the store holds of the object, mapped where store and reader share a host."""
         await connected(self._channel)
-        mapped = await self._mapped(request) if self._may_map and not follow else None
+        mapped = await self._mapped(handle, holder, lease_s) if self._may_map and not follow else None
         if mapped is None:
+            request = pb.GetKvRequest(
+                handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s), first_block=first_block
+            )
             call = self._follow(request) if follow else self._get(request)
             reading = asyncio.create_task(self._read(call))
             try:
                 while (message := await reading) is not None:
                     reading = asyncio.create_task(self._read(call))  # comes while this one is used
-                    yield check.accept(message)
+                    yield message
             finally:
                 drop(reading)
                 call.cancel()
         else:
-            wanted = (message for message in mapped if reaches(message, request.first_block))
             try:
-                async with aclosing(checked_ahead(wanted, check.accept)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
+                for view in mapped:
+                    if reaches(view, first_block):
+                        yield view
             finally:
-                ended = pb.ReleaseKvRequest(handle=request.handle, holder=request.holder)
-                self._post(self._ask(self._stub.ReleaseKv, ended))
+                self._post(self.release(handle, holder))
 
     def _post(self, work: Coroutine[Any, Any, object]) -> None:
         """Do it while the caller goes on. What a lost store misses, the lease ends."""
@@ -156,9 +153,9 @@ class KvClient:
         self._posted.add(task)
         task.add_done_callback(self._posted.discard)
 
-    async def _mapped(self, wanted: pb.GetKvRequest) -> Iterator[Buffer] | None:
+    async def _mapped(self, handle: KvHandle, holder: str, lease_s: float) -> Iterator[Buffer] | None:
         """Leased and mapped, or None. A store of which nothing can be mapped here is not asked again."""
-        request = pb.MapKvRequest(handle=wanted.handle, holder=wanted.holder, lease_ms=wanted.lease_ms)
+        request = pb.MapKvRequest(handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s))
         response: pb.MapKvResponse = await self._ask(self._stub.MapKv, request)
         mapped = MappedObject.from_pb(response)
         messages = mapped.messages(self._files_read) if mapped else None
@@ -176,6 +173,13 @@ class KvClient:
             async with asyncio.timeout(2 * self._config.put_deadline_s):
                 message = await call.read()
         return None if message is grpc.aio.EOF else message
+
+    def _verified(self, check: Callable[[], T]) -> T:
+        try:
+            return check()
+        except DataLoss:
+            self.verify_failures += 1
+            raise
 
 
 def _ms(seconds: float) -> int:
