@@ -18,6 +18,8 @@ import threading
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
+import uvloop
+
 from deploy.allocator import keep_pages
 from tandem import log
 from tandem.config import ClusterConfig
@@ -123,7 +125,9 @@ def main() -> None:
     log.set_up(options.worker_id or options.role, options.log_level)
     keep_pages()
     try:
-        asyncio.run(_main(options.role, ClusterConfig.from_json(options.config), options.worker_id))
+        config = ClusterConfig.from_json(options.config)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_main(options.role, config, options.worker_id))
     except ConfigError as error:
         _say(error=str(error))  # whoever started the processes tells it once
         sys.exit(EXIT_CONFIG)
