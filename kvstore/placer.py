@@ -1,20 +1,20 @@
 """A writer's end of an object's file: chunks are copied to where they will be read, and the store is told.
 
-Only the notes cross gRPC, each for everything that was copied since the last, and the next as soon as that
-is on its way: the store checks beside the copying.
+Only the notes cross gRPC, each for everything that was copied since the last.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from kvstore.key import Buffer
 from kvstore.link import drop
 from kvstore.records import ChunkHeader, Placed
 from kvstore.wire import head_of
 
-YIELD_S = 0.001  # a writer that never waits lets notes go so often
+NOTE_S = 0.001  # chunks that come closer together share a note
 
 
 class Placer:
@@ -26,6 +26,7 @@ class Placer:
         self._end = self._told = 0
         self._loop = asyncio.get_running_loop()
         self._yield_at_s = 0.0
+        self._is_complete = asyncio.Event()
         self._telling: asyncio.Task[None] | None = None
 
     async def write(self, chunk: ChunkHeader, payload: Buffer) -> None:
@@ -40,10 +41,11 @@ class Placer:
             self._telling = asyncio.create_task(self._tell_all())
         if self._loop.time() >= self._yield_at_s:
             await asyncio.sleep(0)
-            self._yield_at_s = self._loop.time() + YIELD_S
+            self._yield_at_s = self._loop.time() + NOTE_S
 
     async def settle(self) -> None:
         """Until the store has been told of everything."""
+        self._is_complete.set()
         if self._telling is not None:
             await self._telling
 
@@ -59,6 +61,9 @@ class Placer:
 
     async def _tell_all(self) -> None:
         while self._told < self._end:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(NOTE_S):
+                    await self._is_complete.wait()
             end = self._end
             await self._tell(Placed(end=end))
             self._told = end
