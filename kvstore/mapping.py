@@ -21,7 +21,7 @@ from kvstore.backend import Location
 from kvstore.key import Buffer
 from tandem.pb.kv.v1 import kv_pb2 as pb
 
-MADV_POPULATE_READ = 22  # Linux 5.14; one fault per page would cost more
+MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # Linux 5.14; one fault per page would cost more
 MAX_KEPT = 64  # each holds a file descriptor
 
 
@@ -117,7 +117,7 @@ def _map(path: str, num_bytes: int, writable: bool) -> memoryview | None:
     finally:
         os.close(descriptor)
     try:
-        mapped.madvise(MADV_POPULATE_READ, 0, num_bytes)
+        mapped.madvise(MADV_POPULATE_WRITE if writable else MADV_POPULATE_READ, 0, num_bytes)
     except OSError as error:
         if error.errno != errno.EINVAL:  # an older kernel knows no such advice
             return None  # a page that cannot be read would kill this process when it is touched
