@@ -12,6 +12,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import uvloop
 import xxhash
 
 from bench.kv.child import RAW
@@ -68,7 +69,7 @@ class Peer:
             self._process.communicate()
             raise ConfigError(f"no store at {redacted(url)}; the reason is above")
         keep_pages()
-        self._runner = asyncio.Runner()
+        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)  # as the service's processes
         self._address = f"127.0.0.1:{int(line)}"
         self._channels: list[Any] = []
         self._clients: list[KvClient] = []  # kept, as workers keep theirs

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import uvloop
 
 from bench.kv.memory import keep_pages
 from kvstore.backend import backend_from_url
@@ -64,4 +65,5 @@ async def serve(url: str, store_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(sys.argv[1], int(sys.argv[2])))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(sys.argv[1], int(sys.argv[2])))
