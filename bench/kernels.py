@@ -130,7 +130,7 @@ def _native(weight: torch.Tensor, copies: int) -> Iterator[tuple[str, Kernel]]:
         quantized = quantize(weight, kind)
         assert quantized is not None
         bits = "W8" if kind == "int8" else "W4"
-        for activation_bits, width in ((32, "A16"), (8, "A8")):
+        for activation_bits, width in ((16, "A16"), (8, "A8")):
             packed = [
                 library.pack_quantized(quantized, activation_bits, None, Arena()) for _ in range(4 * copies)
             ]

@@ -146,7 +146,7 @@ class SpeculationConfig:
     draft: str = "none"  # none | ngram | model | self | qspec
     draft_path: Path | None = None  # the draft model's checkpoint
     draft_quantization: str = "none"  # of a draft model's or a self-draft's linear weights
-    draft_activation_bits: int = 0  # of self and qspec drafts: 4, 8 or 32; 0: the faster of 8 and 32
+    draft_activation_bits: int = 0  # of self and qspec drafts: 4, 8 or 16; 0: the faster of 8 and 16
     draft_prefill: str = "decode_worker"  # or prefill_worker: who reads prompts for a draft model
     num_assistant_tokens: int = 0  # draft tokens per step where a request does not say; 0: what pays now
     num_assistant_tokens_schedule: str = "constant"  # constant | heuristic: how that number changes
@@ -170,8 +170,8 @@ class SpeculationConfig:
             "a draft model needs a checkpoint, and only a draft model has one",
         )
         check(
-            self.draft_activation_bits in (0, 4, 8, 32),
-            f"draft_activation_bits must be 0, 4, 8 or 32, not {self.draft_activation_bits}",
+            self.draft_activation_bits in (0, 4, 8, 16),
+            f"draft_activation_bits must be 0, 4, 8 or 16, not {self.draft_activation_bits}",
         )
         check(
             not self.draft_activation_bits or self.draft in ("self", "qspec"),

@@ -1,6 +1,6 @@
 """QSpec tables: four-bit weights whose drafts compute with activations of fewer bits (Zhao et al.).
 
-W4A16 verifies (its activations are float32 here), W4A4 or W4A8 drafts by the same weights over the same KV.
+W4A16 verifies (activations are 16-bit integers), W4A4 or W4A8 drafts by the same weights over the same KV.
 No processor here multiplies four bits: W4A4 is emulated, so its speed says nothing about hardware that does.
 """
 
@@ -42,7 +42,7 @@ MOST_ROUNDS = 3
 EMULATED = frozenset({4})  # bits that nothing here multiplies
 TOKENS_PER_SAMPLE = 512  # of text that is read
 SETTING = (
-    f"{WEIGHTS}: 4-bit weights in groups of 128; activations of W4A16 are float32 here, those of W4A4 are "
+    f"{WEIGHTS}: 4-bit weights in groups of 128; activations of W4A16 are 16-bit integers, those of W4A4 are "
     f"rounded to four bits and multiplied as wider ones (emulated). γ = {GAMMA} where it is not said, "
     "greedy. W4A4 and W4A8 alone decode after prompts that W4A16 prefilled."
 )

@@ -18,6 +18,7 @@ from bench.speculation.text import Tokens
 from tandem.config import QUANTIZATIONS
 from tandem.engine.loading import DRAFT_ACTIVATION_BITS
 from tandem.engine.model_runner import ModelRunner
+from tandem.engine.storage import ACTIVATION_BITS
 from tandem.errors import ConfigError
 from tandem.geometry import num_blocks
 
@@ -62,7 +63,7 @@ def _formats(path: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     """
     yield "fp16", path, {"linear": "fp16"}
     for name in QUANTIZATIONS[1:]:
-        widths = {32: "", 8: ", 8-bit activations"}
+        widths = {ACTIVATION_BITS: "", 8: ", 8-bit activations"}
         if name.startswith("int4"):
             widths[4] = ", W4A4 emulated"
         for bits, suffix in widths.items():

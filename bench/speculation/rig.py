@@ -46,7 +46,7 @@ class Setup:
     draft: str = "model"  # none | ngram | model | self | qspec
     draft_precision: str = "none"  # a quantization, of the target's weights for a self-draft
     target_precision: str = "none"
-    activation_bits: int = 0  # of a draft by the target's own weights; 0: the faster of 8 and 32
+    activation_bits: int = 0  # of a draft by the target's own weights; 0: the faster of 8 and 16
 
     @property
     def label(self) -> str:

@@ -11,6 +11,7 @@ import torch
 from tandem.config import ClusterConfig
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.model_runner import ModelRunner
+from tandem.engine.storage import ACTIVATION_BITS
 from tandem.errors import ConfigError
 from tandem.geometry import ModelGeometry
 from tandem.pb.worker.v1 import worker_pb2 as pb
@@ -112,7 +113,7 @@ def _load(
     num_blocks: int,
     kv_dtype: str,
     quantization: str,
-    activation_bits: int = 32,
+    activation_bits: int = ACTIVATION_BITS,
 ) -> ModelRunner:
     return ModelRunner.load(
         path,

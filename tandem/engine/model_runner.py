@@ -20,7 +20,7 @@ from tandem.engine.linear import LinearChoice
 from tandem.engine.native.decoder import NativeDecoder
 from tandem.engine.paged_cache import PagedCache
 from tandem.engine.sampler import choose, most_probable
-from tandem.engine.storage import Storage
+from tandem.engine.storage import ACTIVATION_BITS, Storage
 from tandem.geometry import ModelGeometry
 from tandem.profiling.spans import span
 
@@ -67,7 +67,7 @@ class ModelRunner:
         kv_dtype: str = "auto",
         linear: str = "auto",
         quantization: str = "none",
-        activation_bits: int = 32,
+        activation_bits: int = ACTIVATION_BITS,
         num_blocks: int,
         block_size: int,
         device: torch.device | str = "cpu",
@@ -102,7 +102,7 @@ class ModelRunner:
     def with_activations_of(self, bits: int) -> ModelRunner:
         """The same weights over the same cache, with activations of another width where kernels can.
 
-        4, 8 or 32 bits; 0 takes what is faster here, layer by layer. Only four-bit weights follow.
+        4, 8 or 16 bits; 0 takes what is faster here, layer by layer. Only four-bit weights follow.
         """
         model = self._model
         if isinstance(model, NativeDecoder):

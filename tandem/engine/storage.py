@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ACTIVATION_BITS = 16  # that quantized weights meet in our own kernels; other paths compute with float32
+
 
 @dataclass(frozen=True, slots=True)
 class Storage:
@@ -11,5 +13,5 @@ class Storage:
 
     linear: str = "auto"
     quantization: str = "none"
-    activation_bits: int = 32  # 8: rows are quantized too, by our own kernels only; for drafts
+    activation_bits: int = ACTIVATION_BITS  # 8, 4: for drafts, by our own kernels only
     is_given: bool = False  # the checkpoint is quantized: only what keeps its numbers may be done to them

@@ -43,6 +43,16 @@ inline __m256i dpbusd(__m256i sums, __m256i without_sign, __m256i with_sign) {
     return sums;
 }
 
+// Two products of signed words added to each int.
+inline __m256i dpwssd(__m256i sums, __m256i a, __m256i b) {
+    int32_t s[8];
+    int16_t x[16], y[16];
+    std::memcpy(s, &sums, 32), std::memcpy(x, &a, 32), std::memcpy(y, &b, 32);
+    for (int i = 0; i < 16; i++) s[i / 2] += int(x[i]) * int(y[i]);
+    std::memcpy(&sums, s, 32);
+    return sums;
+}
+
 }  // namespace emulated
 
 #define __AVX512F__ 1
@@ -58,3 +68,4 @@ inline __m256i dpbusd(__m256i sums, __m256i without_sign, __m256i with_sign) {
 #define _mm512_cvtepi8_epi32 emulated::from_bytes
 #define _mm512_cvtepi32_ps emulated::from_ints
 #define _mm256_dpbusd_epi32 emulated::dpbusd
+#define _mm256_dpwssd_epi32 emulated::dpwssd

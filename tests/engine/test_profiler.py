@@ -50,7 +50,7 @@ def test_the_clock_counts_only_while_it_runs():
     ("quantization", "bits", "within"),
     [
         ("none", 32, set()),
-        ("nf4", 32, {"dequantize"}),
+        ("nf4", 16, {"quantize activations"}),
         ("nf4", 8, {"quantize activations"}),
         ("int8", 8, {"quantize activations"}),
     ],

@@ -1,8 +1,7 @@
 """Where the time of native forwards goes, part by part, as the thread that calls them sees it.
 
-`linear` has `dequantize` (four-bit codes to halves, a group at a time) and `quantize activations` within it;
-codes that are looked up in registers on their way to a product cannot be told from it. `waiting` is for the
-other threads of the team.
+`linears` have `quantize activations` within them; codes are looked up in registers on their way to a product
+and cannot be told from it. `waiting` is for the other threads of the team.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ from tandem.engine.native import library
 
 PARTS = (
     *("embedding", "norms", "linears", "rope, KV write", "attention", "activation"),
-    *("head", "choosing tokens", "waiting", "dequantize", "quantize activations"),
+    *("head", "choosing tokens", "waiting", "quantize activations"),
 )
-WITHIN_LINEARS = frozenset({"dequantize", "quantize activations"})
+WITHIN_LINEARS = frozenset({"quantize activations"})
 
 
 class Clock:

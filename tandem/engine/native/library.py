@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from tandem.engine.draw import Drafted, Draw
 from tandem.engine.native import build
 from tandem.engine.native.arena import Arena
-from tandem.engine.native.structs import Cache, Linear, Model
-from tandem.engine.quantization.formats import INT8_MOST, QuantizedWeight
+from tandem.engine.native.structs import Cache, Codebook, Linear, Model
+from tandem.engine.quantization.formats import CODEBOOKS, INT8_MOST, QuantizedWeight
 from tandem.errors import ConfigError
 
 PANEL = 16  # outputs that lie together
-ABI = 8
+ABI = 9
 FORMATS = {torch.float32: 0, torch.float16: 1}
 INT8, CODE4 = 2, 3
 PIECE_INPUTS = 4  # inputs whose codes lie together
@@ -80,7 +80,7 @@ def pack_quantized(
         split = codes.view(-1, 2, 2, 4, codes.shape[1] // PIECE_INPUTS, PIECE_INPUTS)
         pieces = split.permute(0, 4, 2, 1, 3, 5)
         packed = pieces if weight.kind == "int8" else pieces[:, :, 0] | pieces[:, :, 1] << 4
-    tensors = [arena.keep(packed), arena.keep(scales), _codebook(weight)]
+    tensors = [arena.keep(packed), arena.keep(scales)]
     struct = Linear(
         format=INT8 if weight.kind == "int8" else CODE4,
         activation_bits=activation_bits,
@@ -89,7 +89,7 @@ def pack_quantized(
         group=weight.group,
         weights=tensors[0].data_ptr(),
         scales=tensors[1].data_ptr(),
-        codebook=tensors[2].data_ptr(),
+        codebook=None if weight.kind == "int8" else ctypes.addressof(_codebook(weight.kind)),
         is_rotated=weight.is_rotated,
     )
     if bias is not None:
@@ -104,14 +104,23 @@ def pack_quantized(
     return PackedLinear(struct, tuple(tensors), out_features, apart)
 
 
-def _codebook(weight: QuantizedWeight) -> torch.Tensor:
-    """What a code stands for: 16 floats, 16 bytes, 16 halves, and the factor the bytes were divided by."""
-    if weight.kind == "int8":
-        return torch.empty(0)
-    levels = weight.levels
-    factor = 1.0 if bool((levels == levels.round()).all()) else 1 / INT8_MOST
-    small = torch.round(levels / factor).to(torch.int8).view(torch.float32)
-    return torch.cat((levels, small, levels.half().view(torch.float32), torch.tensor([factor])))
+@cache
+def _codebook(kind: str) -> Codebook:
+    """What the codes of a format stand for, over a factor, in eight and in sixteen bits."""
+    levels = torch.tensor(CODEBOOKS[kind])
+    if bool((levels == levels.round()).all()):
+        factors = 1.0, 1.0
+    else:
+        factors = 1 / INT8_MOST, 1 / _finest_grid(levels)
+    small, large = (torch.round(levels / factor).int().tolist() for factor in factors)
+    return Codebook((ctypes.c_int8 * 16)(*small), (ctypes.c_int16 * 16)(*large), *factors)
+
+
+def _finest_grid(levels: torch.Tensor) -> int:
+    """The number of steps from 0 to 1 on which the levels lie best: 12 bits, which leave activations 13."""
+    sizes = torch.arange(2**11, 2**12, dtype=torch.float64)
+    scaled = levels.double()[:, None] * sizes
+    return int(sizes[((scaled - scaled.round()) / sizes).abs().amax(0).argmin()])
 
 
 class Engine:

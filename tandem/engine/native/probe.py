@@ -12,7 +12,7 @@ import torch
 
 from tandem.engine.native import library, structs
 
-WIDTHS = (8, 32)  # the first wins a tie
+WIDTHS = (8, 16)  # the first wins a tie
 REPEATS = 7
 
 

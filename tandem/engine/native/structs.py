@@ -5,6 +5,15 @@ from __future__ import annotations
 import ctypes
 
 
+class Codebook(ctypes.Structure):
+    _fields_ = (
+        ("bytes", ctypes.c_int8 * 16),
+        ("words", ctypes.c_int16 * 16),
+        ("byte_factor", ctypes.c_float),
+        ("word_factor", ctypes.c_float),
+    )
+
+
 class Linear(ctypes.Structure):
     _fields_ = (
         ("format", ctypes.c_int32),

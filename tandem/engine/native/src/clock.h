@@ -12,8 +12,8 @@
 
 namespace tandem {
 
-// Mirrored by PARTS of clock.py. UNPACK and QUANTIZE are parts of LINEAR.
-enum Part : int32_t { EMBED, NORM, LINEAR, PLACE, ATTEND, ACTIVATE, HEAD, CHOOSE, WAIT, UNPACK, QUANTIZE, PARTS };
+// Mirrored by PARTS of clock.py. QUANTIZE is a part of LINEAR.
+enum Part : int32_t { EMBED, NORM, LINEAR, PLACE, ATTEND, ACTIVATE, HEAD, CHOOSE, WAIT, QUANTIZE, PARTS };
 
 inline int64_t nanoseconds() {
     return std::chrono::steady_clock::now().time_since_epoch().count();

@@ -15,14 +15,21 @@ namespace tandem {
 
 enum Format : int32_t { F32 = 0, F16 = 1, INT8 = 2, CODE4 = 3 };
 
+// What a code of four bits stands for, over a factor, in eight and in sixteen bits.
+struct Codebook {
+    int8_t bytes[16];
+    int16_t words[16];
+    float byte_factor, word_factor;
+};
+
 struct Linear {
     int32_t format;
-    int32_t activation_bits;  // 32, or activations are quantized per row and group: 8, or 4 in bytes
+    int32_t activation_bits;  // 32, or activations are quantized per row and group: 16, 8, or 4 in bytes
     int32_t in, out;
     int32_t group;            // inputs that share a scale
     const void* weights;      // panels, laid out as the format says
     const float* scales;
-    const float* codebook;    // 16 numbers; then the same in 8 bits and in halves (quantized.h)
+    const Codebook* codebook;
     const float* bias;        // [out], or null
     int32_t is_rotated;       // groups of inputs are multiplied with a Hadamard matrix first
     int32_t num_outliers;     // inputs that are kept apart, and their weights
@@ -35,13 +42,14 @@ using number = std::integral_constant<int, N>;
 
 constexpr int ROW_BLOCK = 96;   // rows that go through all panels together
 constexpr int CACHE_LINE = 64;  // bytes
+constexpr int AHEAD = 16 * CACHE_LINE;  // that weights are asked for before they are needed
 
 // R rows against P panels; `w` is [P][in][16] with `panel_stride` elements from panel to panel. Weights are asked
 // for ahead: with several rows the hardware's own prefetch falls behind.
 template <int R, int P, class W>
 inline void multiply_tile(const float* x, int ldx, const W* w, size_t panel_stride, int in, float* y,
                           int ldy) {
-    constexpr int LINE = CACHE_LINE / (PANEL * sizeof(W)), AHEAD = 16 * CACHE_LINE;
+    constexpr int LINE = CACHE_LINE / (PANEL * sizeof(W));
     p16 acc[R][P];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)

@@ -1,0 +1,81 @@
+// Activations as integers, symmetric, with one scale per row and group of inputs.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <vector>
+
+#include "linear.h"
+#include "pieces.h"
+
+namespace tandem {
+
+constexpr int MAX_GROUP = 128;
+
+// Inputs whose activations share a scale.
+inline int group_of(const Linear& l) {
+    if (l.format == CODE4) return l.group;
+    return l.activation_bits == 16 ? MAX_GROUP : l.in;
+}
+inline int groups_of(const Linear& l) { return (l.in + group_of(l) - 1) / group_of(l); }
+
+// The largest quantized activation: sums over a group stay within 32 bits.
+inline int most_of(const Linear& l) {
+    if (l.activation_bits < 16) return l.activation_bits == 4 ? 7 : INT8_MAX;
+    int weight = INT8_MAX;
+    if (l.format == CODE4)
+        for (int code = weight = 0; code < 16; code++) weight = std::max(weight, std::abs(l.codebook->words[code]));
+    return std::min(INT16_MAX, INT32_MAX / (group_of(l) * weight));
+}
+
+// What the weights were divided by.
+inline float factor_of(const Linear& l) {
+    if (l.format == INT8) return 1.0f;
+    return l.activation_bits == 16 ? l.codebook->word_factor : l.codebook->byte_factor;
+}
+
+// `T` is int8_t or int16_t.
+template <class T>
+struct IntRows {
+    std::vector<T> values;      // [rows, stride]
+    std::vector<float> scales;  // [rows, groups]
+    int stride, groups;
+
+    void fill(const Linear& l, const float* x, int ldx, int rows) {
+        const int group = group_of(l);
+        const float most = float(most_of(l)), factor = factor_of(l);
+        groups = groups_of(l), stride = round_up(l.in, PIECE_BYTES);
+        values.assign(size_t(rows) * stride, 0);
+        scales.resize(size_t(rows) * groups);
+        for (int r = 0; r < rows; r++)
+            for (int g = 0; g < groups; g++) {
+                const int begin = g * group;
+                T* to = &values[size_t(r) * stride + begin];
+                const float* from = x + size_t(r) * ldx + begin;
+                scales[size_t(r) * groups + g] = quantize(from, std::min(group, l.in - begin), most, to) * factor;
+            }
+    }
+
+    // The scale of some numbers; not a number if one of them is none or infinite.
+    static float quantize(const float* from, int count, float most, T* to) {
+        f8 highest = zero(), check = zero();
+        for (int i = 0; i < count; i += LANES) {
+            const f8 x = i + LANES <= count ? load(from + i) : load_some(from + i, count - i);
+            highest = max(highest, max(x, sub(zero(), x)));
+            check = fma(x, zero(), check);
+        }
+        float lanes[LANES];
+        store(lanes, highest);
+        const float top = *std::max_element(lanes, lanes + LANES), inverse = most / top;
+        const f8 factor = set1(std::isfinite(inverse) ? inverse : 0.0f), limit = set1(most);
+        for (int i = 0; i < count; i += LANES) {
+            const f8 x = i + LANES <= count ? load(from + i) : load_some(from + i, count - i);
+            store(lanes, round_even(min(max(mul(x, factor), sub(zero(), limit)), limit)));
+            for (int j = 0; j < std::min(LANES, count - i); j++) to[i + j] = T(lanes[j]);
+        }
+        return top / most + sum(check);
+    }
+};
+
+}  // namespace tandem
