@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -163,6 +164,7 @@ def goodput(
     """The largest rate of mixed prompts within limits, of the whole service and of vLLM's server."""
     from bench.goodput.run import Comparison, run
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what sleeps must not outlive us
     steps = tuple(vllm_steps or ())
     comparison = Comparison(shape, vllm_python, steps, speculation, num_requests, trials, minutes, out)
     document = run(comparison, json_output)

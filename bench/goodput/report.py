@@ -24,6 +24,7 @@ class Row:
     rate: float | None  # the largest that held; None: not even one request after the other did
     failing_rate: float | None  # the smallest that did not
     good: float | None  # the share of requests within the limits at the rate that held
+    goodput: float | None  # of these per second there, until the last answer: less than the rate if it lags
     ratio: float | None  # the first system's rate over this one's
     failed: int  # requests in all its runs that were refused or failed, instead of being late
     client_late: bool  # in some run at that rate the load test itself was late to send
@@ -46,6 +47,7 @@ def rows_of(found: Finds, limits: Mapping[str, Slo]) -> list[Row]:
                 rate=rate,
                 failing_rate=one.failing_rate,
                 good=fmean(trial.attainment for trial in held) if held else None,
+                goodput=one.goodput_rps if held else None,
                 ratio=base / rate if base and rate else None,
                 failed=sum(trial.errors for trial in one.trials),
                 client_late=any(trial.client_bottleneck for trial in held),
@@ -55,7 +57,7 @@ def rows_of(found: Finds, limits: Mapping[str, Slo]) -> list[Row]:
 
 
 def sheet(title: str, rows: Sequence[Row]) -> Sheet:
-    columns = ("limits", "system", "requests/s", "fails at", "good", "failed", "ratio")
+    columns = ("limits", "system", "requests/s", "fails at", "good", "goodput", "failed", "ratio")
     cells = [
         (
             f"{row.limits}: TTFT ≤ {row.ttft_ms:g} ms, ITL p99 ≤ {row.itl_ms:g} ms",
@@ -63,6 +65,7 @@ def sheet(title: str, rows: Sequence[Row]) -> Sheet:
             _figure(row.rate, "none") + ("*" if row.client_late else ""),
             _figure(row.failing_rate, "–"),
             "–" if row.good is None else f"{row.good:.0%}",
+            _figure(row.goodput, "–"),
             str(row.failed),
             _figure(row.ratio, "–"),
         )

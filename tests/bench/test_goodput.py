@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from bench.vllm.server import SERVED_NAME, starting
 from tandem.errors import ConfigError
 from tests.bench.test_peers import TINY
 
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings("checkpoint", threads=1, max_sequences=8, max_tokens=128)
 LIMITS = {"loose": Slo(ttft_ms=200, itl_ms=200), "tight": Slo(ttft_ms=100, itl_ms=150)}
 FAST = 64  # tokens of a step, by which the stand-in is told to compute fast
@@ -114,8 +116,8 @@ def engine_of(python: Path) -> int:
     return int((python.parent / "vllm" / "entrypoints" / "openai" / "engine.pid").read_text())
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 10
+def wait_until(holds: Callable[[], bool], patience_s: float = 10) -> None:
+    deadline_s = time.monotonic() + patience_s
     while not holds():
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
@@ -137,6 +139,20 @@ def test_a_server_sleeps_answers_and_leaves_nothing_behind(python: Path) -> None
         assert (record.prompt_tokens, record.output_tokens, len(record.arrivals)) == (2, 3, 3)
         server.sleep()  # one that sleeps ends, too
     wait_until(lambda: state_of(engine) in ("", "Z"))
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+def test_a_run_that_is_ended_takes_its_servers_along(python: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "deploy.cli", "bench", "goodput"]
+    with (tmp_path / "said").open("w") as said:
+        options = ["--shape", "raw", "--vllm-python", str(python), "--out", str(tmp_path / "out")]
+        run = subprocess.Popen([*command, *options], cwd=ROOT, stdout=said, stderr=said)
+        wait_until(lambda: "Tandem within" in (tmp_path / "said").read_text(), 60)
+        assert state_of(engine_of(python)) == "T"
+        run.terminate()
+        assert run.wait(60) != 0
+    wait_until(lambda: state_of(engine_of(python)) in ("", "Z"))
 
 
 def test_servers_that_cannot_start_say_why(python: Path, tmp_path: Path) -> None:
@@ -202,12 +218,13 @@ def test_rows_by_hand() -> None:
     }
     ours, theirs, another = rows = rows_of(finds, LIMITS)
     assert (ours.rate, ours.ratio, ours.good, ours.failed, ours.client_late) == (6.0, 1.0, 0.9, 2, True)
+    assert (ours.goodput, another.goodput) == (1.0, None)
     assert (theirs.ratio, theirs.failing_rate, theirs.ttft_ms) == (1.5, 9.0, 200)
     assert (another.rate, another.good, another.ratio, another.client_late) == (None, None, None, False)
     assert [row[2:] for row in sheet("", rows).rows] == [
-        ("6.00*", "9.00", "90%", "2", "1.00"),
-        ("4.00*", "9.00", "90%", "2", "1.50"),
-        ("none", "9.00", "–", "2", "–"),
+        ("6.00*", "9.00", "90%", "1.00", "2", "1.00"),
+        ("4.00*", "9.00", "90%", "1.00", "2", "1.50"),
+        ("none", "9.00", "–", "–", "2", "–"),
     ]
 
 
