@@ -23,6 +23,7 @@ from typing import Any
 from bench.kv import growth, handoff, prefix
 from bench.kv.arms import Shape, checked_copy, memcpy, memcpy_into, peer
 from bench.measure import Meter, Spread, console, flat, interleave, machine, table, write_csv, write_json
+from kvstore.tier_urls import split_tiers
 from tandem.redis_url import redacted
 
 TOTAL_BYTES = 64 << 20
@@ -120,7 +121,7 @@ def _cell(backend: str, store: Any, shape: Shape, rounds: int) -> Cell:
     raw_put, raw_get = zip(*found["raw_put"], strict=True)
     copied, copied_into, checked = zip(*found["memcpy"], strict=True)
     return Cell(
-        backend=backend.partition("://")[0] + "://",
+        backend=" + ".join(tier.partition("://")[0] + "://" for tier in split_tiers(backend)),
         chunk_kib=shape.chunk_bytes >> 10,
         channels=shape.num_channels,
         put=Spread.of(put),

@@ -13,9 +13,11 @@ SHAPE = Shape(num_bytes=4 << 20, chunk_bytes=256 << 10, num_channels=2)
 
 @pytest.mark.slow
 def test_every_arm_moves_its_bytes(tmp_path):
-    with peer(f"disk://{tmp_path}") as store:
-        [cell] = [run._cell("disk://", store, SHAPE, 1)]
+    url = f"shm://?bytes={16 << 20}+disk://{tmp_path}"
+    with peer(url) as store:
+        [cell] = [run._cell(url, store, SHAPE, 1)]
         handles = list(store._handles)
+    assert cell.backend == "shm:// + disk://"
     assert [handle.num_bytes for handle in handles] == [2 << 20] * 2
     assert min(cell.put.low, cell.get.low, cell.raw_put.low, cell.raw_get.low, cell.memcpy.low) > 0
     assert cell.put_of_memcpy.median == pytest.approx(cell.put.median / cell.memcpy_into.median)
