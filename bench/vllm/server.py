@@ -23,7 +23,7 @@ HOST = "127.0.0.1"
 SERVED_NAME = "checkpoint"
 START_S = 900.0  # it compiles
 LOOK_S, LOOK_TIMEOUT_S = 0.5, 5.0  # between two looks at whether it is there; for one of them
-LEAVE_S = 20.0
+LEAVE_S, TIDY_S = 20.0, 5.0  # for the server to end; then for its children
 
 
 class VLlmServer:
@@ -54,17 +54,24 @@ class VLlmServer:
         self._signal(signal.SIGCONT)
 
     def end(self) -> None:
-        """Asked first, then killed with whatever it has left behind."""
+        """Asked first; its children may tidy up (shared memory) before what is left of them is killed."""
         self._process.terminate()
         self.wake()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(LEAVE_S)
+        deadline_s = time.monotonic() + TIDY_S
+        while self._signal(0) and time.monotonic() < deadline_s:
+            time.sleep(LOOK_S)
         self._signal(signal.SIGKILL)
         self._process.wait()
 
-    def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):  # nothing is left of it
+    def _signal(self, number: int) -> bool:
+        """Whether anything is left of it."""
+        try:
             os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
 
     def _is_healthy(self) -> bool:
         connection = http.client.HTTPConnection(HOST, self._port, timeout=LOOK_TIMEOUT_S)

@@ -54,8 +54,12 @@ asked = parser.parse_args()
 if asked.model == "broken":
     raise ValueError("no such model")
 print("what a server prints on its way")
-engine = subprocess.Popen(["sleep", "600"])
 folder = pathlib.Path(__file__).parent
+shared = folder / "shared-memory"
+shared.touch()
+stubborn = ["sleep", "600"]
+tidy = ["sh", "-c", f"read line; sleep 0.2; rm {shared}"]  # when the server is gone
+engine = subprocess.Popen(stubborn if asked.model == "stubborn" else tidy, stdin=subprocess.PIPE)
 folder.joinpath("engine.pid").write_text(str(engine.pid))
 folder.joinpath("asked.txt").open("a").write(json.dumps(vars(asked)) + "\\n")
 gap_s = 0.02 if asked.max_num_batched_tokens else 0.3
@@ -138,7 +142,14 @@ def test_a_server_sleeps_answers_and_leaves_nothing_behind(python: Path) -> None
         record = asyncio.run(one_request(server.url))
         assert (record.prompt_tokens, record.output_tokens, len(record.arrivals)) == (2, 3, 3)
         server.sleep()  # one that sleeps ends, too
-    wait_until(lambda: state_of(engine) in ("", "Z"))
+    assert not (python.parent / "vllm" / "entrypoints" / "openai" / "shared-memory").exists()
+
+
+@pytest.mark.slow
+def test_what_does_not_leave_is_killed(python: Path) -> None:
+    with starting(python, replace(SETTINGS, model="stubborn")) as server:
+        server.wait_until_ready()
+    wait_until(lambda: state_of(engine_of(python)) in ("", "Z"))
 
 
 @pytest.mark.slow
