@@ -85,7 +85,7 @@ def test_all_controls_in_one_batch_give_plain_tokens(tmp_path, draft, target_bit
             draft=draft,
             draft_path=path,
             draft_quantization=draft_bits,
-            draft_activation_bits=8 if draft == "qspec" else 0,  # the probe may find others faster, never wrong
+            draft_activation_bits=8 if draft == "qspec" else 0,  # others may be faster here
         ),
     )
     engine = load_engine(config, "decode", 1 << 27, 1, usable_draft(config))
