@@ -139,14 +139,15 @@ async def test_a_search_stops_a_trial_that_cannot_hold_its_rate() -> None:
     assert len(target.sent) < 5 * len(found.trials)
 
 
-async def test_a_search_repeats_no_run_that_is_known() -> None:
+async def test_a_search_repeats_no_run_that_is_known(monkeypatch) -> None:
     """What ran within looser limits is judged anew by tighter ones, without being sent again."""
+    monkeypatch.setattr("bench.serve.search.MAX_DOUBLINGS", 2)
     target, known = Answering(), {}
     arrival = Schedule(Arrival.POISSON, 50)
     loose = Options(num_requests=10, arrival=arrival, slo=Slo(e2e_ms=60_000), trials=1, warm_up=0)
     first = await LoadTest(target, Model("m", 1000, 2048), loose).search(known)
     num_sent = len(target.sent)
-    assert (first.holding_rate, num_sent) == (50 * 2**12, 10 * 13)
+    assert (first.holding_rate, num_sent) == (50 * 2**2, 10 * 3)
     assert await LoadTest(target, Model("m", 1000, 2048), loose).search(known) == first
     tight = replace(loose, slo=Slo(e2e_ms=0.001))
     second = await LoadTest(target, Model("m", 1000, 2048), tight).search(known)
