@@ -155,6 +155,30 @@ def test_kernels_compute_with_the_dequantized_weights_row_by_row(
     assert torch.equal(alone.linear(packed, x[row : row + 1].contiguous())[0], got[row])
 
 
+@pytest.mark.parametrize("kind", ["int8", "nf4", "fp4", *INTEGERS])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_the_largest_sums_fit(kind, bits):
+    """All weights and activations as large as their formats have them."""
+    weights = torch.ones(16, 512)
+    packed = library.pack_quantized(quantize(weights, kind), bits, None, Arena())
+    got = library.Engine(library.load(BEST), 1).linear(packed, -torch.ones(1, 512))
+    assert torch.allclose(got, torch.full_like(got, -512), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4", "int4-rotated-outliers"])
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_none_stays_none_in_its_row(kind, bits, bad):
+    packed = library.pack_quantized(quantize(weight(), kind), bits, None, Arena())
+    engine = library.Engine(library.load(BEST), 1)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    wanted = engine.linear(packed, x)
+    x[1, 37] = bad
+    got = engine.linear(packed, x)
+    assert not got[1].isfinite().any()
+    assert torch.equal(got[[0, 2]], wanted[[0, 2]])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "bits"), [("int8", 32), *itertools.product(["int8", "nf4", *INTEGERS], [16, 8, 4])]
