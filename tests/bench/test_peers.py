@@ -73,7 +73,7 @@ def test_a_run_writes_every_system_of_every_cell(tiny, tmp_path, monkeypatch, ca
     assert "cannot convert" in document["skipped"][0]
     assert "vLLM did not start" in document["skipped"][1]
     assert "Tandem and the limits" in capsys.readouterr().out
-    assert "dequantize" in (profile / "tandem-nf4-16.txt").read_text()
+    assert "quantize activations" in (profile / "tandem-nf4-16.txt").read_text()
     assert (profile / "tandem-fp16-16.trace.json").exists()
 
 
