@@ -27,6 +27,7 @@ SHORT_TOKENS = 2  # of a request that is counted as one: from either worker one
 MOST_MS_PER_REQUEST, MOST_MESSAGE_RATIO = 1.0, 1.3
 SETTLE_S = 1.0
 BEGIN_S = 60.0  # of tokens more than are watched, for all streams to begin
+MOST_STEPS_PER_S = 25.0  # so that these tokens are fewer than a request may ask for
 HEADINGS = ("server", "streams", "steps/s", "messages/s", "CPU µs/message", "requests/s", "CPU ms/request")
 
 
@@ -42,7 +43,13 @@ class Load:
     @classmethod
     def of(cls, streams: int) -> Self:
         """As many messages a second as one core is well able to send."""
-        return cls(streams, steps_per_s=max(2000 / streams, 0.5), requests=2 * streams, seconds=8.0)
+        steps_per_s = min(max(2000 / streams, 0.5), MOST_STEPS_PER_S)
+        return cls(streams, steps_per_s, requests=2 * streams, seconds=8.0)
+
+    @property
+    def long_tokens(self) -> int:
+        """Of a stream that must not end while it is watched."""
+        return int(self.steps_per_s * (self.seconds + BEGIN_S))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +98,7 @@ def router(load: Load) -> Iterator[Server]:
         child("bench.streams.child", "workers", said["internal"], steps, text),
     ):
         yield Server(f"127.0.0.1:{said['port']}", process.pid)
+        process.communicate()  # before its workers: whoever is left first complains
 
 
 @contextmanager
@@ -133,8 +141,7 @@ async def visit(server: Server, load: Load) -> Visit:
 async def _long(streams: Streams, server: Server, load: Load) -> tuple[float, float]:
     """Messages per second, and microseconds of CPU for each, while all streams are open and none ends."""
     num_begun = streams.num_begun
-    max_tokens = int(load.steps_per_s * (load.seconds + BEGIN_S))
-    calls = [asyncio.create_task(streams.run(number, max_tokens)) for number in range(load.streams)]
+    calls = [asyncio.create_task(streams.run(number, load.long_tokens)) for number in range(load.streams)]
     try:
         while streams.num_begun < num_begun + load.streams:
             ended, _ = await asyncio.wait(calls, timeout=0.05, return_when=asyncio.FIRST_COMPLETED)

@@ -5,10 +5,19 @@ import json
 import pytest
 
 from bench.streams import run as streams
+from bench.streams.clients import PROMPT_TOKENS
+from tandem.config import ModelConfig
+from tandem.geometry import ModelGeometry
+
+
+@pytest.mark.parametrize("count", [1, 50, 80, 200, 2000, 10_000])
+def test_a_long_stream_is_one_the_model_may_answer(count):
+    load, most = streams.Load.of(count), ModelGeometry.from_path(ModelConfig().path).max_context
+    assert 8 * load.steps_per_s <= load.long_tokens <= most - PROMPT_TOKENS
 
 
 @pytest.mark.e2e
-def test_all_servers_are_measured_by_the_same_streams(tmp_path, capsys):
+def test_all_servers_are_measured_by_the_same_streams(tmp_path, capfd):
     # Requests for many ticks of the CPU clock.
     load = streams.Load(streams=4, steps_per_s=20.0, requests=100, seconds=1.0)
     streams.run(load, 1, tmp_path, as_json=False)
@@ -20,4 +29,6 @@ def test_all_servers_are_measured_by_the_same_streams(tmp_path, capsys):
         assert row["us_per_message"] > 0
         assert row["ms_per_request"] > 0
     assert document["message_ratio"] > 0
-    assert "goal" in capsys.readouterr().out
+    shown = capfd.readouterr()
+    assert "goal" in shown.out
+    assert "Traceback" not in shown.err
