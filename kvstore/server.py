@@ -49,11 +49,8 @@ class KvServicer:
 
     async def PutKv(self, request_iterator: AsyncIterator[bytes], context: Context) -> pb.PutKvResponse:
         header, _, _ = await self._next(request_iterator)
-        wanted, may_place = (
-            expect(ObjectHeader, header),
-            MAY_PLACE in dict(context.invocation_metadata() or ()),
-        )
-        terms = wanted, context.peer(), may_place
+        may_place = MAY_PLACE in dict(context.invocation_metadata() or ())
+        terms = expect(ObjectHeader, header), context.peer(), may_place
         ticket, path = await self._turns.take_or_undo(self._reserve, self._unreserve, *terms)
         key = ticket.object.key
         try:

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 
@@ -93,17 +94,15 @@ inline WidePiece widened(const Piece& piece) {
 // Codes through a table of 16 words, whose bytes are looked up apart.
 struct Codebook16 {
     Codebook8 lower, upper;
-    explicit Codebook16(const int16_t* words) : Codebook16(words, Bytes(words, 0), Bytes(words, 8)) {}
+    explicit Codebook16(const int16_t* words) : lower(bytes_of(words, 0).data()), upper(bytes_of(words, 8).data()) {}
     WidePiece load(const uint8_t* p) const { return joined(lower.load(p), upper.load(p)); }
 
    private:
-    struct Bytes {
-        int8_t of[16];
-        Bytes(const int16_t* words, int shift) {
-            for (int i = 0; i < 16; i++) of[i] = int8_t(words[i] >> shift);
-        }
-    };
-    Codebook16(const int16_t*, const Bytes& low, const Bytes& high) : lower(low.of), upper(high.of) {}
+    static std::array<int8_t, 16> bytes_of(const int16_t* words, int shift) {
+        std::array<int8_t, 16> bytes;
+        for (int i = 0; i < 16; i++) bytes[i] = int8_t(words[i] >> shift);
+        return bytes;
+    }
 };
 
 #else
