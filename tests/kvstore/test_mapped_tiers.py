@@ -195,7 +195,9 @@ def test_a_medium_that_is_full_sooner_than_the_tier_leaves_objects_below(store, 
 
 
 @pytest.mark.parametrize(
-    "error", [Overloaded("NO_MEMORY_FIT_NOW", "full"), Unavailable("STORE_DOWN", "gone")], ids=str
+    "error",
+    [Overloaded("NO_MEMORY_FIT_NOW", "full"), Unavailable("STORE_DOWN", "gone")],
+    ids=["full", "gone"],
 )
 def test_a_lower_tier_that_fails_refuses_the_reservation_and_loses_nothing(error):
     backend = PlaceableTiers(open_shm("shm://"), HOT_BYTES, Failing(0, error))

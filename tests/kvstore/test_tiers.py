@@ -89,7 +89,9 @@ class Failing(MemoryBackend):
 
 
 @pytest.mark.parametrize(
-    "error", [Overloaded("NO_MEMORY_FIT_NOW", "full"), Unavailable("STORE_DOWN", "gone")], ids=str
+    "error",
+    [Overloaded("NO_MEMORY_FIT_NOW", "full"), Unavailable("STORE_DOWN", "gone")],
+    ids=["full", "gone"],
 )
 def test_a_lower_tier_that_fails_loses_nothing(error):
     tiers = TieredBackend(MemoryBackend(), BUDGET, Failing(1, error))
