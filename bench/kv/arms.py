@@ -12,7 +12,6 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import uvloop
 import xxhash
 
 from bench.kv.child import RAW
@@ -20,6 +19,7 @@ from bench.kv.memory import keep_pages
 from kvstore.client import KvClient
 from kvstore.key import KvHandle
 from kvstore.records import ChunkRange, ObjectHeader
+from tandem import event_loop
 from tandem.errors import ConfigError
 from tandem.redis_url import redacted
 from tandem.rpc import channel
@@ -69,7 +69,7 @@ class Peer:
             self._process.communicate()
             raise ConfigError(f"no store at {redacted(url)}; the reason is above")
         keep_pages()
-        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)  # as the service's processes
+        self._runner = event_loop.runner()  # as the service's processes
         self._address = f"127.0.0.1:{int(line)}"
         self._channels: list[Any] = []
         self._clients: list[KvClient] = []  # kept, as workers keep theirs

@@ -13,13 +13,13 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-import uvloop
 
 from bench.kv.memory import keep_pages
 from kvstore.backend import backend_from_url
 from kvstore.server import KvServicer, add_to_server
 from kvstore.store import KvStore
 from kvstore.sweeper import Sweeper
+from tandem import event_loop
 from tandem.rpc import bind, server
 
 RAW = "bench.Raw"
@@ -65,5 +65,4 @@ async def serve(url: str, store_bytes: int) -> None:
 
 
 if __name__ == "__main__":
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(sys.argv[1], int(sys.argv[2])))
+    event_loop.run(serve(sys.argv[1], int(sys.argv[2])))

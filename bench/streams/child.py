@@ -20,7 +20,7 @@ import grpc
 
 from bench.streams.null_worker import TEXT, TOKEN, NullDecode, NullPrefill, start_workers
 from bench.streams.relay import RelayServicer
-from tandem import rpc
+from tandem import event_loop, rpc
 from tandem.config import ClusterConfig
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
@@ -106,4 +106,4 @@ async def serve(kind: str, *rest: str) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(serve(*sys.argv[1:]))
+        event_loop.run(serve(*sys.argv[1:]))
