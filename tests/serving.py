@@ -32,6 +32,7 @@ BLOCK_SIZE = 16
 FINGERPRINT = bytes(range(32))
 MIB = 1 << 20
 NAN = float("nan")
+PATIENCE_S = 30.0  # nothing here takes this long, so a hang is told from a busy machine
 
 
 @functools.cache
@@ -75,7 +76,7 @@ class Gate:
     def __call__(self, call, *args, **kwargs):
         self.entered += 1
         if not self._is_open:
-            assert self._tickets.acquire(timeout=10)
+            assert self._tickets.acquire(timeout=PATIENCE_S)
         return call(*args, **kwargs)
 
     def let(self, count: int = 1) -> None:
@@ -141,7 +142,7 @@ async def running_store(total_bytes: int = 64 * MIB, config: KvStoreConfig | Non
     store.check_integrity()
 
 
-async def until(condition: Callable[[], object], within_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object], within_s: float = PATIENCE_S) -> None:
     """Wait for what happens in another task or thread of this process."""
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 (nobody tells a test)

@@ -23,6 +23,7 @@ from tandem.work import Work
 from tests.serving import (
     BLOCK_SIZE,
     FINGERPRINT,
+    PATIENCE_S,
     Gate,
     Meddler,
     RunningStore,
@@ -89,7 +90,7 @@ class Client:
         return self._queue(request_id).empty()
 
     async def next(self, request_id="r"):
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             return await self._queue(request_id).get()
 
     async def started(self, request_id="r") -> Started:

@@ -87,13 +87,13 @@ async def test_running_sequences_get_a_step_between_two_chunks():
 async def test_who_leaves_between_two_chunks_frees_its_blocks(is_late):
     gate = Gate()
     async with decoding(forward=gate, prefill_tokens=2) as rig:
-        work = order(length=40, max_tokens=5, **({"timeout_s": 0.3} if is_late else {}))
+        work = order(length=40, max_tokens=5, **({"timeout_s": 1.0} if is_late else {}))
         sequence = rig.worker.start(work, None, rig.client.emit)
         await until(lambda: gate.entered == 1)
         gate.let()
         await until(lambda: gate.entered == 2)
         if is_late:
-            await asyncio.sleep(0.35)
+            await asyncio.sleep(work.time_left_s() + 0.01)
         else:
             rig.worker.cancel(sequence)
         gate.open()

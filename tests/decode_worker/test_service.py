@@ -16,7 +16,7 @@ from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
 from tandem.request import FinishReason
 from tests.decode_worker.rig import decoding, make_order, store_kv
-from tests.serving import FINGERPRINT, Gate, greedy, prompt_of, until
+from tests.serving import FINGERPRINT, PATIENCE_S, Gate, greedy, prompt_of, until
 
 
 class Router:
@@ -54,7 +54,7 @@ class Router:
         await self.send(cancel=pb.CancelDecode(request_id=request_id, epoch=epoch))
 
     async def next(self, request_id, epoch=0) -> pb.SequenceEvent:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             return await self._queue(request_id, epoch).get()
 
     async def started(self, request_id) -> None:
@@ -78,7 +78,7 @@ class Router:
         return event.failed
 
     async def over(self) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await asyncio.wait({self._reading})
 
     async def close(self) -> None:

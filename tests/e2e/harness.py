@@ -61,14 +61,14 @@ async def running(
         await quiesce(cluster)
 
 
-async def until(condition: Callable[[], Any], within_s: float = 10.0) -> None:
+async def until(condition: Callable[[], Any], within_s: float = PATIENCE_S) -> None:
     """Wait for what happens in another task of this process."""
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 (nobody tells a test)
             await asyncio.sleep(0.002)
 
 
-async def quiesce(cluster: LocalCluster, within_s: float = 3.0) -> None:
+async def quiesce(cluster: LocalCluster, within_s: float = 10.0) -> None:
     """Every pool of the service is sound and empty soon after the last request."""
     try:
         await until(lambda: not _held(cluster), within_s)

@@ -12,6 +12,7 @@ import pytest_asyncio
 from router.prefill_link import PrefillLink
 from tandem.pb.worker.v1.worker_pb2 import KvSealed
 from tests.e2e.harness import (
+    PATIENCE_S,
     Result,
     ask,
     cancel,
@@ -157,7 +158,7 @@ async def test_leaving_before_the_handle_has_arrived(cluster, monkeypatch):
     prefill = PrefillLink.prefill
     monkeypatch.setattr(PrefillLink, "prefill", keep_handle_back)
     call = open_stream(cluster, ask("short", **LONG))
-    await asyncio.wait_for(is_lost.wait(), 5.0)
+    await asyncio.wait_for(is_lost.wait(), PATIENCE_S)
     assert store_of(cluster).audit().owned
     call.cancel()
     await quiesce(cluster)
@@ -171,7 +172,7 @@ async def test_cancelling_by_name(cluster, stage):
         result = await read_tokens(call, Result(), num_tokens)
         await until(arrived)
         await cancel(cluster, "mine")
-        failed = await asyncio.wait_for(failure(drain(call, result)), 1.0)
+        failed = await asyncio.wait_for(failure(drain(call, result)), PATIENCE_S / 2)
 
     assert (failed.code, failed.reason) == ("CANCELLED", "CLIENT_CANCELLED")
     assert failed.message == "cancelled by client"
@@ -181,10 +182,10 @@ async def test_cancelling_by_name(cluster, stage):
 @pytest.mark.parametrize("stage", STAGES)
 async def test_a_deadline_in_each_stage(cluster, stage):
     async with holding(cluster, stage) as (prompt, num_tokens, arrived):
-        call = open_stream(cluster, ask(prompt, timeout_s=0.6, **LONG))
+        call = open_stream(cluster, ask(prompt, timeout_s=1.0, **LONG))
         result = await read_tokens(call, Result(), num_tokens)
         await until(arrived)
-        failed = await asyncio.wait_for(failure(drain(call, result)), 2.0)
+        failed = await asyncio.wait_for(failure(drain(call, result)), PATIENCE_S / 2)
 
     sent = len(result.token_ids)
     assert failed.code == "DEADLINE_EXCEEDED"
@@ -212,7 +213,7 @@ async def test_the_deadline_of_the_call_counts_too(cluster, stage):
         with pytest.raises(grpc.aio.AioRpcError) as raised:
             await drain(call)
         assert raised.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        await until(lambda: cluster.router.dispatcher.num_flights == 0, 1.0)
+        await until(lambda: cluster.router.dispatcher.num_flights == 0)
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, 0.0005])

@@ -84,10 +84,9 @@ def blocks(count):
 )
 async def test_what_can_never_fit_is_refused_with_the_figures(cluster, prompt, max_tokens, message):
     async with occupying(cluster, 20):  # a full service says so just as fast
-        began_s = time.monotonic()
         failed = await failure(complete(cluster, ask(prompt, max_tokens=max_tokens)))
 
-        assert time.monotonic() - began_s < 0.5
+        assert cluster.router.dispatcher.num_flights == 1, "nobody had to end first"
         assert (failed.code, failed.reason, failed.message) == ("INVALID_ARGUMENT", "NEVER_FITS", message)
         assert failed.error.retry_after_ms is None
 
@@ -119,14 +118,12 @@ async def test_a_full_queue_refuses_with_a_hint(cluster):
     async with occupying(cluster, 20):
         waiting = [asyncio.create_task(complete(cluster, ask("x", **blocks(10)))) for _ in range(MAX_QUEUE)]
         await until(lambda: num_waiting(cluster) == MAX_QUEUE)
-        began_s = time.monotonic()
         failed = await failure(complete(cluster, ask("x", **blocks(10))))
-        took_s = time.monotonic() - began_s
+        assert num_waiting(cluster) == MAX_QUEUE, "nobody had to leave first"
         for task in waiting:
             task.cancel()
 
     hint_ms = failed.error.retry_after_ms
-    assert took_s < 0.5
     assert (failed.code, failed.reason) == ("RESOURCE_EXHAUSTED", "QUEUE_FULL")
     assert failed.message == f"server is full; retry in {hint_ms} ms"
     assert failed.trailing["retry-after-ms"] == str(hint_ms)

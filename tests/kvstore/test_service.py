@@ -74,7 +74,7 @@ async def serving(total_bytes=64 * MIB, config=None, port=0, backend=None):
     store.check_integrity()
 
 
-async def until(condition, within_s=2.0):
+async def until(condition, within_s=30.0):
     """Wait for what happens in another task of this process."""
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 (nobody tells a test)
@@ -275,7 +275,7 @@ async def test_a_store_that_dies_under_a_reader_is_down():
         chunks = client.get(handle, "reader")
         await anext(chunks)
         await service.server.stop(None)
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(5):
             with pytest.raises(Unavailable) as refusal:
                 await read_all(chunks)
             assert refusal.value.reason == "STORE_DOWN"
@@ -288,7 +288,7 @@ async def test_a_store_that_dies_under_a_writer_is_down():
     header = big(32)
     async with serving() as service, service.client() as client, client.put(header) as writer:
         await service.server.stop(None)
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(5):
             with pytest.raises(Unavailable, match="STORE_DOWN"):
                 await write_all(writer, header)
 
@@ -296,15 +296,15 @@ async def test_a_store_that_dies_under_a_writer_is_down():
 async def test_nobody_there_is_told_at_once():
     async with serving() as service:
         pass
-    async with service.client() as client, asyncio.timeout(2):
-        for _ in range(3):
+    async with service.client() as client, asyncio.timeout(5):
+        for _ in range(10):
             with pytest.raises(Unavailable, match="STORE_DOWN"):
                 await put(client, big(1))
 
 
 async def test_somebody_there_who_does_not_answer_is_down_after_a_second():
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        async with rpc.channel(f"127.0.0.1:{silent.getsockname()[1]}") as channel, asyncio.timeout(2):
+        async with rpc.channel(f"127.0.0.1:{silent.getsockname()[1]}") as channel, asyncio.timeout(5):
             with pytest.raises(Unavailable, match="STORE_DOWN"):
                 await put(KvClient(channel), big(1))
 
@@ -467,7 +467,7 @@ async def test_who_follows_an_object_that_is_given_up_learns_it(end):
             attempt = pb.ForgetKvRequest(request_id="r", tenant=header.tenant, epoch=header.epoch)
             await kv_pb2_grpc.KvServiceStub(client._channel).ForgetKv(attempt)
         with pytest.raises(FailedPrecondition, match="STALE_HANDLE"):
-            await asyncio.wait_for(following, 2.0)
+            await asyncio.wait_for(following, 5.0)
         assert service.store.audit().is_empty
 
 

@@ -306,13 +306,13 @@ def test_cost_does_not_grow_with_the_number_of_objects():
         best = float("inf")
         for epoch in range(20):
             again = make_sample(replace(sample.header, epoch=epoch))
-            started_s = time.perf_counter()
+            started_s = time.thread_time()
             handle = put(store, again)
             store.lease(handle, "reader")
             store.renew(handle, "reader")
             store.release(handle, "reader")
             store.release(handle)
-            best = min(best, time.perf_counter() - started_s)
+            best = min(best, time.thread_time() - started_s)
         return best
 
     assert seconds_per_round(20_000) < 10 * seconds_per_round(200)

@@ -19,6 +19,7 @@ from tandem.output import OutputDelta
 from tests.serving import (
     BLOCK_SIZE,
     FINGERPRINT,
+    PATIENCE_S,
     Gate,
     Meddler,
     RunningStore,
@@ -58,7 +59,7 @@ class Prompt:
 
     async def next(self):
         """The next event but for that the KV is on its way."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while isinstance(event := await self._events.get(), KvOpened):
                 self.opened = event.handle
             return event

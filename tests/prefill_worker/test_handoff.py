@@ -26,6 +26,7 @@ from tests.prefill_worker.rig import make_context
 from tests.serving import (
     BLOCK_SIZE,
     NAN,
+    PATIENCE_S,
     Meddler,
     assert_empties,
     make_model,
@@ -89,7 +90,7 @@ class Sender:
 
     async def end(self) -> None:
         """The request is done with its blocks, the hand-off is over: everything must be free."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             await self.ended.wait()
         self.pool.release("r")
         await assert_empties(self.pool)
@@ -296,7 +297,7 @@ async def test_blocks_stay_until_the_put_has_ended(running):
     assert sender.pool.num_free == 9, "somebody may still read the blocks"
     assert [owner.holds for owner in sender.pool.audit().owners] == [(HOLD,)]
     may_write.set()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_S):
         await handoff.wait()
     await assert_empties(sender.pool)
 

@@ -14,7 +14,7 @@ from tandem.output import OutputDelta
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tests.prefill_worker.test_service import serving
 from tests.prefill_worker.test_worker import LONG, Held
-from tests.serving import FINGERPRINT, Gate, greedy, make_work, prompt_of, until
+from tests.serving import FINGERPRINT, PATIENCE_S, Gate, greedy, make_work, prompt_of, until
 
 
 class Router:
@@ -42,7 +42,7 @@ class Router:
 
     async def next(self, request_id) -> pb.PromptEvent:
         """But for that the KV is on its way."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while (event := await self._queue(request_id).get()).progress.HasField("kv_opened"):
                 pass
         return event

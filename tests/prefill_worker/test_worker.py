@@ -169,10 +169,10 @@ async def test_a_prompt_without_memory_stops_nobody():
 async def test_waiting_for_memory_costs_no_computing():
     async with prefilling(num_blocks=4) as rig:
         take_all(rig)
-        rig.submit("a", timeout_s=0.3)
-        before_s = time.thread_time(), time.process_time()
+        rig.submit("a")
+        before_s = time.process_time()
         await asyncio.sleep(0.2)
-        assert time.process_time() - before_s[1] < 0.1
+        assert time.process_time() - before_s < 0.1
         await give_back(rig)
         await until(lambda: rig.store.counters.sealed == 1)
 
@@ -295,9 +295,9 @@ async def test_the_deadline_ends_a_prompt_that_waits():
 async def test_the_deadline_ends_a_prompt_between_chunks():
     gate = Gate()
     async with prefilling(forward=gate, **LONG) as rig:
-        prompt = rig.submit(token_ids=prompt_of(100), timeout_s=0.1)
+        prompt = rig.submit(token_ids=prompt_of(100), timeout_s=1.0)
         await until(lambda: gate.entered == 1)
-        await asyncio.sleep(0.11)
+        await asyncio.sleep(prompt.work.time_left_s() + 0.01)
         gate.let()
         assert (await prompt.error()).reason == "DEADLINE_PREFILL"
         await until(lambda: rig.pool.audit().is_empty)

@@ -145,11 +145,11 @@ def test_a_put_and_a_get_cost_the_same_in_a_long_queue(num_tenants):
         queue = make_queue(ManualClock())
         for number in range(length):
             queue.put(Waiting(f"w{number}", tenant=str(number % num_tenants)), 1 + number % 1024)
-        began_s = time.perf_counter()
+        began_s = time.thread_time()  # what others do at the time costs nothing of it
         for number in range(500):
             queue.put(Waiting(f"n{number}", tenant=str(number % num_tenants)), 1 + number % 1024)
             queue.constrained_get(anything)
-        return (time.perf_counter() - began_s) / 500 * 1e6
+        return (time.thread_time() - began_s) / 500 * 1e6
 
     short, long = (min(microseconds(length) for _ in range(2)) for length in (200, 20_000))
     assert long < 6 * short, "logarithmic at most"

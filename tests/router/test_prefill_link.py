@@ -18,7 +18,7 @@ from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
 from tests.prefill_worker.rig import Rig, prefilling
 from tests.router.workers import prefill_worker
-from tests.serving import FINGERPRINT, Gate, greedy, make_work, prompt_of, until
+from tests.serving import FINGERPRINT, PATIENCE_S, Gate, greedy, make_work, prompt_of, until
 
 WAYS = [PrefillLink, PrefillCalls]
 
@@ -89,7 +89,7 @@ async def test_a_lost_worker_fails_all_its_prompts(way):
         prompts = [asyncio.ensure_future(to.prefill(make_work(f"r{index}"))) for index in range(5)]
         await until(lambda: gate.entered == 1)
         await to.server.stop(None)
-        for failed in await asyncio.wait_for(asyncio.gather(*prompts, return_exceptions=True), 5):
+        for failed in await asyncio.wait_for(asyncio.gather(*prompts, return_exceptions=True), PATIENCE_S):
             assert isinstance(failed, Unavailable)
             assert failed.reason == "NO_PREFILL"
         assert to.losses
@@ -106,7 +106,7 @@ async def test_a_link_that_is_closed_fails_its_prompts(way):
         await until(lambda: gate.entered == 1)
         await to.link.close()
         with pytest.raises(Unavailable) as caught:
-            await asyncio.wait_for(prompt, 5)
+            await asyncio.wait_for(prompt, PATIENCE_S)
         assert caught.value.reason == "NO_PREFILL"
 
 
@@ -164,7 +164,7 @@ async def test_news_of_a_later_version_and_of_nobody_are_passed_over():
     await server.start()
     link = PrefillLink(prefill_worker(address=f"127.0.0.1:{port}"), LOOPBACK_ONLY, lambda: None)
     news: list = []
-    await asyncio.wait_for(link.prefill(make_work(), news.append), 5)
+    await asyncio.wait_for(link.prefill(make_work(), news.append), PATIENCE_S)
     assert [item.send_ns for item in news] == [7]
     assert link._stream.num_stale_events >= 3
     await link.close()
