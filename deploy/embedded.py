@@ -91,7 +91,7 @@ class EmbeddedService:
             self._watchers = [asyncio.create_task(self._watch(child)) for child in self._workers]
             self._watchers.append(asyncio.create_task(self._watch_router()))
             for worker in self._workers:
-                self._tell(worker)
+                self._tell(worker, self.internal_address)
             await self._until_ready()
             for worker in self._workers:
                 self.kernels[worker.worker_id] = str((await self._facts(worker))["kernels"])
@@ -133,18 +133,25 @@ class EmbeddedService:
     async def _spawn(self, child: _Child) -> None:
         child.starts.append(time.monotonic())
         child.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "deploy.process", child.role),
-            *("--config", self._settings.to_json()),
+            *(
+                sys.executable,
+                "-P",
+                "-m",
+                "deploy.process",
+                child.role,
+            ),  # -P: no modules of the user's folder
             *("--worker-id", child.worker_id),
             *("--log-level", self._log_level),
             stdin=PIPE,
             stdout=PIPE,
         )
+        self._tell(child, self._settings.to_json())
 
-    def _tell(self, worker: _Child) -> None:
-        assert worker.process is not None
-        assert worker.process.stdin is not None
-        worker.process.stdin.write(f"{self.internal_address}\n".encode())
+    @staticmethod
+    def _tell(child: _Child, line: str) -> None:
+        assert child.process is not None
+        assert child.process.stdin is not None
+        child.process.stdin.write(f"{line}\n".encode())
 
     async def _facts(self, child: _Child) -> dict[str, Any]:
         """The line in which a process says that it is there; raises if it says instead why it cannot be."""
@@ -192,7 +199,7 @@ class EmbeddedService:
                 return
             self._on_event(f"{child.worker_id} ended with exit code {code}; starting it again")
             await self._spawn(child)
-            self._tell(child)
+            self._tell(child, self.internal_address)
 
     async def _refusal(self, child: _Child) -> TandemError:
         try:

@@ -1,10 +1,12 @@
 """One process of the embedded service: the router with its store, a prefill worker, or a decode worker.
 
-    python -m deploy.process router|prefill|decode --config JSON --worker-id NAME
+    python -m deploy.process router|prefill|decode --worker-id NAME
 
-It says where it listens, or why it cannot run, in one JSON line on standard output. A worker learns the
-router's address from a line on standard input, so that it can load its model meanwhile. When standard
-input ends, or on SIGTERM, the process leaves in order: nobody outlives the one who started it.
+The first line of standard input is the settings as JSON: they may hold a password, and everybody on the
+machine can read a command line. The process says where it listens, or why it cannot run, in one JSON line on
+standard output. A worker learns the router's address from the second line of standard input, so that it can
+load its model meanwhile. When standard input ends, or on SIGTERM, the process leaves in order: nobody
+outlives the one who started it.
 """
 
 from __future__ import annotations
@@ -18,10 +20,8 @@ import threading
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
-import uvloop
-
 from deploy.allocator import keep_pages
-from tandem import log
+from tandem import event_loop, log
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
 
@@ -76,12 +76,12 @@ def _say(**facts: object) -> None:
 
 
 class _StandardInput:
-    """Its first line as a future, its end as an event. Read by a daemon thread, as it blocks."""
+    """Its next line as a future, its end as an event. Read by a daemon thread, as it blocks."""
 
     def __init__(self, leave: asyncio.Event) -> None:
         self._leave = leave
         self._loop = asyncio.get_running_loop()
-        self.first_line: asyncio.Future[str] = self._loop.create_future()
+        self.next_line: asyncio.Future[str] = self._loop.create_future()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -90,8 +90,8 @@ class _StandardInput:
         self._loop.call_soon_threadsafe(self._leave.set)
 
     def _take(self, line: str) -> None:
-        if not self.first_line.done():
-            self.first_line.set_result(line)
+        if not self.next_line.done():
+            self.next_line.set_result(line)
 
 
 async def _main(role: str, config: ClusterConfig, worker_id: str) -> None:
@@ -103,10 +103,10 @@ async def _main(role: str, config: ClusterConfig, worker_id: str) -> None:
     if role == "router":
         await run_router(config, leave)
         return
-    work = asyncio.create_task(run_worker(role, config, leave, worker_id, standard_input.first_line))
+    work = asyncio.create_task(run_worker(role, config, leave, worker_id, standard_input.next_line))
     left = asyncio.create_task(leave.wait())
     await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-    if not standard_input.first_line.done():  # told to leave before the router's address was known
+    if not standard_input.next_line.done():  # told to leave before the router's address was known
         work.cancel()
     await asyncio.wait({work})
     left.cancel()
@@ -118,16 +118,17 @@ def main() -> None:
     """Entry point of a child process."""
     parser = argparse.ArgumentParser(prog="deploy.process")
     parser.add_argument("role", choices=("router", "prefill", "decode"))
-    parser.add_argument("--config", required=True)
     parser.add_argument("--worker-id", default="")
     parser.add_argument("--log-level", default="WARNING")
     options = parser.parse_args()
+    settings = sys.stdin.readline()
+    if not settings:  # whoever started it has gone
+        return
     log.set_up(options.worker_id or options.role, options.log_level)
     keep_pages()
     try:
-        config = ClusterConfig.from_json(options.config)
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_main(options.role, config, options.worker_id))
+        config = ClusterConfig.from_json(settings)
+        event_loop.run(_main(options.role, config, options.worker_id))
     except ConfigError as error:
         _say(error=str(error))  # whoever started the processes tells it once
         sys.exit(EXIT_CONFIG)

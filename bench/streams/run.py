@@ -76,13 +76,15 @@ class Server:
 
 
 @contextmanager
-def child(*command: str) -> Iterator[tuple[subprocess.Popen[str], Any]]:
-    """A Python process that says one JSON line and leaves when its standard input ends."""
+def child(*command: str, told: str = "") -> Iterator[tuple[subprocess.Popen[str], Any]]:
+    """A Python process that is told something, says one JSON line and leaves when its standard input ends."""
     words = [sys.executable, "-m", *command]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         try:
+            process.stdin.write(told)
+            process.stdin.flush()
             yield process, json.loads(process.stdout.readline())
         finally:
             process.stdin.close()
@@ -94,7 +96,7 @@ def router(load: Load) -> Iterator[Server]:
     config = ClusterConfig.from_dict({"router": {"max_queue": 2 * load.streams}})
     text, steps = config.to_json(), str(load.steps_per_s)
     with (
-        child("deploy.process", "router", "--config", text, "--worker-id", "router") as (process, said),
+        child("deploy.process", "router", "--worker-id", "router", told=f"{text}\n") as (process, said),
         child("bench.streams.child", "workers", said["internal"], steps, text),
     ):
         yield Server(f"127.0.0.1:{said['port']}", process.pid)

@@ -118,7 +118,7 @@ def detach(output: Path, as_json: bool) -> int:
     log = output.with_name(output.name + ".log")
     with log.open("ab") as said:
         process = subprocess.Popen(
-            [sys.executable, "-m", "deploy.cli", *arguments],
+            [sys.executable, "-P", "-m", "deploy.cli", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=said,

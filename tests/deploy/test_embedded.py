@@ -6,8 +6,36 @@ import asyncio
 import os
 import sys
 import threading
+from pathlib import Path
+
+import pytest
 
 from deploy.embedded import EmbeddedService, _Child
+from tandem.config import ClusterConfig
+from tandem.errors import ConfigError
+
+
+async def test_no_process_shows_the_settings():
+    """Everybody on a machine can read command lines, and a store's URL may hold a password."""
+    config = ClusterConfig.from_dict({"kvstore": {"url": "redis://:hunter2@127.0.0.1:1/0"}})
+    service = EmbeddedService(config)
+    await service._spawn(service._router)
+    shown = await asyncio.to_thread(Path(f"/proc/{service.pids()['router']}/cmdline").read_bytes)
+    assert b"deploy.process" in shown
+    assert b"hunter2" not in shown
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1:1") as refused:  # so it was told
+        await service._facts(service._router)
+    assert "hunter2" not in str(refused.value)
+    await service._end(service._router)
+
+
+async def test_modules_of_the_users_folder_are_not_taken_for_ours(tmp_path, monkeypatch):
+    (tmp_path / "deploy.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    service = EmbeddedService(ClusterConfig())
+    await service._spawn(service._router)
+    assert "internal" in await service._facts(service._router)
+    await service._end(service._router)
 
 
 async def test_the_exit_code_of_a_child_that_has_just_ended_is_not_lost(monkeypatch):

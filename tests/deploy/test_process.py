@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import sys
 from unittest.mock import MagicMock
 
@@ -22,6 +23,9 @@ def test_a_process_of_the_service_runs_on_uvloop(monkeypatch):
     monkeypatch.setattr(process, "_main", main)
     for name in ("log", "keep_pages"):  # they change the process, which is pytest's here
         monkeypatch.setattr(process, name, MagicMock())
-    monkeypatch.setattr(sys, "argv", ["process", "router", "--config", ClusterConfig().to_json()])
+    monkeypatch.setattr(sys, "argv", ["process", "router"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{ClusterConfig().to_json()}\n"))
     process.main()
+    assert loops == [uvloop.Loop]
+    process.main()  # whoever started it has gone and says nothing
     assert loops == [uvloop.Loop]
