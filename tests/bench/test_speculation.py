@@ -6,8 +6,6 @@ import csv
 import importlib.util
 import io
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -36,6 +34,7 @@ from tandem.errors import ConfigError
 from tandem.sampling import SamplingParams
 from tandem.speculation import SpeculationParams
 from tests.checkpoints import save_llama, tiny_llama
+from tests.command import tandem
 
 PROMPTS = [tuple((7 * start + 3 * i * i) % 251 for i in range(20)) for start in range(4)]
 GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
@@ -293,8 +292,7 @@ def test_without_matplotlib_it_is_said_what_to_do(monkeypatch) -> None:
 
 
 def test_a_size_that_does_not_exist_is_refused() -> None:
-    command = [sys.executable, "-m", "deploy.cli", "bench", "speculation", "--large", "2b"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    done = tandem("bench", "speculation", "--large", "2b")
     assert done.returncode == 2
     assert "111m, 1b, 8b, not 2b" in done.stderr
 

@@ -17,14 +17,15 @@ from tandem.config import BUNDLED_MODELS, SecurityConfig
 from tandem.errors import ConfigError
 from tandem.request import Mark
 from tests.checkpoints import tiny_llama
+from tests.command import tandem
 
 GIB = 1 << 30
 CONFIGS = Path(__file__).resolve().parent.parent / "data" / "configs"
 
 
-def tandem(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def process(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "deploy.cli", *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=110, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
 
 
 @pytest.mark.parametrize(
@@ -44,18 +45,8 @@ def test_plan_knows_the_kv_of_the_qwen3_family(model: str, gib: float) -> None:
 def test_plan_counts_what_fits_into_a_memory() -> None:
     config = str(CONFIGS / "qwen3-8b.json")
     done = tandem(
-        *(
-            "plan",
-            "--model",
-            config,
-            "--dtype",
-            "bfloat16",
-            "--context",
-            "4096",
-            "--memory",
-            "24GiB",
-            "--json",
-        )
+        *("plan", "--model", config, "--dtype", "bfloat16"),
+        *("--context", "4096", "--memory", "24GiB", "--json"),
     )
     facts = json.loads(done.stdout)
     budget = 24 * GIB - facts["weights_bytes"]
@@ -164,7 +155,7 @@ def test_generate_answers_a_file_in_input_order(tmp_path: Path) -> None:
     prompts = ["first", "second", "third"]
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
-    done = tandem(
+    done = process(
         *("generate", "--prompt-file", str(file), "--model", str(tiny_llama())),
         *("--max-tokens", "5", "--ignore-eos", "--json", "--draft", "ngram", "--logprobs", "1"),
     )
@@ -180,7 +171,7 @@ def test_generate_answers_a_file_in_input_order(tmp_path: Path) -> None:
 
 @pytest.mark.e2e
 def test_demo_answers_eight_prompts_and_leaves_nothing_behind() -> None:
-    done = tandem("demo", "--json")
+    done = process("demo", "--json")
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(records) == 8

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from ray.serve.schema import ServeDeploySchema
 from deploy.cluster.application import build
 from deploy.cluster.args import AppArgs
 from tandem.errors import ConfigError
+from tests.command import tandem
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 FILES = [DEPLOY / "configs" / "one_node.yaml", DEPLOY / "configs" / "cluster.yaml"]
@@ -87,8 +86,8 @@ RAY_SERVICE_SCHEMA = closed(
 
 
 def tandem_deploy(folder: Path, *options: str) -> dict[str, Path]:
-    command = [sys.executable, "-m", "deploy.cli", "deploy", "--out", str(folder), "--json", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=True)
+    done = tandem("deploy", "--out", folder, "--json", *options)
+    assert done.returncode == 0, done.stderr
     return {Path(path).name: Path(path) for path in json.loads(done.stdout)["files"]}
 
 

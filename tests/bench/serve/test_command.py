@@ -12,6 +12,7 @@ import pytest
 
 from deploy.embedded import EmbeddedService
 from tandem.config import SecurityConfig
+from tests.command import tandem
 from tests.e2e.harness import config
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -86,8 +87,7 @@ async def test_the_same_requests_over_grpc_and_http_give_the_same_texts(tmp_path
 def test_what_cannot_work_is_one_clear_line(arguments: list[str], says: str) -> None:
     http = ["--server", "http://127.0.0.1:9", "--model-name", "x", "--warm-up", "0"]
     given = arguments if "--server" in arguments else [*http, *arguments]
-    command = [sys.executable, "-m", "deploy.cli", "bench", "serve", *given]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    done = tandem("bench", "serve", *given)
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr

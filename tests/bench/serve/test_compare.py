@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ from bench.serve.metrics import Slo, summarize
 from bench.serve.record import Outcome, RequestRecord
 from bench.serve.session import Options, Run
 from tandem.errors import ConfigError
+from tests.command import tandem
 
 SLO = Slo(ttft_ms=150)
 
@@ -83,28 +82,22 @@ def test_failures_count_against_the_limits_and_texts_are_compared() -> None:
         compare(a, document(1, count=19), 0.05)
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "deploy.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
-
-
-@pytest.mark.slow
 def test_the_commands(tmp_path: Path) -> None:
     for name, content in (("a", document(1)), ("b", document(2, factor=1.5))):
         report.save(tmp_path / name, content)
-    worse = run("compare", tmp_path / "a", tmp_path / "b", "--json")
+    worse = tandem("compare", tmp_path / "a", tmp_path / "b", "--json")
     assert worse.returncode == 1, worse.stderr
     assert json.loads(worse.stdout)["is_worse"]
-    shown = run("compare", tmp_path / "b", tmp_path / "a")
+    shown = tandem("compare", tmp_path / "b", tmp_path / "a")
     assert shown.returncode == 0, shown.stderr
     assert "better" in shown.stdout
     assert "request by request" in shown.stdout
-    refused = run("compare", tmp_path / "a", tmp_path / "none")
+    refused = tandem("compare", tmp_path / "a", tmp_path / "none")
     assert refused.returncode == 2
     assert "is no load test's result" in refused.stderr
 
     page = tmp_path / "a" / "serve.html"
     before = page.read_text()
     page.unlink()
-    assert run("report", tmp_path / "a").returncode == 0
+    assert tandem("report", tmp_path / "a").returncode == 0
     assert page.read_text() == before
