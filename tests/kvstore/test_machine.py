@@ -393,8 +393,8 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 STEPS = 50  # of one schedule
-# Of each backend. The long tier is TANDEM_STORE_STEPS=80000 (docs/kvstore.md).
-LONG_STEPS = int(os.environ.get("TANDEM_STORE_STEPS", "16500"))
+# Of each backend. The longest tier is TANDEM_STORE_STEPS=80000 (docs/kvstore.md).
+SHORT_STEPS, LONG_STEPS = 4000, int(os.environ.get("TANDEM_STORE_STEPS", "16500"))
 SETTINGS = settings(
     max_examples=30, stateful_step_count=STEPS, deadline=None, suppress_health_check=list(HealthCheck)
 )
@@ -406,11 +406,12 @@ def test_random_schedules_agree_with_the_model():
 
 @pytest.mark.slow
 @pytest.mark.timeout(600 + LONG_STEPS // 50)
+@pytest.mark.parametrize("num_steps", [SHORT_STEPS, pytest.param(LONG_STEPS, marks=pytest.mark.long)])
 @pytest.mark.parametrize("scheme", [*SCHEMES, *TIERS])
-def test_many_steps_of_random_schedules_over_every_backend(scheme, tmp_path, capsys):
+def test_many_steps_of_random_schedules_over_every_backend(scheme, num_steps, tmp_path, capsys):
     with medium("disk" if scheme in TIERS else scheme, tmp_path) as place:
         machine = type("Machine", (StoreMachine,), {"url": TIERS.get(scheme, "") + place.url})
-        while (missing := LONG_STEPS - machine.num_steps) > 0:  # some schedules end early
+        while (missing := num_steps - machine.num_steps) > 0:  # some schedules end early
             long = settings(SETTINGS, max_examples=-(-missing // STEPS), database=None)
             run_state_machine_as_test(machine, settings=long)
     with capsys.disabled():
