@@ -28,7 +28,7 @@ class Started:
 
 
 Event = Started | OutputDelta | TandemError
-Emit = Callable[[list[tuple["DecodeSequence", Event]]], None]  # one call per step, on the event loop
+Emit = Callable[[list[tuple["DecodeSequence", Event]]], None]  # on the event loop
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +58,7 @@ class DecodeSequence:
     is_guessable: bool = field(init=False)  # no choice of a token depends on the tokens before it
     goes_by_confidence: bool = field(init=False)  # what its draft is sure of says how far it looks ahead
     is_plainly_greedy: bool = field(init=False)  # tokens are the arg max of raw logits, nothing else is asked
+    is_silent: bool = True  # no token of it was handed over yet
     is_cancelled: bool = False
     is_finished: bool = False
 
@@ -75,6 +76,11 @@ class DecodeSequence:
     def num_left(self) -> int:
         """Tokens whose KV is not in the cache yet; a running sequence has one."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_tokens_left(self) -> int:
+        """That may come before the request has as many as it asks for."""
+        return self.work.max_tokens - self.output.num_tokens
 
     @property
     def draft_stream(self) -> Stream | None:

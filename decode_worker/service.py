@@ -53,7 +53,6 @@ class Session:
         self._fingerprint = fingerprint
         self._sequences: dict[Key, DecodeSequence] = {}
         self._prefetched: set[Key] = set()  # and not started
-        self._silent: set[Key] = set()  # sequences of which no token has come yet
         self.outbox = Outbox()
 
     async def read(self, requests: AsyncIterator[pb.DecodeRequest]) -> None:
@@ -87,7 +86,6 @@ class Session:
             work = Work.from_pb(order.work)
             handle = KvHandle.from_pb(order.handle) if order.HasField("handle") else None
             self._sequences[key] = self._worker.start(work, handle, self._emit)
-            self._silent.add(key)
             self._prefetched.discard(key)
         except TandemError as error:
             self._cancel(key)
@@ -110,20 +108,15 @@ class Session:
         if key in self._prefetched:
             self._prefetched.discard(key)
             self._worker.cancel_prefetch(key)
-        self._silent.discard(key)
         if sequence := self._sequences.pop(key, None):
             self._worker.cancel(sequence)
 
     def _emit(self, news: list[tuple[DecodeSequence, Event]]) -> None:
-        told, is_pressing = [(sequence.work.key, event) for sequence, event in news], False
+        told = [(sequence.work.key, event) for sequence, event in news]
         for key, event in told:
-            is_pressing |= key in self._silent  # its beginning, or its first token
-            if not isinstance(event, Started):
-                self._silent.discard(key)
             if isinstance(event, TandemError) or (isinstance(event, OutputDelta) and event.finish):
                 self._sequences.pop(key, None)
-                is_pressing = True
-        self.outbox.put(told, is_pressing=is_pressing)
+        self.outbox.put(told)
 
 
 def _to_pb(news: list[tuple[Key, Event]]) -> pb.DecodeResponse:

@@ -20,8 +20,9 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from decode_worker.accounting import account, by_router, failure_in
+from decode_worker.accounting import account, failure_in
 from decode_worker.decoder import Advance, Decoder, PlainDecoder
+from decode_worker.handover import Handover
 from decode_worker.local_prefill import LocalPrefill
 from decode_worker.prefetch import Prefetches
 from decode_worker.publisher import Publisher
@@ -49,7 +50,8 @@ log = logging.getLogger(__name__)
 class DecodeWorker:
     """Plain class behind the gRPC service and the Ray actor. Start it inside a running event loop.
 
-    `start` is called with an `emit` per router: it gets one list of events per step, on the event loop.
+    `start` is called with an `emit` per router: it gets lists of events, on the event loop, as
+    handover.py says.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class DecodeWorker:
         self._draining = False  # event loop only: no more starts
         self._releases: set[asyncio.Task[None]] = set()  # event loop only
         self._loop = asyncio.get_running_loop()
+        self._handover = Handover()
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self._thread.start()
 
@@ -234,7 +237,7 @@ class DecodeWorker:
         self._decoder.settle(batch)
         for sequence in self._scheduler.leave(lambda sequence: sequence.is_finished):
             self._leave(sequence)
-        self._emit(events)
+        self._handover.put(events)
 
     def _step_prompts(self, *, is_alone: bool) -> None:
         """Compute some more of the prompts that came without KV."""
@@ -246,7 +249,8 @@ class DecodeWorker:
         except Exception as error:
             self._fail(chosen, error)
             return
-        self._emit([(sequence, self._try_accept(sequence, advance)) for sequence, advance in complete])
+        events = [(sequence, self._try_accept(sequence, advance)) for sequence, advance in complete]
+        self._handover.put(events)
         for sequence, _ in complete:
             if sequence.is_finished:
                 self._leave(sequence)
@@ -277,11 +281,11 @@ class DecodeWorker:
         failure = failure_in(batch, error)
         for sequence in self._take_out(lambda sequence: sequence in batch):
             self._leave(sequence)
-        self._emit([(sequence, failure) for sequence in batch])
+        self._handover.put([(sequence, failure) for sequence in batch])
 
     def _end(self, sequence: DecodeSequence, error: TandemError) -> None:
         self._leave(sequence)
-        self._emit([(sequence, error)])
+        self._handover.put([(sequence, error)])
 
     def _leave(self, sequence: DecodeSequence) -> None:
         """A sequence that has run is over."""
@@ -293,8 +297,3 @@ class DecodeWorker:
             self._pool.release(sequence.work.request_id, generation=sequence.work.epoch)
             sequence.blocks = []
             self._loop.call_soon_threadsafe(self._note_freed)
-
-    def _emit(self, events: list[tuple[DecodeSequence, Event]]) -> None:
-        """One message per router and step."""
-        for emit, news in by_router(events).items():
-            self._loop.call_soon_threadsafe(emit, news)

@@ -7,7 +7,6 @@ import asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode_worker import outbox
 from decode_worker.outbox import Outbox
 from decode_worker.sequence import Started
 from tandem.errors import Unavailable
@@ -75,35 +74,3 @@ async def test_nothing_is_taken_after_the_end() -> None:
     box.put([(KEYS[0], token(1))])
     box.close()
     assert await box.take() is None
-
-
-async def test_further_tokens_wait_for_those_of_the_next_moment() -> None:
-    box, loop = Outbox(), asyncio.get_running_loop()
-    box.put([(KEYS[0], token(1))])
-    await box.take()
-    began_s = loop.time()
-    box.put([(KEYS[0], token(2))], is_pressing=False)
-    taking = asyncio.create_task(box.take())
-    await asyncio.sleep(0)
-    box.put([(KEYS[0], token(3))], is_pressing=False)
-    [(_, merged)] = await taking
-    assert merged.token_ids == (2, 3)
-    assert loop.time() - began_s >= 0.9 * outbox.PACE_S
-
-
-async def test_what_presses_takes_further_tokens_along(monkeypatch) -> None:
-    """So does the end; and nobody waits when no message has left for a while."""
-    box, patience_s = Outbox(), 10
-    box.put([(KEYS[0], token(1))], is_pressing=False)
-    async with asyncio.timeout(patience_s):
-        await box.take()
-    monkeypatch.setattr(outbox, "PACE_S", 10 * patience_s)
-    for last_word in (lambda: box.put([(KEYS[1], Started(0, 0))]), box.close):
-        box.put([(KEYS[0], token(2))], is_pressing=False)
-        taking = asyncio.create_task(box.take())
-        await asyncio.sleep(0.01)
-        assert not taking.done()
-        last_word()
-        async with asyncio.timeout(patience_s):
-            taken = await taking
-    assert taken is None

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 import grpc
 import pytest
 
-from decode_worker import outbox
+from decode_worker import handover
 from decode_worker.service import DecodeServicer
 from tandem import rpc
 from tandem.output import OutputDelta
@@ -143,7 +143,7 @@ async def test_one_message_per_step_holds_all_of_a_routers_sequences():
 
 async def test_tokens_between_the_first_and_the_last_travel_together(monkeypatch):
     """Where steps are faster than messages are worth; a beginning, a first token and an end never wait."""
-    monkeypatch.setattr(outbox, "PACE_S", 60.0)
+    monkeypatch.setattr(handover, "pace_s", lambda *_: 60.0)
     gate = Gate()
     async with serving(forward=gate) as (_, connect):
         router = connect()
