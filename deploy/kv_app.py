@@ -70,6 +70,7 @@ def audit(
 
 
 def verify(
+    context: typer.Context,
     server: Verified = None,
     model: o.Model = None,
     draft: o.Draft = None,
@@ -87,8 +88,8 @@ def verify(
     Fails if KV does not arrive as it was computed.
     """
     from deploy.commands import verify as command
-    from deploy.settings import load_config
+    from deploy.settings import config_of, named_options
 
-    settings = load_config(config, model=model, draft=draft, dtype=dtype, quantization=quantization)
+    settings = config_of(config, context.params, named_options(context))
     size = command.Size(num_prompts, num_tokens, num_forced)
     sys.exit(0 if command.run(settings, server, codecs or KV_CODECS, size, json_output) else 1)

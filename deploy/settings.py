@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -14,6 +14,9 @@ from deploy.models import resolve_model
 from tandem.config import BUNDLED_MODELS, DRAFTS, ClusterConfig, SecurityConfig
 from tandem.engine.implementation import settle
 from tandem.errors import ConfigError
+
+if TYPE_CHECKING:
+    import typer
 
 
 def load_config(
@@ -29,38 +32,48 @@ def load_config(
     http_port: int | None = None,
     policy: str = "least-loaded",
     batch_dir: Path | None = None,
+    named: Collection[str] = (),
     **security: Path | bool | None,
 ) -> ClusterConfig:
     """The file's settings, overridden by what the command line names. Raises `ConfigError`.
 
-    `security` are the fields of `SecurityConfig`; what is None or False was not named.
+    `named` are the options among these that the user gave: they count more than the file. Any other with a
+    value is a default, for what the file leaves out. `security` are the fields of `SecurityConfig`; what is
+    None or False was not named, and so it is with a model, a draft and a folder.
     """
     values = _read(file) if file else {}
-    chosen = values.setdefault("model", {})
+    chosen, router, speculation = (_section(values, name) for name in ("model", "router", "speculation"))
     if model is not None or "path" not in chosen:
         chosen["path"] = str(resolve_model(model))
-    chosen.setdefault("dtype", dtype)
-    if quantization != "none":
-        chosen["quantization"] = quantization
-    if "speculation" not in values or draft is not None:
-        values["speculation"] = _speculation(draft, is_bundled=chosen["path"] == str(resolve_model(None)))
-    if draft_quantization != "none":
-        values["speculation"]["draft_quantization"] = draft_quantization
-    router = values.setdefault("router", {})
-    router.setdefault("host", host)
-    router.setdefault("port", port)
-    router.setdefault("http_port", http_port)
-    router.setdefault("policy", policy)
+    is_bundled = chosen["path"] == str(resolve_model(None))
+    if draft is not None:
+        speculation |= {"draft_path": None} | _speculation(draft, is_bundled)
+    elif "draft" not in speculation:
+        values["speculation"] = speculation = _speculation(None, is_bundled) | speculation
+    options = (
+        (chosen, {"dtype": dtype, "quantization": quantization}),
+        (speculation, {"draft_quantization": draft_quantization}),
+        (router, {"host": host, "port": port, "http_port": http_port, "policy": policy}),
+    )
+    for section, given in options:
+        section |= {name: value for name, value in given.items() if name in named or name not in section}
     if batch_dir is not None:
-        values.setdefault("batches", {})["dir"] = str(batch_dir.resolve())
-    values.setdefault("security", {}).update({name: value for name, value in security.items() if value})
+        _section(values, "batches")["dir"] = str(batch_dir.resolve())
+    _section(values, "security").update({name: value for name, value in security.items() if value})
     return settle(ClusterConfig.from_dict(values))
 
 
-def config_of(file: Path | None, options: Mapping[str, Any]) -> ClusterConfig:
-    """The settings among a command's options, over the file's. Raises `ConfigError`."""
+def config_of(file: Path | None, options: Mapping[str, Any], named: Collection[str] = ()) -> ClusterConfig:
+    """The settings among a command's options, over the file's where named. Raises `ConfigError`."""
     known = {*inspect.signature(load_config).parameters, *(f.name for f in fields(SecurityConfig))}
-    return load_config(file, **{name: value for name, value in options.items() if name in known})
+    settings = {name: value for name, value in options.items() if name in known}
+    return load_config(file, named=named, **settings)
+
+
+def named_options(context: typer.Context) -> set[str]:
+    """The options that a command was given, whatever their values."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 def _speculation(draft: str | None, is_bundled: bool) -> dict[str, Any]:
@@ -77,8 +90,18 @@ def _read(file: Path) -> dict[str, Any]:
         values = yaml.safe_load(file.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
+    if values is not None and not isinstance(values, dict):
         raise ConfigError(f"{file} must hold a mapping of settings")
-    return values
+    return {name: section for name, section in (values or {}).items() if section is not None}
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of the settings, made if it is not there."""
+    section: Any = values.setdefault(name, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{name} must be a mapping")
+    return section

@@ -29,6 +29,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, types.UnionType):
         return None if value is None else _convert(typing.get_args(hint)[0], value, where)
     if hint is Path:
+        check(isinstance(value, str | Path), f"{where} must be a path, not {type(value).__name__}")
         return Path(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

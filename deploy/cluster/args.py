@@ -57,6 +57,7 @@ class AppArgs(BaseModel):
             host=self.host,
             port=self.port,
             http_port=self.http_port,
+            named=self.model_fields_set,
         )
         if not self.engine_kwargs:
             return config
