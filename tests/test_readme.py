@@ -82,6 +82,6 @@ def test_grpcurl_would_run(command: str, service: dict[str, str]) -> None:
             request_serializer=lambda m: m.SerializeToString(),
             response_deserializer=answer_class.FromString,
         )
-        answer = call(message, timeout=30)
+        answer = call(message, timeout=100)
         answers = list(answer) if method.server_streaming else [answer]
     assert all(found.ByteSize() for found in answers)

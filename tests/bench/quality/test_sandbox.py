@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,8 @@ from bench.quality.sandbox.run import Limits, Sandbox
 from bench.quality.sandbox.syscalls import allowed, checked
 from tandem.errors import ConfigError
 
-LIMITS = Limits(wall_s=1.5, cpu_s=1)
+LIMITS = Limits(wall_s=30.0, cpu_s=1)
+IMPATIENT = Limits(wall_s=1.5, cpu_s=1)  # with what only the time on the wall ends
 HEADERS = {
     "x86_64": Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
     "aarch64": Path("/usr/include/asm-generic/unistd.h"),
@@ -34,7 +34,7 @@ def candidates_left() -> list[str]:
         except OSError:
             continue
     folders = [str(path) for path in Path(here).glob("tandem-candidate-*")]
-    return [path for path in [*running, *folders] if "tandem-candidate-" in path]
+    return [path for path in [*running, *folders] if path.startswith(f"{here}/tandem-candidate-")]
 
 
 @pytest.fixture(autouse=True)
@@ -80,11 +80,10 @@ async def test_a_good_program_passes_and_its_walls_hold() -> None:
     ],
 )
 async def test_an_attack_is_contained_and_fails(program: str, why: str) -> None:
-    began_s = time.monotonic()
-    verdict = await Sandbox(LIMITS).run(program)
+    verdict = await Sandbox(IMPATIENT if "time.sleep" in program else LIMITS).run(program)
     assert not verdict.passed
     assert why in verdict.why
-    assert time.monotonic() - began_s < 30
+    assert "longer than 30" not in verdict.why
 
 
 async def test_files_outside_stay_and_are_not_read(tmp_path: Path) -> None:
