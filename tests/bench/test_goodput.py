@@ -252,7 +252,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_our_service_beside_the_stand_in(python: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shapes, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
     monkeypatch.setitem(goodput.LOADS, "tiny", Load(2.0, {"loose": Slo(ttft_ms=5000, itl_ms=250)}))
     monkeypatch.setattr(goodput, "INPUT_TOKENS", "mix:8*4,40")

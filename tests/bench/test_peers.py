@@ -20,7 +20,7 @@ TINY = shapes.Shape(2, 64, 4, 2, 96, 300)
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shapes, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
     return shapes.checkpoint("tiny")
 

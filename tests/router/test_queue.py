@@ -397,7 +397,7 @@ def test_idle_time_does_not_count_as_slow_draining(clock):
 
 
 @pytest.mark.parametrize("num_tenants", [1, 1_000])
-@pytest.mark.parametrize("length", [100, 1_000, 10_000, 100_000])
+@pytest.mark.parametrize("length", [100, 1_000, 20_000])
 def test_a_get_asks_the_same_few_questions_however_long_the_queue(clock, length, num_tenants):
     queue = make_queue(clock)
     for number in range(length):
