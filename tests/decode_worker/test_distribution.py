@@ -122,15 +122,15 @@ def p_value(counts: dict[tuple[int, int], int], expected: dict[tuple[int, int], 
     return float(torch.special.gammaincc(half_freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
 
 
-# Penalties are applied row by row: two of their cases take a minute.
-LONG = {("penalties", "auto, 1 token"), ("penalties", "exact, 3 tokens")}
+# Each way of sampling and each case once; the other pairs are in `make test-long`.
+SHORT = set(zip(SAMPLING, ("auto, 1 token", "exact, 3 tokens", "auto, 3 tokens, tau"), strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "case"),
     [
-        pytest.param(kind, case, marks=[pytest.mark.long] * ((kind, case) in LONG))
+        pytest.param(kind, case, marks=[pytest.mark.long] * ((kind, case) not in SHORT))
         for kind in SAMPLING
         for case in CASES
     ],
