@@ -223,7 +223,14 @@ class Sheet(NamedTuple):
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
     """A plain table; the first `left` columns are text, the others numbers."""
-    shown = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    shown = Table(
+        title=title,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        min_width=min(len(title), WIDTH),
+    )
     for index, column in enumerate(columns):
         shown.add_column(column, justify="left" if index < left else "right")
     for row in rows:

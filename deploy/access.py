@@ -26,11 +26,20 @@ class Access:
         return TandemClient(address, token=self.token, credentials=self.credentials)
 
 
-def access_of(options: dict[str, Any]) -> Access:
-    """From a command's options. Raises `ConfigError`."""
+def check_address(server: str, what: str = "--server") -> None:
+    """Raise `ConfigError` unless this is host:port, as gRPC's listeners have it."""
+    host, _, port = server.rpartition(":")
+    if not host or not port.isdigit() or "//" in host:
+        raise ConfigError(f"{what} is host:port of the gRPC listener, such as 127.0.0.1:50051, not {server}")
+
+
+def access_of(options: dict[str, Any], takes_urls: bool = False) -> Access:
+    """From a command's options. Raises `ConfigError`; a URL is no `--server` unless the command takes one."""
     key_file, *files = [Path(options[name]) if options.get(name) else None for name in FILES]
     if not options["server"] and any([key_file, *files]):
         raise ConfigError("--api-key-file and the --tls options are for calls to --server; name one")
+    if options["server"] and not (takes_urls and "://" in options["server"]):
+        check_address(options["server"])
     return Access(
         options["server"],
         read_tokens(key_file)[0].token if key_file else None,

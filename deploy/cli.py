@@ -21,22 +21,13 @@ app = typer.Typer(
     help="Serve a large language model with prefill and decode on separate workers.",
 )
 bench = typer.Typer(no_args_is_help=True, help="Experiments: a table, CSV, JSON and plots from one command.")
-app.add_typer(bench, name="bench")
-app.add_typer(eval_app.experiments, name="eval")
-app.add_typer(quality, name="quality")
-app.add_typer(queue, name="queue")
-app.command("audit")(kv_app.audit)
-app.command("verify")(kv_app.verify)
-bench.command("kv")(kv_app.bench_kv)
-bench.command("serve")(load_app.serve)
-bench.command("split")(load_app.split)
-bench.command("goodput")(load_app.goodput)
-bench.command("overhead")(load_app.overhead)
-app.command("compare")(load_app.compare)
-app.command("report")(load_app.render)
-
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+
+
+@app.callback()
+def options(show_version: o.Version = False) -> None:
+    """Of `tandem` itself, before any command."""
 
 
 @app.command()
@@ -70,9 +61,10 @@ def serve(
     """Start the service and keep it running until Ctrl-C: on this machine, or on Ray."""
     from deploy.commands import serve as command
     from deploy.profile import with_profile
-    from deploy.settings import config_of
+    from deploy.settings import config_of, named_options
 
-    settings = with_profile(config_of(config, context.params), profile, profile_steps)
+    settings = config_of(config, context.params, named_options(context))
+    settings = with_profile(settings, profile, profile_steps)
     command.run(settings, prefill, decode, try_prompt, log_level, json_output, on_ray)
 
 
@@ -250,6 +242,21 @@ def bench_router(
     from deploy.commands import bench as command
 
     command.router(workers, requests, streams, rounds, out, json_output)
+
+
+bench.command("kv")(kv_app.bench_kv)
+bench.command("serve")(load_app.serve)
+bench.command("split")(load_app.split)
+bench.command("goodput")(load_app.goodput)
+bench.command("overhead")(load_app.overhead)
+app.add_typer(queue, name="queue")
+app.command("audit")(kv_app.audit)
+app.command("verify")(kv_app.verify)
+app.add_typer(bench, name="bench")
+app.command("compare")(load_app.compare)
+app.command("report")(load_app.render)
+app.add_typer(eval_app.experiments, name="eval")
+app.add_typer(quality, name="quality")
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,17 @@ Draft = Annotated[
     typer.Option(
         help="Folder or hub id of a draft model, or self, qspec, ngram, none; the bundled model has its own."
     ),
+]
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        print(version("tandem-serve"))
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Dtype = Annotated[str, typer.Option(help="Precision of activations and KV: float32, bfloat16 or float16.")]

@@ -37,29 +37,23 @@ def load_config(
 ) -> ClusterConfig:
     """The file's settings, overridden by what the command line names. Raises `ConfigError`.
 
-    `named` are the options among these that the user gave: they count more than the file. Any other with a
-    value is a default, for what the file leaves out. `security` are the fields of `SecurityConfig`; what is
-    None or False was not named, and so it is with a model, a draft and a folder.
+    Options in `named` were given: they count more than the file, as do a model, a draft, a folder and what
+    is set in `security` (fields of `SecurityConfig`). Others are defaults for what the file leaves out.
     """
     values = _read(file) if file else {}
-    chosen, router, speculation = (_section(values, name) for name in ("model", "router", "speculation"))
-    if model is not None or "path" not in chosen:
-        chosen["path"] = str(resolve_model(model))
-    is_bundled = chosen["path"] == str(resolve_model(None))
-    if draft is not None:
-        speculation |= {"draft_path": None} | _speculation(draft, is_bundled)
-    elif "draft" not in speculation:
-        values["speculation"] = speculation = _speculation(None, is_bundled) | speculation
-    options = (
+    names = ("model", "router", "speculation", "batches", "security")
+    chosen, router, speculation, batches, guarded = (_section(values, name) for name in names)
+    _choose(chosen, speculation, model, draft)
+    router_options = {"host": host, "port": port, "http_port": http_port, "policy": policy}
+    for section, options in (
         (chosen, {"dtype": dtype, "quantization": quantization}),
         (speculation, {"draft_quantization": draft_quantization}),
-        (router, {"host": host, "port": port, "http_port": http_port, "policy": policy}),
-    )
-    for section, given in options:
-        section |= {name: value for name, value in given.items() if name in named or name not in section}
+        (router, router_options),
+    ):
+        section |= {name: value for name, value in options.items() if name in named or name not in section}
     if batch_dir is not None:
-        _section(values, "batches")["dir"] = str(batch_dir.resolve())
-    _section(values, "security").update({name: value for name, value in security.items() if value})
+        batches["dir"] = str(batch_dir.resolve())
+    guarded |= {name: value for name, value in security.items() if value}
     return settle(ClusterConfig.from_dict(values))
 
 
@@ -74,6 +68,19 @@ def named_options(context: typer.Context) -> set[str]:
     """The options that a command was given, whatever their values."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+def _choose(
+    chosen: dict[str, Any], speculation: dict[str, Any], model: str | None, draft: str | None
+) -> None:
+    """The model and what drafts for it: those named, else the file's, else the bundled pair."""
+    if model is not None or "path" not in chosen:
+        chosen["path"] = str(resolve_model(model))
+    is_bundled = chosen["path"] == str(resolve_model(None))
+    if draft is not None:
+        speculation |= {"draft_path": None} | _speculation(draft, is_bundled)
+    elif "draft" not in speculation:
+        speculation |= _speculation(None, is_bundled) | speculation
 
 
 def _speculation(draft: str | None, is_bundled: bool) -> dict[str, Any]:

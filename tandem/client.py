@@ -179,6 +179,9 @@ def as_tandem_error(error: grpc.RpcError, address: str) -> TandemError:
             otherwise = error_from_reason("DEADLINE_DECODE", "deadline passed before the last token")
         case grpc.StatusCode.RESOURCE_EXHAUSTED:  # refused by gRPC itself
             otherwise = InvalidRequest("BAD_MESSAGE", f"a message is too large: {call.details()}")
+        case grpc.StatusCode.UNIMPLEMENTED:
+            other = f"{address} does not answer that call; is it another of the server's ports?"
+            otherwise = InvalidRequest("BAD_PARAM", other)
         case code:
             silent = f"no answer from {address} ({code.name}); is the server running?"
             otherwise = Unavailable("DRAINING", silent)

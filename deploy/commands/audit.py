@@ -12,9 +12,11 @@ import grpc
 from rich.console import Console
 from rich.table import Table
 
+from deploy.access import check_address
 from kvstore.listing import ObjectInfo
 from tandem.audit import fetch_audit, fetch_audit_and_workers
 from tandem.client import as_tandem_error
+from tandem.errors import ConfigError
 from tandem.internal import LOOPBACK_ONLY, InternalPlane
 from tandem.ledger import PoolAudit
 from tandem.pb.kv.v1 import kv_pb2, kv_pb2_grpc
@@ -37,9 +39,14 @@ class ServiceAudit:
 
 def run(server: str, limit: int, as_json: bool, plane: InternalPlane = LOOPBACK_ONLY) -> bool:
     """Show the audit; whether all books are in order. Raises `TandemError` if a process does not answer."""
+    check_address(server, "SERVER")
     try:
         audit = asyncio.run(collect(server, limit, plane))
     except grpc.aio.AioRpcError as error:
+        if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+            raise ConfigError(
+                f"{server} is not the router's internal listener; `tandem serve` says which is"
+            ) from error
         raise as_tandem_error(error, server) from error
     if as_json:
         print(json.dumps(_document(audit)))
@@ -94,11 +101,11 @@ def _show(audit: ServiceAudit, console: Console) -> None:
         (process, pool.pool, pool.unit, pool.total, pool.free, pool.owned, len(pool.owners), _oldest(pool))
         for process, pool in audit.pools
     ]
-    columns = ("process", "pool", "unit", "total", "free", "owned", "owners", "oldest s")
+    columns = ("process", "pool", "unit", "total", "free", "owned", "owners", "age, s")
     console.print(_table("who owns what", columns, rows))
     console.print()
     objects = [tuple(_row(info).values()) for info in audit.objects]
-    names = ("kind", "object", "epoch", "state", "bytes", "holders", "age s")
+    names = ("kind", "object", "epoch", "state", "bytes", "holders", "age, s")
     console.print(_table("what the store holds", names, objects))
     console.print()
     counted = {name: count for name, count in audit.counters.items() if count}
@@ -108,9 +115,9 @@ def _show(audit: ServiceAudit, console: Console) -> None:
 
 
 def _table(title: str, names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, min_width=len(title))
     for name in names:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name in ("pool", "unit", "bytes"))
     for row in rows:
         table.add_row(*(", ".join(cell) if isinstance(cell, list) else str(cell) for cell in row))
     return table

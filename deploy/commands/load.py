@@ -102,7 +102,7 @@ def _options(params: dict[str, Any]) -> Options:
 
 
 async def _run(params: dict[str, Any], with_search: bool) -> dict[str, Any]:
-    access, options = access_of(params), _options(params)
+    access, options = access_of(params, takes_urls=True), _options(params)
     if params["protocols"]:
         check_comparable(options)
     config = None if access.server else _config(params)

@@ -134,14 +134,19 @@ def _show(facts: dict[str, Any], batch: int) -> None:
         *(draft if facts["draft_weights_bytes"] else ()),
         ("KV per token", _size(facts["kv_bytes_per_token"])),
         (f"KV per request of {facts['context']:,} tokens", _size(facts["kv_bytes_per_request"])),
-        (f"KV of {batch} such requests", _size(facts["kv_bytes_at_batch"])),
+        *(((f"KV of {batch} such requests", _size(facts["kv_bytes_at_batch"])),) if batch > 1 else ()),
         ("memory for KV", f"{_size(facts['kv_budget_bytes'])} = {facts['num_blocks']:,} blocks"),
         ("requests of that length that fit at once", f"{facts['max_concurrent_requests']:,}"),
         (f"longest sequence that fits {batch} at a time", f"{facts['max_tokens_at_batch']:,} tokens"),
     )
     for name, value in rows:
         table.add_row(name, value)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    if not facts["kv_budget_bytes"]:
+        console.print("[red]does not fit: the weights alone take more[/]")
+    elif not facts["max_concurrent_requests"]:
+        console.print(f"[red]does not fit: one request of {facts['context']:,} tokens takes more[/]")
 
 
 def _size(num_bytes: int) -> str:

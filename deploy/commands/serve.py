@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 import signal
 import sys
 import time
@@ -138,14 +140,21 @@ def _say_next(service: Service, err: Console) -> None:
 
 
 def _say_commands(service: Service, err: Console) -> None:
-    address = service.address
+    tandem, address = _tandem(), service.address
     err.print("\ntry next, in another terminal:")
-    err.print(f'  .venv/bin/tandem generate "import os" --server {address}')
-    err.print(f'  .venv/bin/tandem generate "class Stack:" --server {address} --temperature 0.8 --json')
+    err.print(f'  {tandem} generate "import os" --server {address}')
+    err.print(f'  {tandem} generate "class Stack:" --server {address} --temperature 0.8 --json')
     if service.http_address:
         err.print(
             f"  curl {service.base_url}/completions -H 'content-type: application/json' "
             '-d \'{"prompt": "import os"}\'',
             markup=False,
         )
-    err.print("  .venv/bin/tandem plan --memory 8GiB")
+    if internal := getattr(service, "internal_address", None):
+        err.print(f"  {tandem} audit {internal}")
+    err.print(f"  {tandem} plan --memory 8GiB")
+
+
+def _tandem() -> str:
+    """What to type in this folder: the command's name, or its path where it is not on the search path."""
+    return "tandem" if shutil.which("tandem") else os.path.relpath(Path(sys.executable).with_name("tandem"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,16 @@ def test_plan_for_people_names_every_figure() -> None:
         assert word in done.stdout
 
 
+def test_a_plan_says_what_does_not_fit() -> None:
+    assert "does not fit: the weights alone" in tandem("plan", "--memory", "1MiB").stdout
+    assert "does not fit: one request of 2,048 tokens" in tandem("plan", "--memory", "32MiB").stdout
+    assert "does not fit" not in tandem("plan", "--memory", "64MiB").stdout
+
+
+def test_it_says_its_version() -> None:
+    assert tandem("--version").stdout.strip() == version("tandem-serve")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -84,6 +95,9 @@ def test_plan_for_people_names_every_figure() -> None:
         (["serve", "--api-key-file", "/no/such", "--port", "0"], "cannot read /no/such"),
         (["serve", "--http-port", "70000"], "router port must be in [0, 65535]"),
         (["generate", "x", "--tls-ca", "/ca"], "are for calls to --server"),
+        (["generate", "x", "--server", "http://127.0.0.1:8000"], "--server is host:port"),
+        (["queue", "submit", __file__, "--output", "x", "--server", "localhost"], "--server is host:port"),
+        (["audit", "127.0.0.1"], "SERVER is host:port"),
         (["generate", "x", "--server", "h:1", "--tls-key", "/k"], "a key its certificate"),
     ],
 )

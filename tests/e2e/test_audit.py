@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
 
 from deploy.commands import audit as command
 from kvstore.objects import ObjectState
+from tandem.client import TandemClient
+from tandem.errors import ConfigError, InvalidRequest
 from tests.e2e.harness import MIB, ask, complete, config, running, store_of, until
 from tests.kvstore.samples import make_header, make_sample, put
 
@@ -45,3 +48,12 @@ async def test_it_prints_tables_and_json(capsys):
     command._show(found, command.Console())
     assert "all books are in order" in capsys.readouterr().out
     assert json.loads(json.dumps(command._document(found)))["is_sound"]
+
+
+async def test_the_clients_port_is_told_from_the_internal_one():
+    async with running() as cluster:
+        with pytest.raises(ConfigError, match="is not the router's internal listener"):
+            await asyncio.to_thread(command.run, cluster.address, 100, as_json=True)
+        async with TandemClient(cluster.router.internal_address) as client:
+            with pytest.raises(InvalidRequest, match="is it another of the server's ports"):
+                await client.models()
