@@ -33,7 +33,7 @@ def make_decoder(config: SpeculationConfig, engine: Engine) -> Decoder:
     # Costs are measured now, before anybody owns a block.
     costs = StepCosts(measure_costs(engine.model), _draft_costs(engine.draft))
     target = engine.model.called("verify")
-    return SpeculativeDecoder(target, draft, _lookahead(config, costs), costs)
+    return SpeculativeDecoder(target, draft, _lookahead(config, costs, draft), costs)
 
 
 def _draft_costs(draft: ModelRunner | None) -> DraftCosts | None:
@@ -44,9 +44,9 @@ def _draft_costs(draft: ModelRunner | None) -> DraftCosts | None:
     return DraftCosts.of(measure_costs(draft, depth=1), measure_costs(draft, depth=DEEP), DEEP)
 
 
-def _lookahead(config: SpeculationConfig, costs: StepCosts) -> Lookahead:
+def _lookahead(config: SpeculationConfig, costs: StepCosts, draft: Draft) -> Lookahead:
     if not config.num_assistant_tokens:
-        has_confidence = config.draft != "ngram"
-        return AutoLookahead(config.max_assistant_tokens, costs, has_confidence=has_confidence)
+        knows = config.draft != "ngram"
+        return AutoLookahead(config.max_assistant_tokens, costs, draft.num_unread, has_confidence=knows)
     is_heuristic = config.num_assistant_tokens_schedule == "heuristic"
     return HeuristicLookahead(config) if is_heuristic else ConstantLookahead(config)

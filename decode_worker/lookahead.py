@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from decode_worker.decoder import Advance
@@ -18,7 +19,7 @@ from decode_worker.sequence import DecodeSequence
 from tandem.config import SpeculationConfig
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepOutcome:
     """What one step drafted, what stood, and how long its parts took."""
 
@@ -27,17 +28,17 @@ class StepOutcome:
     draft_s: float  # without what the draft had to catch up on
     verify_s: float
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Of the verifying forward."""
         return len(self.advances) + sum(advance.num_drafted for advance in self.advances)
 
-    @property
+    @cached_property
     def num_drafting(self) -> int:
         """Sequences that the draft was asked about."""
         return sum(advance.num_guessed > 0 for advance in self.advances)
 
-    @property
+    @cached_property
     def depth(self) -> int:
         """Forwards of the draft."""
         return max(advance.num_guessed for advance in self.advances)
@@ -64,8 +65,7 @@ def limit(sequence: DecodeSequence, wanted: int, most: int) -> int:
     speculation = sequence.work.speculation
     if speculation.is_off:
         return 0
-    left = sequence.work.max_tokens - sequence.output.num_tokens
-    return max(0, min(speculation.num_assistant_tokens or wanted, most, left - 1))
+    return max(0, min(speculation.num_assistant_tokens or wanted, most, sequence.num_tokens_left - 1))
 
 
 class ConstantLookahead:

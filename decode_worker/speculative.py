@@ -19,7 +19,7 @@ import logging
 import time
 from collections.abc import Sequence
 
-from decode_worker.decoder import Advance, draws_of
+from decode_worker.decoder import Advance, PlainDecoder, draws_of
 from decode_worker.drafts.draft import Draft, Proposal
 from decode_worker.earnings import Earnings
 from decode_worker.lookahead import Lookahead, StepOutcome
@@ -43,6 +43,7 @@ class SpeculativeDecoder:
         self, model: ModelRunner, draft: Draft, lookahead: Lookahead, costs: StepCosts | None = None
     ) -> None:
         self._model = model
+        self._plain = PlainDecoder(model.called("decode"))
         self._draft = draft
         self._lookahead = lookahead
         self._costs = costs
@@ -56,7 +57,10 @@ class SpeculativeDecoder:
 
     def step(self, sequences: Sequence[DecodeSequence]) -> list[Advance]:
         began_s, caught_up_s = time.perf_counter(), self._draft.catch_up_s
-        proposals = self._propose(sequences)
+        counts = self._lookahead.counts(sequences)
+        if self._failures_in_a_row >= MAX_FAILURES or not any(counts):
+            return self._step_plainly(sequences)
+        proposals = self._propose(sequences, counts)
         drafted_s = time.perf_counter()
         advances = self._verify(sequences, proposals)
         verified_s = time.perf_counter()
@@ -75,11 +79,14 @@ class SpeculativeDecoder:
     def report(self) -> SpeculationReport:
         return self.earnings.report()
 
-    def _propose(self, sequences: Sequence[DecodeSequence]) -> list[Proposal]:
+    def _step_plainly(self, sequences: Sequence[DecodeSequence]) -> list[Advance]:
+        began_s = time.perf_counter()
+        advances = self._plain.step(sequences)
+        self._learn(StepOutcome(sequences, advances, 0.0, time.perf_counter() - began_s), 0.0)
+        return advances
+
+    def _propose(self, sequences: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
         """Guesses that are safe to verify; none if the draft fails."""
-        counts = self._lookahead.counts(sequences)
-        if self._failures_in_a_row >= MAX_FAILURES or not any(counts):
-            return [Proposal() for _ in sequences]
         positions = [sequence.sampling.position for sequence in sequences]
         try:
             proposals = self._draft.propose(sequences, counts, self._lookahead.worth)

@@ -52,6 +52,10 @@ class StepCosts:
         """Seconds of a plain step."""
         return self._target.at(num_sequences)
 
+    def read_s(self, num_tokens: int) -> float:
+        """Seconds in which the draft reads so many tokens."""
+        return self._draft.at(num_tokens) if self._draft else 0.0
+
     def observe(self, outcome: StepOutcome) -> None:
         """A forward of the target, and a guess of the draft if any sequence drafted: what it took longer
         than expected, its start and its forwards did in equal parts."""

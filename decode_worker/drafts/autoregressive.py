@@ -72,6 +72,10 @@ class AutoregressiveDraft:
         for sequence, (proposal, _) in wanted.items():
             sequence.sampling.rollback(len(proposal.token_ids))
 
+    def num_unread(self, sequence: DecodeSequence) -> int:
+        """None where the KV is the target's."""
+        return 0
+
     def settle(self, sequence: DecodeSequence) -> None:
         """The step is over and `sequence` holds its new tokens."""
 

@@ -35,6 +35,10 @@ class Draft(Protocol):
         """
         ...
 
+    def num_unread(self, sequence: DecodeSequence) -> int:
+        """Tokens it has to read before it can guess for this sequence."""
+        ...
+
     def settle(self, sequence: DecodeSequence) -> None:
         """The step is over and `sequence` holds its new tokens: forget guesses that were rejected."""
         ...

@@ -17,6 +17,7 @@ from tandem.engine.model_runner import ModelRunner
 from tandem.speculation import MAX_ASSISTANT_TOKENS
 
 CATCH_UP_ROWS = 256  # prompt tokens the draft reads per step, over all sequences
+AT_ONCE = MAX_ASSISTANT_TOKENS + 1  # tokens a guess may begin with: what one step may have added
 
 
 class ModelDraft(AutoregressiveDraft):
@@ -25,6 +26,10 @@ class ModelDraft(AutoregressiveDraft):
     def __init__(self, model: ModelRunner, threshold: float = 0.0) -> None:
         super().__init__(model, threshold)
         self._num_computed: dict[DecodeSequence, int] = {}  # tokens whose KV is in the draft's cache
+
+    def num_unread(self, sequence: DecodeSequence) -> int:
+        missing = self._num_missing(sequence)
+        return 0 if missing <= AT_ONCE else missing
 
     def settle(self, sequence: DecodeSequence) -> None:
         """Keep the KV of tokens that stand; the newest token was never fed to the draft."""
@@ -40,9 +45,9 @@ class ModelDraft(AutoregressiveDraft):
         budget = CATCH_UP_ROWS
         ready, rows = [], []
         for sequence in sequences:
-            known = self._num_computed.setdefault(sequence, sequence.num_draft_computed)
-            missing = len(sequence.token_ids) - known
-            if missing <= MAX_ASSISTANT_TOKENS + 1:  # what one step may have added
+            missing = self._num_missing(sequence)
+            known = self._num_computed[sequence] = len(sequence.token_ids) - missing
+            if missing <= AT_ONCE:
                 ready.append(sequence)
                 continue
             count = min(missing - 1, budget)
@@ -56,6 +61,9 @@ class ModelDraft(AutoregressiveDraft):
             self._model.forward(self._model.batch(rows))
             self.catch_up_s += time.perf_counter() - began_s
         return ready
+
+    def _num_missing(self, sequence: DecodeSequence) -> int:
+        return len(sequence.token_ids) - self._num_computed.get(sequence, sequence.num_draft_computed)
 
     def _first_rows(self, sequence: DecodeSequence) -> SequenceRows:
         known = self._num_computed[sequence]

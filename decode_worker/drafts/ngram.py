@@ -53,6 +53,10 @@ class NgramDraft:
     ) -> list[Proposal]:
         return [self._propose(sequence, count) for sequence, count in zip(sequences, counts, strict=True)]
 
+    def num_unread(self, sequence: DecodeSequence) -> int:
+        """To index a prompt takes no time that counts."""
+        return 0
+
     def settle(self, sequence: DecodeSequence) -> None:
         """Nothing to forget: only tokens that stand are indexed."""
 

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode_worker.auto_lookahead import CALIBRATE_AT, CALIBRATE_EVERY, PAUSE, PROBE_AFTER, AutoLookahead
+from decode_worker.auto_lookahead import CALIBRATE_AT, CALIBRATE_EVERY, PAUSE, AutoLookahead
 from decode_worker.decoder import Advance
 from decode_worker.lookahead import ConstantLookahead, HeuristicLookahead, StepOutcome
+from decode_worker.probe import FIRST_AFTER, MOST_TRIES, READ_SHARE, Probe
 from decode_worker.step_costs import Division, DraftCosts, StepCosts
 from tandem.config import SpeculationConfig
 from tandem.engine.costs import ForwardCosts, LiveCosts
@@ -34,11 +35,11 @@ class Sequence:
 
     @property
     def work(self) -> object:
-        return SimpleNamespace(speculation=self.speculation, max_tokens=self.left)
+        return SimpleNamespace(speculation=self.speculation)
 
     @property
-    def output(self) -> object:
-        return SimpleNamespace(num_tokens=0)
+    def num_tokens_left(self) -> int:
+        return self.left
 
 
 def costs_of(target: ForwardCosts, draft: ForwardCosts | None, start_s: float = 0.0) -> StepCosts:
@@ -176,7 +177,7 @@ def test_an_unsure_draft_is_a_rejection_and_took_its_time() -> None:
 def test_plain_decoding_is_probed_ever_less_often_by_one_sequence() -> None:
     lookahead, running = auto(8, FLAT, FLAT), [Sequence(), Sequence()]
     steps = []
-    for step in range(8 * PROBE_AFTER):
+    for step in range(8 * FIRST_AFTER):
         counts = lookahead.counts(running)
         if any(counts):
             steps.append(step)
@@ -184,6 +185,36 @@ def test_plain_decoding_is_probed_ever_less_often_by_one_sequence() -> None:
             tell(lookahead, (running[0], 0, 0), (running[1], 1, 0))
     assert len(steps) == 3
     assert steps[1] - steps[0] > steps[0]
+
+
+def test_a_prompt_is_read_where_drafting_wins_its_time_back() -> None:
+    """For a short answer it is not worth it, for a long one it is; one of a batch may be left out."""
+    short, long, known = Sequence(left=20), Sequence(left=1000), Sequence(left=20)
+    unread = {short: 640, long: 640}
+    costs = costs_of(FLAT, CHEAP)  # reads a prompt of 640 tokens in half a step of the target
+    slow = costs_of(FLAT, ForwardCosts((1, 64), (0.05, 2.0)))  # in 20 steps
+    assert AutoLookahead(8, costs, lambda s: unread.get(s, 0)).counts([short])[0] > 0
+    lookahead = AutoLookahead(8, slow, lambda s: unread.get(s, 0))
+    assert lookahead.counts([short]) == [0]
+    assert lookahead.counts([long])[0] > 0
+    counts = lookahead.counts([short, long, known])
+    assert counts[0] == 0 < min(counts[1:])
+
+
+def test_a_probe_goes_to_a_sequence_that_the_draft_has_read() -> None:
+    unread = {(new := Sequence()): 64}
+    lookahead = AutoLookahead(8, costs_of(FLAT, FLAT), lambda s: unread.get(s, 0))
+    probed = [lookahead.counts([Sequence(), new]) for _ in range(2 * FIRST_AFTER)]
+    assert [1, 0] in probed
+    assert [0, 1] not in probed
+
+
+def test_a_probe_waits_until_reading_is_a_small_part_of_the_time() -> None:
+    probe, read_s = Probe(), 100.0
+    waited = next(step for step in range(1, 10**6) if probe.is_due(read_s, 1.0))
+    assert waited == read_s / READ_SHARE
+    tries = [probe.is_due(0.0, 1.0) for _ in range(3 * MOST_TRIES)]  # whatever the draft does
+    assert tries == [True] * (MOST_TRIES - 1) + [False] * (2 * MOST_TRIES + 1)
 
 
 @given(

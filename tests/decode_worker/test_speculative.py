@@ -271,6 +271,33 @@ def test_a_threshold_of_one_drafts_nothing_below_certainty(target, other) -> Non
     assert decoder.stats.num_drafted == 0
 
 
+def test_what_a_draft_has_to_read_of_a_sequence(target, other) -> None:
+    """All of a new one but what the prefill worker read for it; next to nothing once it drafts along."""
+    draft = ModelDraft(other)
+    decoder = speculative(target, draft)
+    running = sequences(target, GREEDY, SpeculationPolicy.EXACT)
+    running[3].num_draft_computed = 30
+    assert [draft.num_unread(s) for s in running] == [0, 0, 17, 0, 61]
+    running[3].num_draft_computed = 0
+    assert draft.num_unread(running[3]) == 34
+    for _ in range(2):
+        for sequence, advance in zip(running, decoder.step(running), strict=True):
+            for token in advance.tokens:
+                sequence.advance(token.token_id)
+        decoder.settle(running)
+    assert [draft.num_unread(s) for s in running] == [0] * 5
+
+
+def test_a_step_without_draft_tokens_is_a_plain_one(target, other) -> None:
+    """The draft is not asked, and what the step took is counted all the same."""
+    draft = StubbornDraft(lambda count: Proposal([65] * count))
+    decoder = speculative(target, draft, num_tokens=0)
+    assert run(decoder, sequences(target, EVERYTHING, SpeculationPolicy.EXACT)) == plain(target, EVERYTHING)
+    assert draft.num_calls == 0
+    assert decoder.stats.num_steps > 0
+    assert decoder.stats.verify_s > 0
+
+
 class StubbornDraft:
     """Proposes what it is told to, whatever the sequences are."""
 
@@ -284,6 +311,9 @@ class StubbornDraft:
     ) -> list[Proposal]:
         self.num_calls += 1
         return [self._propose(count) for count in counts]
+
+    def num_unread(self, sequence: DecodeSequence) -> int:
+        return 0
 
     def settle(self, sequence: DecodeSequence) -> None: ...
 
