@@ -53,7 +53,7 @@ class Location:
 
 
 @runtime_checkable
-class Mappable(Protocol):
+class Mappable(Backend, Protocol):
     """A backend whose objects a process on the same host can map."""
 
     def locate(self, key: ObjectKey) -> Location | None:
@@ -70,7 +70,7 @@ class Reserving(Protocol):
 
 
 @runtime_checkable
-class Placeable(Backend, Mappable, Reserving, Protocol):
+class Placeable(Mappable, Reserving, Protocol):
     """A backend in whose files a writer on the same host may put an object's messages by itself."""
 
     def path(self, key: ObjectKey) -> Path | None:

@@ -19,11 +19,16 @@ from tandem.errors import Overloaded
 class MappableTiers(TieredBackend):
     """Over an upper tier whose objects can be mapped."""
 
+    _upper: Mappable
+
+    def __init__(self, upper: Mappable, upper_bytes: int, lower: Backend) -> None:
+        super().__init__(upper, upper_bytes, lower)
+
     def locate(self, key: ObjectKey) -> Location | None:
         """Where the upper tier has the object, which moves there if it can."""
         if key in self._below:
             self._promote(key)
-        if key in self._below or not isinstance(self._upper, Mappable):
+        if key in self._below:
             return None
         self._sizes.move_to_end(key)
         return self._upper.locate(key)

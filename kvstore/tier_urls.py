@@ -39,8 +39,9 @@ def _over(upper: Backend, upper_bytes: int, lower: Backend) -> TieredBackend:
     """What the upper tier can do with files, both can."""
     if isinstance(upper, Placeable):
         return PlaceableTiers(upper, upper_bytes, lower)
-    kind = MappableTiers if isinstance(upper, Mappable) else TieredBackend
-    return kind(upper, upper_bytes, lower)
+    if isinstance(upper, Mappable):
+        return MappableTiers(upper, upper_bytes, lower)
+    return TieredBackend(upper, upper_bytes, lower)
 
 
 def _without_bytes(url: str) -> tuple[str, int]:
