@@ -96,7 +96,6 @@ def test_it_says_its_version() -> None:
         (["serve", "--http-port", "70000"], "router port must be in [0, 65535]"),
         (["generate", "x", "--tls-ca", "/ca"], "are for calls to --server"),
         (["generate", "x", "--server", "http://127.0.0.1:8000"], "--server is host:port"),
-        (["queue", "submit", __file__, "--output", "x", "--server", "localhost"], "--server is host:port"),
         (["audit", "127.0.0.1"], "SERVER is host:port"),
         (["generate", "x", "--server", "h:1", "--tls-key", "/k"], "a key its certificate"),
     ],
