@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ SERVED_NAME = "checkpoint"
 START_S = 900.0  # it compiles
 LOOK_S, LOOK_TIMEOUT_S = 0.5, 5.0  # between two looks at whether it is there; for one of them
 LEAVE_S, TIDY_S = 20.0, 5.0  # for the server to end; then for its children
+GUARD = "import os, signal, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), signal.SIGKILL)"
 
 
 class VLlmServer:
@@ -100,10 +102,22 @@ def starting(python: Path, settings: Settings) -> Iterator[VLlmServer]:
         except OSError as error:
             raise ConfigError(f"vLLM's server did not start: {error}; {NEEDED}") from error
         server = VLlmServer(process, port, said)
+        with _guarding(process.pid):
+            try:
+                yield server
+            finally:
+                server.end()
+
+
+@contextmanager
+def _guarding(group: int) -> Iterator[None]:
+    """If we are killed in this block, so is the group: what is asleep cannot notice that we have gone."""
+    command = [sys.executable, "-I", "-c", GUARD, str(group)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as guard:
         try:
-            yield server
+            yield
         finally:
-            server.end()
+            guard.kill()
 
 
 def command(python: Path, settings: Settings, port: int) -> list[str]:

@@ -153,6 +153,29 @@ def test_what_does_not_leave_is_killed(python: Path) -> None:
 
 
 @pytest.mark.slow
+def test_nothing_stays_asleep_when_the_run_is_killed(python: Path) -> None:
+    code = f"""
+from pathlib import Path
+from bench.vllm.server import starting
+from tests.bench.test_goodput import SETTINGS
+
+with starting(Path({str(python)!r}), SETTINGS) as server:
+    server.wait_until_ready()
+    server.sleep()
+    print("asleep", flush=True)
+    input()
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "asleep\n"
+        engine = engine_of(python)
+        wait_until(lambda: state_of(engine) == "T")
+        run.kill()
+    wait_until(lambda: state_of(engine) in ("", "Z"))
+
+
+@pytest.mark.slow
 @pytest.mark.e2e
 def test_a_run_that_is_ended_takes_its_servers_along(python: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "deploy.cli", "bench", "goodput"]
