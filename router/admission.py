@@ -119,10 +119,9 @@ class Admission:
 
     def check_available(self) -> None:
         """Raise `NO_PREFILL`, `NO_DECODE` or `STORE_DOWN` if a part is missing altogether."""
-        roles = {pool.info.role for pool in self._fleet if pool.accepting}
-        if WorkerRole.PREFILL not in roles and not self._lacks_prefill:
+        if not self._fleet.accepts(WorkerRole.PREFILL) and not self._lacks_prefill:
             raise Unavailable("NO_PREFILL", "no prefill worker is available")
-        if WorkerRole.DECODE not in roles:
+        if not self._fleet.accepts(WorkerRole.DECODE):
             raise Unavailable("NO_DECODE", "no decode worker is available")
         if self._store is None:
             raise Unavailable("STORE_DOWN", "KV store is unavailable")

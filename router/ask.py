@@ -31,7 +31,7 @@ class Ask:
     session: str = ""  # whose requests the session policy keeps together
 
     @classmethod
-    def from_pb(cls, message: pb.GenerationInput) -> Ask:
+    def from_pb(cls, message: pb.GenerationInput, *, tenant: str = "", session: str = "") -> Ask:
         """Absent fields take the defaults. Raises `BAD_PARAM`."""
         return cls(
             prompt=_prompt(message),
@@ -42,6 +42,8 @@ class Ask:
             request_id=message.request_id,
             priority=message.priority,
             timeout_s=_seconds(message.timeout) if message.HasField("timeout") else None,
+            tenant=tenant,
+            session=session,
         )
 
 

@@ -66,6 +66,7 @@ class Dispatcher:
         self._geometry = geometry
         draft = config.speculation.draft_path
         self._draft = ModelGeometry.from_path(draft) if draft else None
+        self._held = config.kv_dtypes
         self._admission = admission
         self._store = store
         self._placement = Placement(config, admission, metrics)
@@ -110,7 +111,7 @@ class Dispatcher:
 
     def needs(self, request: Request) -> Needs:
         """What the request takes of each pool."""
-        held = self._config.kv_dtypes
+        held = self._held
         return needs_of(
             request,
             self._geometry,

@@ -114,6 +114,10 @@ class Fleet:
         """That are known, whether they accept work or not."""
         return self._roles[role]
 
+    def accepts(self, role: WorkerRole) -> bool:
+        """Whether some worker of the role accepts work."""
+        return any(side.names for side in self._sides[role].values())
+
     def changed(self, pool: Pool) -> None:
         """Its books, or whether it accepts work, are other than before."""
         if not pool.accepting:

@@ -68,6 +68,7 @@ class Flight:
         self._drafted, self._accepted, self._hit = 0, 0, NO_HIT
         self._prefetching: DecodeLink | None = None  # fetches the KV for a decode that has yet to begin
         self._is_storing = False  # the attempt's KV is on its way to the store or there, not yet fetched
+        self._ordered: Work | None = None  # of workers, last
         self._new_ids: list[int] = []  # delivered, and not yet part of `request`
         self._replanned: set[str] = set()
         self._exclude: set[str] = set()
@@ -98,6 +99,11 @@ class Flight:
                     raise event
                 yield event
         finally:
+            self.leave()
+
+    def leave(self) -> None:
+        """Whoever followed it does so no more; that is the end of a request that has not ended."""
+        if not self._task.done():
             self.cancel(Cancelled())
 
     def cancel(self, reason: TandemError) -> None:
@@ -265,13 +271,20 @@ class Flight:
 
     def _fold(self) -> None:
         """Make what was delivered part of the request: another attempt goes on behind it."""
+        if not self._new_ids:
+            return
         self.request = replace(self.request, token_ids=(*self.request.token_ids, *self._new_ids))
         self._new_ids = []
 
     def _work(self, worker: WorkerInfo) -> Work:
         """What is left to do, from where the client stands."""
         self._fold()
-        return Work.of(self.request, self._epoch, worker.fingerprint, self._dispatcher.links.router_id)
+        if self._ordered is None or self._ordered.epoch != self._epoch:
+            router_id = self._dispatcher.links.router_id
+            self._ordered = Work.of(self.request, self._epoch, worker.fingerprint, router_id)
+        elif self._ordered.token_ids is not self.request.token_ids:
+            self._ordered = replace(self._ordered, token_ids=self.request.token_ids)
+        return self._ordered
 
     def _replan_or_raise(self, plan: Plan, error: TandemError) -> None:
         """Send the request back to the queue, or end it: one more plan per stage, within the budget."""

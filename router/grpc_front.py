@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from dataclasses import asdict, replace
 from typing import Any, cast
 
 import grpc
@@ -41,7 +40,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
             )
         finally:
             for flight in flights:
-                flight.cancel(Cancelled())
+                flight.leave()
         return pb.GenerateResponse(
             request_id=public_id(flights[0].request.request_id), completions=completions
         )
@@ -59,7 +58,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
                         positions[index] += len(event.token_ids)
         finally:
             for flight in flights:
-                flight.cancel(Cancelled())
+                flight.leave()
 
     async def CancelGeneration(
         self, request: pb.CancelGenerationRequest, context: Context
@@ -77,13 +76,13 @@ class GenerationServicer(generation_pb2_grpc.GenerationServiceServicer):
 
     async def _start(self, message: pb.GenerationInput, context: Context) -> list[Flight]:
         """One flight per completion, or none of them."""
-        ask = replace(Ask.from_pb(message), tenant=TENANT.get(), session=_session_of(context))
+        ask = Ask.from_pb(message, tenant=TENANT.get(), session=_session_of(context))
         requests = await self._intake.requests(ask, context.time_remaining())
         flights = self._dispatcher.start(requests)
 
         def leave(_: Any) -> None:
             for flight in flights:
-                flight.cancel(Cancelled())
+                flight.leave()
 
         # A generator that is cut while its message is sent hears nothing; this does.
         cast(Any, context).add_done_callback(leave)
@@ -159,7 +158,7 @@ def _finished_to_pb(index: int, completed: Completed) -> pb.Finished:
         index=index,
         reason=FINISH_TO_PB[completed.delta.finish],
         usage=completed.usage.to_pb(),
-        timings=pb.Timings(**asdict(timings), transfer_hidden=timings.transfer_hidden),
+        timings=timings.to_pb(),
     )
     set_matched_stop(message, completed.delta.matched_stop)
     return message

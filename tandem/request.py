@@ -117,6 +117,10 @@ class Timings:
     def from_pb(cls, message: pb.Timings) -> Timings:
         return cls(**{spec.name: getattr(message, spec.name) for spec in fields(cls)})
 
+    def to_pb(self) -> pb.Timings:
+        parts = {name: getattr(self, name) for name in _TIMINGS}
+        return pb.Timings(**parts, transfer_hidden=self.transfer_hidden)
+
     def milliseconds(self) -> dict[str, float]:
         """Every duration by its name, to the microsecond."""
         return {name: round(value, 3) for name, value in asdict(self).items() if name.endswith("_ms")}
@@ -129,6 +133,9 @@ class Timings:
         """
         waited_ms = self.kv_write_ms + self.kv_wait_ms + self.kv_read_ms
         return max(0.0, 1 - waited_ms / self.transfer_ms) if self.transfer_ms else 0.0
+
+
+_TIMINGS = tuple(spec.name for spec in fields(Timings))
 
 
 class Mark(Enum):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tandem.errors import InvalidRequest
@@ -104,8 +104,9 @@ class SamplingParams:
     @classmethod
     def from_pb(cls, message: pb.SamplingParams) -> SamplingParams:
         """Absent fields take the defaults. Raises `InvalidRequest(BAD_PARAM)`."""
-        present = {spec.name for spec, _ in message.ListFields()}
-        given: dict[str, Any] = {name: getattr(message, name) for name in _SCALARS if name in present}
+        given: dict[str, Any] = {
+            spec.name: value for spec, value in message.ListFields() if spec.name in _DEFAULTS
+        }
         return cls(
             **given,
             logit_bias=dict(message.logit_bias),
@@ -114,9 +115,12 @@ class SamplingParams:
         )
 
     def to_pb(self) -> pb.SamplingParams:
-        scalars: dict[str, Any] = {name: getattr(self, name) for name in _SCALARS}
+        """With what is not the default only: most requests say little."""
+        given: dict[str, Any] = {
+            name: value for name, default in _DEFAULTS.items() if (value := getattr(self, name)) != default
+        }
         return pb.SamplingParams(
-            **scalars, logit_bias=self.logit_bias, stop=self.stop, stop_token_ids=self.stop_token_ids
+            **given, logit_bias=self.logit_bias, stop=self.stop, stop_token_ids=self.stop_token_ids
         )
 
     @property
@@ -135,8 +139,8 @@ class SamplingParams:
         )
 
 
-_SCALARS = tuple(
-    spec.name
-    for spec in pb.SamplingParams.DESCRIPTOR.fields
+_DEFAULTS = {
+    spec.name: spec.default
+    for spec in fields(SamplingParams)
     if spec.name not in ("logit_bias", "stop", "stop_token_ids")
-)
+}

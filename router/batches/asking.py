@@ -13,7 +13,6 @@ from router.http.generation import Generation
 from router.intake import Intake
 from router.interleave import interleave
 from tandem.chat_template import ChatTemplate
-from tandem.errors import Cancelled
 from tandem.offline.lines import Entry
 from tandem.offline.members import Answer
 
@@ -44,7 +43,7 @@ class RouterAsker:
                     choices.take(index, event)
         finally:
             for flight in flights:
-                flight.cancel(Cancelled())
+                flight.leave()
         body = choices.whole()
         tokens = body["usage"]["completion_tokens"]
         return Answer(generation.request_id, body, metrics_of(choices.slowest()), tokens)

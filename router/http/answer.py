@@ -20,7 +20,6 @@ from router.http.errors import Json, as_tandem_error, error_object, json_bytes
 from router.http.generation import Generation
 from router.intake import Intake
 from router.interleave import interleave
-from tandem.errors import Cancelled
 
 STREAM_HEADERS = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -53,7 +52,7 @@ class Answer:
 
         def leave() -> None:
             for flight in flights:
-                flight.cancel(Cancelled())
+                flight.leave()
 
         watcher = asyncio.create_task(_hung_up(receive))
         watcher.add_done_callback(lambda _: leave())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from tandem.request import (
     Mark,
     Request,
     RequestStatus,
+    Timings,
     check_request_id,
 )
 from tandem.sampling import SamplingParams
@@ -152,3 +155,12 @@ def test_the_border_of_the_prompt_lies_within_the_tokens(num_prompt_tokens):
 def test_two_requests_are_equal_by_what_was_asked():
     assert make_request() == make_request()
     assert make_request() != make_request(seed=1)
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=9, max_size=9), st.sampled_from(["", "split", "local/short"]))
+def test_timings_pass_the_wire_whole(parts, placement):
+    names = [spec.name for spec in fields(Timings) if spec.name != "placement"]
+    timings = Timings(**dict(zip(names, parts, strict=True)), placement=placement)
+    message = timings.to_pb()
+    assert Timings.from_pb(message) == timings
+    assert message.transfer_hidden == timings.transfer_hidden

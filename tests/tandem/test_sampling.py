@@ -141,3 +141,17 @@ def test_any_float_is_either_in_range_or_refused(temperature, top_p, min_p):
     assert 0 <= params.temperature <= 2
     assert 0 < params.top_p <= 1
     assert 0 <= params.min_p <= 1
+
+
+ON_THE_WIRE = [
+    (n, v) for n, values in GOOD for v in values if n not in ("stop", "logit_bias", "top_k", "max_tokens")
+]
+
+
+@pytest.mark.parametrize(("name", "value"), ON_THE_WIRE)
+def test_the_wire_says_what_was_asked_and_no_defaults(name, value):
+    params = SamplingParams(**{"max_tokens": 7, name: value})
+    message = params.to_pb()
+    assert SamplingParams.from_pb(message) == params
+    said = {spec.name for spec, _ in message.ListFields()}
+    assert said == {"max_tokens", *([name] if value != getattr(SamplingParams(), name) else [])}
