@@ -277,16 +277,16 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 def test_our_service_beside_the_stand_in(python: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(shapes, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
-    monkeypatch.setitem(goodput.LOADS, "tiny", Load(2.0, {"loose": Slo(ttft_ms=5000, itl_ms=250)}))
+    monkeypatch.setitem(goodput.LOADS, "tiny", Load(8.0, {"loose": Slo(ttft_ms=5000, itl_ms=250)}))
     monkeypatch.setattr(goodput, "INPUT_TOKENS", "mix:8*4,40")
     monkeypatch.setattr(goodput, "OUTPUT_TOKENS", 4)
     monkeypatch.setattr("bench.serve.search.MAX_DOUBLINGS", 1)
     comparison = Comparison("tiny", python, (FAST,), False, 6, 1, 1.0, tmp_path / "out")
     document = goodput.run(comparison, as_json=False)
     assert [(row["system"], row["rate"]) for row in document["rows"]] == [
-        ("Tandem", 4.0),
+        ("Tandem", 16.0),
         ("vLLM", None),
-        (f"vLLM, steps of {FAST} tokens", 4.0),
+        (f"vLLM, steps of {FAST} tokens", 16.0),
     ]
     assert document == json.loads((tmp_path / "out" / "goodput.json").read_text())
     assert document["skipped"] == []
