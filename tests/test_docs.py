@@ -10,9 +10,10 @@ from typing import Any, get_type_hints
 
 import pytest
 import typer
+import yaml
 
 from deploy.cli import app
-from tandem.config import ClusterConfig
+from tandem.config import BUNDLED_MODELS, ClusterConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -94,6 +95,13 @@ def test_files_and_tests_exist(page: Path) -> None:
     for name, member in FILE.findall(page.read_text()):
         assert (ROOT / name).is_file(), name
         assert not member or f"def {member}(" in (ROOT / name).read_text(), f"{name}::{member}"
+
+
+@each_page
+def test_settings_in_yaml_are_accepted(page: Path) -> None:
+    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL):
+        values = yaml.safe_load(block)
+        ClusterConfig.from_dict({"model": {"path": BUNDLED_MODELS / "target"}} | values)
 
 
 @each_page
