@@ -44,6 +44,17 @@ def label_axes(axes: Axes, title: str, below: str, beside: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def set_log(axes: Axes) -> None:
+    """Both axes logarithmic: sizes below by powers of two, times beside in steps of 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=30))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def save(figure: Any, file: Path) -> Path:
     """Write the picture; returns the file."""
     figure.savefig(file, dpi=DPI)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.eval.experiment import Chart, Series
-from bench.plotting import COLORS, label_axes, new_figure, save
+from bench.plotting import COLORS, label_axes, new_figure, save, set_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,10 +69,8 @@ def _scale(axes: Axes, chart: Chart) -> None:
     if chart.level is not None:
         axes.axhline(chart.level, color="#333333", linewidth=0.8)
     if chart.is_log:
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        set_log(axes)
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_major_formatter("{x:g}")
     else:
         low, high = axes.get_ylim()
         axes.set_ylim(0, high + 0.15 * (high - low))  # room for the legend

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.forward.report import work_of
-from bench.plotting import COLORS, label_axes, new_figure, save
+from bench.plotting import COLORS, label_axes, new_figure, save, set_log
 
 if TYPE_CHECKING:
     from bench.forward.run import Results
@@ -47,10 +47,7 @@ def _figure(title: str, below: str) -> tuple[Any, Any]:
     """Both axes logarithmic, times in ms."""
     figure, (axes,) = new_figure()
     label_axes(axes, title, below, "ms")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    set_log(axes)
     return figure, axes
 
 

@@ -65,6 +65,10 @@ def load(path: Path) -> dict[str, Any]:
         if content["kind"] != "tandem bench serve":
             raise ValueError(content["kind"])
         written = content.get("format")
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{file} is no load test's result: no such file; give the --out of a `tandem bench serve`"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} is no load test's result ({type(error).__name__}: {error})") from error
     if written != FORMAT:
