@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -261,6 +262,7 @@ app.add_typer(quality, name="quality")
 
 def main() -> None:
     """Entry point: errors become one line that says what, why and what to do."""
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # gRPC tells of every connection that ends otherwise
     try:
         app()
     except ConfigError as error:

@@ -127,7 +127,10 @@ def bind(to: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCred
     except RuntimeError:
         bound = 0
     if bound == 0:
-        raise ConfigError(f"cannot listen on {host}:{port}; is the port in use? (0 takes a free one)")
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: the port is in use (0 takes a free one), "
+            "or this is no address of this machine"
+        )
     return bound
 
 

@@ -93,7 +93,7 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}; is the port in use? (0 takes a free one)"
+            f"cannot listen on {host}:{port}: {error.strerror}; is the port in use (0 takes a free one)?"
         ) from error
     listener.setblocking(False)
     return listener

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import version
@@ -67,6 +68,14 @@ def test_a_plan_says_what_does_not_fit() -> None:
     assert "does not fit: the weights alone" in tandem("plan", "--memory", "1MiB").stdout
     assert "does not fit: one request of 2,048 tokens" in tandem("plan", "--memory", "32MiB").stdout
     assert "does not fit" not in tandem("plan", "--memory", "64MiB").stdout
+
+
+def test_grpcs_own_chatter_is_off_unless_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    for wanted in ("ERROR", "DEBUG"):
+        tandem("--version")
+        assert os.environ["GRPC_VERBOSITY"] == wanted
+        monkeypatch.setenv("GRPC_VERBOSITY", "DEBUG")
 
 
 def test_it_says_its_version() -> None:
