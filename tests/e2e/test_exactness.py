@@ -7,12 +7,19 @@ import asyncio
 import pytest
 
 from tests.e2e.harness import ask, complete, config, generate, quiesce, running
-from tests.e2e.reference import mixed_prompts, near_ties
+from tests.e2e.reference import greedy, mixed_prompts, near_ties
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PROMPTS = mixed_prompts(40, longest=150)
 NUM_TOKENS = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _reference():
+    """Before any service runs: on the same event loop it would hold up heartbeats and releases."""
+    for prompt in PROMPTS:
+        greedy(prompt, NUM_TOKENS)
 
 
 async def send_all(cluster):

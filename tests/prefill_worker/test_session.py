@@ -64,7 +64,8 @@ class Router:
         return event.failed
 
     def is_silent(self, request_id) -> bool:
-        return self._queue(request_id).empty()
+        """But for that the KV is on its way."""
+        return all(event.progress.HasField("kv_opened") for event in self._queue(request_id)._queue)
 
     async def hang_up(self) -> None:
         self.call.cancel()
