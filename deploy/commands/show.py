@@ -68,9 +68,6 @@ def summary(finished: pb.Finished) -> str:
     reason = FINISH_FROM_PB[finished.reason]
     if usage.drafted:
         rate += f", {usage.accepted} of {usage.drafted} draft tokens accepted"
-    spent_ms = usage.speculation.draft_ms + usage.speculation.verify_ms
-    if usage.drafted and spent_ms:
-        rate += f" ({usage.speculation.plain_ms / spent_ms:.2f} times as fast as without a draft)"
     ended = reason.value if reason else "unknown"
     return f"{usage.completion} tokens ({ended}), first after {first_ms:.0f} ms{rate}"
 
