@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from router.admission import Admission, Plan
+from router.answered import AnsweredNames
 from router.flight import Flight
 from router.links import StoreLink, WorkerLinks
 from router.needs import Needs, needs_of
@@ -24,7 +25,7 @@ from tandem.errors import NotFound, TandemError, Unavailable
 from tandem.geometry import ModelGeometry
 from tandem.ledger import PoolAudit
 from tandem.metrics import RouterMetrics
-from tandem.request import Request, Timings, child_id, name_in_use, parent_id
+from tandem.request import STATUS_OF_REASON, Request, Timings, child_id, name_in_use, parent_id
 from tandem.sampling import MAX_N
 
 WORKER_WAIT_S = 30.0  # how long requests wait for a missing kind of worker to come (back)
@@ -78,6 +79,7 @@ class Dispatcher:
             ),
         )
         self._flights: dict[str, Flight] = {}
+        self._answered = AnsweredNames()
         self._quota = TenantQuota(config.router.max_requests_per_tenant)
         self._background: set[asyncio.Task[None]] = set()
         self._missing_since_s: float | None = None
@@ -125,12 +127,17 @@ class Dispatcher:
     def start(self, requests: Sequence[Request]) -> list[Flight]:
         """Begin all completions of one request, or none.
 
+        Asked for again under the name of one that was answered lately, they get the seeds that one had.
         Raises `DRAINING`, `AlreadyExists`, `NEVER_FITS`, `TENANT_QUOTA`, or `Unavailable` if a kind of worker
         is missing for long. A full queue is reported by the flights.
         """
         with self.metrics.refusals():
             self._check_acceptable(requests)
+            again = self._answered.again(requests)
             self._quota.check(requests[0].tenant, len(requests), self._queue.retry_after_ms())
+        if again:
+            requests = again
+            self.metrics.note_repeated()
         flights = {request.request_id: Flight(self, request) for request in requests}
         self._flights.update(flights)
         self._quota.begin(requests[0].tenant, len(flights))
@@ -214,6 +221,8 @@ class Dispatcher:
     def landed(self, flight: Flight) -> None:
         if self._flights.pop(flight.request.request_id, None):
             self._quota.end(flight.request.tenant)
+            if flight.request.lifecycle.status in STATUS_OF_REASON.values():
+                self._answered.note(flight.request)
 
     def audit(self) -> list[PoolAudit]:
         """The router's credits; what no live request owns is an orphan."""

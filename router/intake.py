@@ -18,14 +18,13 @@ from tandem.config import ClusterConfig
 from tandem.errors import DeadlineExceeded, InvalidRequest, NotFound
 from tandem.geometry import ModelGeometry
 from tandem.metrics import RouterMetrics
-from tandem.request import Request, check_request_id, child_id, scoped_id
+from tandem.request import SEED_BITS, Request, check_request_id, child_id, scoped_id, seed_of_child
 from tandem.sampling import SamplingParams, bad_param
 from tandem.tokenizer import Tokenizer
 
 MAX_PROMPT_BYTES = 256 << 10
 THREAD_ABOVE_BYTES = 4 << 10  # longer texts are tokenized off the event loop
 MIN_TIME_S = 0.001
-SEED_BITS = 63
 
 
 class Intake:
@@ -149,7 +148,7 @@ class Intake:
             replace(
                 request,
                 request_id=child_id(request.request_id, index),
-                seed=(request.seed + index) % (1 << SEED_BITS),
+                seed=seed_of_child(request.seed, index),
                 lifecycle=type(request.lifecycle)(),
             )
             for index in range(num_children)

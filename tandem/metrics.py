@@ -48,6 +48,7 @@ class RouterMetrics:
             labels=("placement", "reason"),
         )
         self._replans = self._counter("replans", "Attempts beyond a request's first.")
+        self._repeats = self._counter("repeats", "Requests asked for again under a name that was answered.")
         self._admitted = self._decisions.labels("admitted", "")
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "First token delivered - request received."
@@ -106,6 +107,10 @@ class RouterMetrics:
     def note_failed(self, error: TandemError) -> None:
         """A completion ended with an error."""
         self._ends.labels(error.reason).inc()
+
+    def note_repeated(self) -> None:
+        """A request is computed again, for whoever lost its answer."""
+        self._repeats.inc()
 
     def add(self, collector: Collector) -> None:
         """Read further figures from `collector` at each scrape."""

@@ -23,6 +23,7 @@ from tandem.sampling import SamplingParams
 from tandem.speculation import SpeculationParams
 from tandem.speculation_usage import SpeculationUsage
 
+SEED_BITS = 63
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -41,6 +42,11 @@ def scoped_id(tenant: str, request_id: str) -> str:
 def child_id(request_id: str, index: int) -> str:
     """The name of one of several completions; no caller can choose it, as `#` is not allowed."""
     return f"{request_id}#{index}"
+
+
+def seed_of_child(seed: int, index: int) -> int:
+    """Completions of one request draw with seeds in a row."""
+    return (seed + index) % (1 << SEED_BITS)
 
 
 def parent_id(request_id: str) -> str:
@@ -253,11 +259,12 @@ class Request:
 
     def asks_as(self, other: Request) -> bool:
         """Whether both ask for the same, whatever each has got already."""
-        mine, theirs = (
-            (each.token_ids[: each.num_prompt_tokens], each.sampling, each.max_tokens, each.speculation)
-            for each in (self, other)
-        )
-        return mine == theirs
+        return self.body == other.body
+
+    @property
+    def body(self) -> tuple[object, ...]:
+        """What decides about its answer, but for a seed that its caller left open."""
+        return self.token_ids[: self.num_prompt_tokens], self.sampling, self.max_tokens, self.speculation
 
     @property
     def num_output_tokens(self) -> int:

@@ -155,12 +155,27 @@ async def test_a_name_is_in_use_until_its_request_has_ended(cluster):
             await until(lambda: cluster.router.dispatcher.num_flights == 0)
 
 
-async def test_a_name_is_free_when_its_request_has_ended(cluster):
-    """It runs again, whatever it asks: who repeats a request after a broken stream counts on that."""
-    first = await complete(cluster, ask("x", request_id="again", max_tokens=4))
-    second = await complete(cluster, ask("x", request_id="again", max_tokens=4))
-    assert second.token_ids == first.token_ids
-    assert (await complete(cluster, ask("y", request_id="again", max_tokens=1))).token_ids
+async def test_who_asks_again_under_a_name_gets_the_same_answer(cluster):
+    """Though it was drawn with a seed that nobody named; another request under that name is refused."""
+
+    async def texts(**named):
+        asked = ask("x", n=2, max_tokens=16, temperature=1.0, ignore_eos=True, **named)
+        return [result.token_ids for result in await stream(cluster, asked)]
+
+    first = await texts(request_id="again")
+    assert await texts(request_id="again") == first != await texts()
+    assert b"tandem_repeats_total 1.0" in cluster.router.dispatcher.metrics.exposition()
+    failed = await failure(stream(cluster, ask("y", request_id="again", max_tokens=1)))
+    assert (failed.code, failed.reason) == ("ALREADY_EXISTS", "ID_REUSED_DIFFERENT_BODY")
+
+
+async def test_a_name_is_free_when_its_request_was_left(cluster):
+    with slow_steps(cluster.decodes[0]):
+        call = open_stream(cluster, ask("x", request_id="left", max_tokens=60, ignore_eos=True))
+        await read_tokens(call, Result(), 2)
+        call.cancel()
+        await until(lambda: cluster.router.dispatcher.num_flights == 0)
+    assert (await complete(cluster, ask("y", request_id="left", max_tokens=1))).token_ids
 
 
 # --- waits ---

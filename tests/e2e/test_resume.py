@@ -58,7 +58,8 @@ async def test_a_stream_that_is_lost_again_and_again_is_whole(cluster, sampling)
     cuts = random.Random(3).sample(range(1, NUM_TOKENS), 5)
     with slow_steps(cluster.decodes[0], 0.002):
         async with road_to(cluster.address) as (road, address), TandemClient(address) as client:
-            found = await collect(client, sampling, cuts, road.cut, request_id="named")
+            name = f"named-{SAMPLINGS.index(sampling)}"
+            found = await collect(client, sampling, cuts, road.cut, request_id=name)
 
     assert road.num_breaks > 1
     assert (found.token_ids, found.text) == (wanted.token_ids, wanted.text)

@@ -64,7 +64,8 @@ def running_of(cluster, tenant: str) -> int:
 async def test_a_tenant_has_its_own_limit(cluster, front):
     """Two of alice's run; a third is refused, while bob and those without a name go on."""
     with gated_reads(cluster.decodes[0], before=True):
-        held = [asyncio.create_task(complete(cluster, front, "a-token", f"r{n}")) for n in range(LIMIT)]
+        names = [f"{front}-{n}" for n in range(LIMIT)]
+        held = [asyncio.create_task(complete(cluster, front, "a-token", name)) for name in names]
         await until(lambda: running_of(cluster, "alice") == LIMIT)
         reason, _ = await complete(cluster, front, "a-token", "one-more")
         assert reason.startswith("TENANT_QUOTA: your limit of 2 concurrent requests is reached")
