@@ -4,7 +4,8 @@ The same prompts by the engine's bare loop (bench/speculation/rig.py: steps, sto
 through the whole embedded service (gRPC, router, store, both workers), in turns, plain decoding. Both compute
 with as many threads as there are cores. The service's tokens are counted where a streaming client gets them,
 while all sequences run: from the last one's first token until the first one's last. The client and the
-router have no cores of their own.
+router have no cores of their own. Beside the rate stands what a client sees: the time to its first token,
+and the gaps between messages, which hold several tokens where steps are faster than messages are worth.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -29,17 +32,39 @@ from tandem.sampling import SamplingParams
 BATCHES = (1, 4, 8)
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 512
 SAMPLING = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
-Arrivals = list[tuple[float, int]]  # when tokens of one sequence came, and how many
+Arrivals = list[tuple[float, int]]  # when a message with tokens of one sequence came, and how many
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """By the clients of one run. Milliseconds."""
+
+    tokens_per_s: float
+    ttft_ms: float  # median of the sequences
+    gap_ms: float  # between messages of one sequence, median of all
+    gap_p99_ms: float
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One batch size. Tokens per second; the ratio is service over engine, within rounds."""
+    """One batch size: tokens per second, service over engine within rounds, and what clients see."""
 
     batch: int
     engine: Spread
     service: Spread
     ratio: Spread
+    ttft_ms: Spread
+    gap_ms: Spread
+    gap_p99_ms: Spread
+
+    @classmethod
+    def of(cls, batch: int, engine: list[float], seen: list[Seen]) -> Row:
+        """Of rounds: the engine's tokens per second, and what clients of the service saw."""
+        service = [one.tokens_per_s for one in seen]
+        return cls(
+            *(batch, Spread.of(engine), Spread.of(service), Spread.of_ratios(service, engine)),
+            *(Spread.of(getattr(one, name) for one in seen) for name in ("ttft_ms", "gap_ms", "gap_p99_ms")),
+        )
 
 
 def run(rounds: int, out: Path, as_json: bool) -> dict[str, Any]:
@@ -63,14 +88,13 @@ def measure(rounds: int) -> list[Row]:
     with serving({"speculation": {"draft": "none"}}) as address, asyncio.Runner() as runner:
         rows = []
         for batch in BATCHES:
-            some = prompts[:batch]
+            some, seen = prompts[:batch], list[Seen]()
             arms = {
                 "engine": partial(_engine, rig, some),
-                "service": partial(_service, runner, address, some),
+                "service": partial(_service, runner, address, some, seen),
             }
             rates = interleave(arms, rounds)
-            ratio = Spread.of_ratios(rates["service"], rates["engine"])
-            rows.append(Row(batch, Spread.of(rates["engine"]), Spread.of(rates["service"]), ratio))
+            rows.append(Row.of(batch, rates["engine"], seen[-rounds:]))
         return rows
 
 
@@ -84,6 +108,12 @@ def steady_rate(sequences: Sequence[Arrivals]) -> float:
     return tokens / (ended - began)
 
 
+def gaps_ms(sequences: Sequence[Arrivals]) -> list[float]:
+    """Between messages of each sequence, from the shortest."""
+    times = ([when for when, _ in arrivals] for arrivals in sequences)
+    return sorted(1e3 * (later - before) for one in times for before, later in pairwise(one))
+
+
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
@@ -92,13 +122,18 @@ def _engine(rig: Rig, prompts: Sequence[text.Tokens]) -> float:
     return rig.run(rig.plain, prompts, len(prompts), SAMPLING).tokens_per_s
 
 
-def _service(runner: asyncio.Runner, address: str, prompts: Sequence[text.Tokens]) -> float:
-    return runner.run(_streams(address, prompts))
+def _service(runner: asyncio.Runner, address: str, prompts: Sequence[text.Tokens], seen: list[Seen]) -> float:
+    seen.append(runner.run(_streams(address, prompts)))
+    return seen[-1].tokens_per_s
 
 
-async def _streams(address: str, prompts: Sequence[text.Tokens]) -> float:
+async def _streams(address: str, prompts: Sequence[text.Tokens]) -> Seen:
     async with TandemClient(address) as client:
-        return steady_rate(await asyncio.gather(*(_stream(client, prompt) for prompt in prompts)))
+        began_s = perf_counter()
+        sequences = await asyncio.gather(*(_stream(client, prompt) for prompt in prompts))
+    ttft_ms = median(1e3 * (arrivals[0][0] - began_s) for arrivals in sequences)
+    gaps = gaps_ms(sequences)
+    return Seen(steady_rate(sequences), ttft_ms, median(gaps), gaps[int(0.99 * len(gaps))])
 
 
 async def _stream(client: TandemClient, prompt: text.Tokens) -> Arrivals:
@@ -111,15 +146,18 @@ async def _stream(client: TandemClient, prompt: text.Tokens) -> Arrivals:
 
 
 def sheet(rows: Sequence[Row]) -> Sheet:
-    """Medians, and the range of the ratio."""
+    """Medians over the rounds, and the range of the ratio."""
     cells = [
         (
             str(row.batch),
             *(f"{row.engine.median:.0f}", f"{row.service.median:.0f}"),
             f"{row.ratio.median:.2f}",
             f"{row.ratio.low:.2f} – {row.ratio.high:.2f}",
+            f"{row.ttft_ms.median:.0f}",
+            f"{row.gap_ms.median:.1f}, {row.gap_p99_ms.median:.1f}",
         )
         for row in rows
     ]
     title = f"tokens/s, {PROMPT_TOKENS} in, {OUTPUT_TOKENS} out, bundled model, plain decoding"
-    return Sheet(title, ("sequences", "engine", "service", "service / engine", "range"), cells, 1)
+    seen = ("TTFT, ms", "gaps, ms: p50, p99")
+    return Sheet(title, ("sequences", "engine", "service", "service / engine", "range", *seen), cells, 1)
