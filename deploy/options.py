@@ -40,7 +40,7 @@ DraftQuantization = Annotated[str, typer.Option(help="The same for the draft's, 
 Server = Annotated[
     str | None, typer.Option(help="host:port of a running service; without it one is started.")
 ]
-LogLevel = Annotated[str, typer.Option(help="Log level of the service's processes.")]
+LogLevel = Annotated[str, typer.Option(help="Of the service's processes: DEBUG, INFO, WARNING or ERROR.")]
 
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")]

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from deploy.settings import load_config
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
+from tandem.log import known_level
 
 PORT = 50051
 INTERNAL_PORT = 50052
@@ -64,7 +65,9 @@ class AppArgs(BaseModel):
         return ClusterConfig.from_dict(_merged(json.loads(config.to_json()), self.engine_kwargs))
 
     def check(self, config: ClusterConfig) -> None:
-        """Raise `ConfigError` for a network that others could listen in on, unless that is wanted."""
+        """Raise `ConfigError` for a network that others could listen in on, unless that is wanted, and for a
+        log level that is none."""
+        known_level(self.log_level)
         is_guarded = config.internal.tls_cert is not None
         if self.network == "node" and not (is_guarded or config.security.insecure):
             raise ConfigError(

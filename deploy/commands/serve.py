@@ -21,6 +21,7 @@ from deploy.profile import summaries
 from tandem.client import TandemClient
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
+from tandem.log import known_level
 from tandem.sampling import SamplingParams
 from tandem.security import check_security
 
@@ -46,6 +47,7 @@ def run(
     if try_prompt and (config.security.api_key_file or config.security.tls_cert):
         raise ConfigError("--try calls without token and TLS; leave it out, and call with tandem generate")
     check_security(config.router.host, config.security)
+    known_level(log_level)
     asyncio.run(_serve(config, num_prefill, num_decode, try_prompt, log_level, as_json, on_ray))
 
 

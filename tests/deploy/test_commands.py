@@ -102,6 +102,7 @@ def test_it_says_its_version() -> None:
         (["serve", "--tls-cert", "/c"], "a TLS certificate needs its key"),
         (["serve", "--api-key-file", "/no/such", "--try"], "--try calls without token and TLS"),
         (["serve", "--api-key-file", "/no/such", "--port", "0"], "cannot read /no/such"),
+        (["serve", "--log-level", "loud"], "log level must be one of DEBUG, INFO"),
         (["serve", "--http-port", "70000"], "router port must be in [0, 65535]"),
         (["generate", "x", "--tls-ca", "/ca"], "are for calls to --server"),
         (["generate", "x", "--server", "http://127.0.0.1:8000"], "--server is host:port"),

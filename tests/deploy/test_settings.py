@@ -62,6 +62,11 @@ def test_settings_of_speculation_leave_the_bundled_model_its_draft(settings) -> 
     assert config.speculation.num_assistant_tokens == 3
 
 
+def test_a_log_level_that_is_none_is_refused_on_ray_too() -> None:
+    with pytest.raises(ConfigError, match="log level"):
+        AppArgs(log_level="loud").check(load_config(None))
+
+
 def test_arguments_on_ray_count_more_than_its_file(tmp_path: Path) -> None:
     file = tmp_path / "service.yaml"
     file.write_text("router: {host: 127.0.0.2, port: 7000}")
