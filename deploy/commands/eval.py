@@ -15,6 +15,8 @@ from deploy.models import resolve_model
 if TYPE_CHECKING:
     from bench.eval.trackers import Tracker
 
+FOLDERS = ("--out", "--page", "--log")  # options of what a command writes, not of what it measures
+
 
 def settings_of(params: dict[str, Any]) -> Settings:
     """From the options of a command. Raises `ConfigError` for models that are not there."""
@@ -74,5 +76,12 @@ def _prepare(log: str | None, with_plots: bool) -> Tracker:
 
 
 def command_line() -> str:
-    """As it was typed."""
-    return shlex.join(["tandem", *sys.argv[1:]])
+    """As it was typed, but for where its files go."""
+    words = ["tandem"]
+    typed = iter(sys.argv[1:])
+    for word in typed:
+        if word.partition("=")[0] not in FOLDERS:
+            words.append(word)
+        elif "=" not in word:
+            next(typed, None)
+    return shlex.join(words)

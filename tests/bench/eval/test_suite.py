@@ -13,6 +13,7 @@ from bench.eval.attempt import attempt
 from bench.eval.catalog import MODULES, experiment
 from bench.eval.experiment import Chart, Series
 from bench.measure import Meter
+from deploy.commands.eval import command_line
 from deploy.eval_app import HELP, experiments
 from tandem.errors import ConfigError
 
@@ -78,3 +79,9 @@ def test_the_page_is_part_of_a_checkouts_documentation(tmp_path, monkeypatch) ->
     assert suite.default_page(tmp_path / "out") == tmp_path / "out" / "results.md"
     (tmp_path / "pyproject.toml").touch()
     assert suite.default_page(tmp_path / "out") == tmp_path / "docs" / "results.md"
+
+
+@pytest.mark.parametrize("where", [["--out", "/somewhere"], ["--out=/somewhere", "--page", "p.md"]])
+def test_a_page_does_not_say_where_its_files_went(monkeypatch, where) -> None:
+    monkeypatch.setattr("sys.argv", ["tandem", "eval", "all", *where, "--minutes", "10", "--no-plots"])
+    assert command_line() == "tandem eval all --minutes 10 --no-plots"
