@@ -19,12 +19,13 @@ from tandem.engine.sampler import Sampler
 from tandem.profiling.spans import span
 from tandem.token_cost import TokenCost
 
-ALONE = 4  # times the chunk where no sequence waits for its next token
+STALL_S = 0.04  # about so long a chunk may keep running sequences waiting,
+LEAST_TOKENS = 64  # unless that is fewer: smaller forwards take longer for each token
 
 
 class LocalPrefill:
     """The line of such prompts, first come, first served. `chunk_tokens` bounds the rows of a forward; `cost`
-    learns from each."""
+    learns from each, and tells how many of them others can wait for."""
 
     def __init__(self, model: ModelRunner, chunk_tokens: int, cost: TokenCost | None = None) -> None:
         self._model = model
@@ -45,27 +46,24 @@ class LocalPrefill:
         self._line = deque(sequence for sequence in self._line if sequence not in gone)
         return gone
 
-    def next(self, *, is_alone: bool) -> list[DecodeSequence]:
-        """Whose rows are in the next forward."""
-        chosen, room = [], self._room(is_alone)
+    def next(self, *, is_alone: bool) -> dict[DecodeSequence, SequenceRows]:
+        """The rows of the next forward; `is_alone` where no sequence waits for its next token."""
+        chosen, room = {}, self._room(is_alone)
         for sequence in self._line:
             if room <= 0:
                 break
-            chosen.append(sequence)
-            room -= sequence.num_left
+            chosen[sequence] = self._rows(sequence, min(sequence.num_left, room))
+            room -= len(chosen[sequence].token_ids)
         return chosen
 
-    def step(self, chosen: list[DecodeSequence], *, is_alone: bool) -> list[tuple[DecodeSequence, Advance]]:
-        """One forward over the next rows of these; those that are complete, each with its first token."""
-        room, rows = self._room(is_alone), []
-        for sequence in chosen:
-            rows.append(self._rows(sequence, min(sequence.num_left, room)))
-            room -= len(rows[-1].token_ids)
+    def step(self, chosen: dict[DecodeSequence, SequenceRows]) -> list[tuple[DecodeSequence, Advance]]:
+        """One forward over these; those that are complete, each with its first token."""
         began_s = time.monotonic()
-        logits = self._model.forward(self._model.batch(rows))
-        self._cost.observe(self._room(is_alone) - room, time.monotonic() - began_s)
-        for sequence, part in zip(chosen, rows, strict=True):
-            sequence.num_computed += len(part.token_ids)
+        logits = self._model.forward(self._model.batch(list(chosen.values())))
+        num_tokens = sum(len(rows.token_ids) for rows in chosen.values())
+        self._cost.observe(num_tokens, time.monotonic() - began_s)
+        for sequence, rows in chosen.items():
+            sequence.num_computed += len(rows.token_ids)
         complete = [sequence for sequence in chosen if not sequence.num_left]
         self.leave(lambda sequence: sequence in complete)
         with span("sample"):
@@ -75,7 +73,10 @@ class LocalPrefill:
         return list(zip(complete, map(advance_by, complete, sampled), strict=True))
 
     def _room(self, is_alone: bool) -> int:
-        return self._chunk_tokens * (ALONE if is_alone else 1)
+        token_s = self._cost.per_token_s
+        if is_alone or not token_s:
+            return self._chunk_tokens
+        return min(self._chunk_tokens, max(int(STALL_S / token_s), LEAST_TOKENS))
 
     @staticmethod
     def _rows(sequence: DecodeSequence, num_tokens: int) -> SequenceRows:

@@ -245,9 +245,9 @@ class DecodeWorker:
         if not chosen:
             return
         try:
-            complete = self._prompts.step(chosen, is_alone=is_alone)
+            complete = self._prompts.step(chosen)
         except Exception as error:
-            self._fail(chosen, error)
+            self._fail(list(chosen), error)
             return
         events = [(sequence, self._try_accept(sequence, advance)) for sequence, advance in complete]
         self._handover.put(events)

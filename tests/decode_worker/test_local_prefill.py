@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from decode_worker.local_prefill import LEAST_TOKENS, STALL_S, LocalPrefill
 from tandem.errors import DeadlineExceeded
 from tandem.request import FinishReason
+from tandem.token_cost import TokenCost
 from tests.decode_worker.rig import decoding, make_order, tokens_of
 from tests.serving import NAN, Gate, greedy, prompt_of, until
+
+
+@dataclass(eq=False)
+class Prompt:
+    """What the line reads of a sequence."""
+
+    num_left: int = 150
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [0] * self.num_left
 
 
 def order(name="r", length=20, **sampling):
@@ -81,6 +97,27 @@ async def test_running_sequences_get_a_step_between_two_chunks():
         await rig.client.rest("running")
     first = sizes.index(8)
     assert sizes[first : first + 9] == [8, 1, 8, 1, 8, 1, 6, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("token_s", "is_alone", "wanted"),
+    [
+        (0.0, False, 256),  # nothing is known yet
+        (STALL_S / 100, False, 100),
+        (STALL_S / 1000, False, 256),
+        (STALL_S / 2, False, LEAST_TOKENS),
+        (STALL_S / 2, True, 256),
+    ],
+    ids=["unknown", "as long as others may wait", "fast", "slow", "nobody waits"],
+)
+def test_a_chunk_is_what_others_can_wait_for(token_s, is_alone, wanted):
+    cost = TokenCost()
+    if token_s:
+        cost.observe(100, 100 * token_s)
+    line = LocalPrefill(None, 256, cost)
+    for _ in range(3):
+        line.join(Prompt())
+    assert sum(len(rows.token_ids) for rows in line.next(is_alone=is_alone).values()) == wanted
 
 
 @pytest.mark.parametrize("is_late", [False, True])
