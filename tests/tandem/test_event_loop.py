@@ -10,15 +10,16 @@ from tandem import event_loop, rpc
 
 class Lingers:
     def __init__(self, turns):
-        self.turns, self.begun, self.ended = turns, asyncio.Event(), asyncio.Event()
+        self.turns = turns
+        self.begun, self.may_end, self.ends = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     async def call(self, request, context):
         self.begun.set()
         try:
             await asyncio.sleep(60)
         finally:
-            await asyncio.sleep(0.02)
-            self.ended.set()
+            await self.may_end.wait()
+            self.ends.set()
             for _ in range(self.turns):
                 await asyncio.sleep(0)
 
@@ -33,7 +34,8 @@ async def main(turns):
         await servicer.begun.wait()
         await server.stop(0)
         print(turns, await call.code())
-    await servicer.ended.wait()
+    servicer.may_end.set()
+    await servicer.ends.wait()
 
 for turns in range(6):
     (event_loop.run if sys.argv[1] == "ours" else asyncio.run)(main(turns))
