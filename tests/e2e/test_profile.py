@@ -56,7 +56,8 @@ def test_sigterm_writes_the_steps_there_were(tmp_path: Path) -> None:
     assert prefill.count("prefill step") == 1
     assert {"prefill", "sample", "transfer out"} <= set(prefill)
     assert {"decode step", "draft", "verify", "accept"} <= set(decode)
-    assert 1 <= decode.count("decode step") == decode.count("verify") <= 11
+    num_forwards = decode.count("verify") + decode.count("decode")  # plain where nothing is drafted
+    assert 1 <= decode.count("decode step") == num_forwards <= 11
     assert "decode step: " in said[-1]
     assert "prefill-0: 1 steps" in said[-1]
     assert (folder / "decode-0.txt").read_text().rstrip() in said[-1]
