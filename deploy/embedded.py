@@ -133,13 +133,7 @@ class EmbeddedService:
     async def _spawn(self, child: _Child) -> None:
         child.starts.append(time.monotonic())
         child.process = await asyncio.create_subprocess_exec(
-            *(
-                sys.executable,
-                "-P",
-                "-m",
-                "deploy.process",
-                child.role,
-            ),  # -P: no modules of the user's folder
+            *(sys.executable, "-P", "-m", "deploy.process", child.role),  # -P: nothing of the user's folder
             *("--worker-id", child.worker_id),
             *("--log-level", self._log_level),
             stdin=PIPE,

@@ -40,7 +40,7 @@ class AnsweredNames:
     def note(self, request: Request) -> None:
         """A completion has ended with an answer; the first one of a request speaks for all."""
         name, now_s = parent_id(request.request_id), self._clock()
-        if request.request_id not in (name, child_id(name, 0)):
+        if not request.is_named or request.request_id not in (name, child_id(name, 0)):
             return
         self._answers.pop(name, None)
         self._answers[name] = _Answer(_body(request), request.seed, now_s + WINDOW_S)

@@ -70,6 +70,7 @@ class Intake:
             max_tokens=max_tokens,
             seed=secrets.randbits(SEED_BITS) if sampling.seed is None else sampling.seed,
             deadline_s=deadline_s,
+            is_named=bool(ask.request_id),
             priority=ask.priority,
             tenant=ask.tenant,
             session=ask.session,

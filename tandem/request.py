@@ -245,6 +245,7 @@ class Request:
     max_tokens: int  # resolved against the context length
     seed: int
     deadline_s: float
+    is_named: bool = False  # by its caller, who may ask for it again
     priority: int = 0  # higher goes first
     tenant: str = ""
     session: str = ""  # whose requests the session policy keeps together

@@ -21,6 +21,7 @@ ASKED = Request(
     max_tokens=9,
     seed=11,
     deadline_s=0.0,
+    is_named=True,
     tenant="acme",
 )
 
@@ -38,6 +39,12 @@ def test_a_name_is_remembered_for_a_while() -> None:
     assert names.again([replace(ASKED, seed=99)]) == [ASKED]
     clock.advance(2)
     assert names.again([ASKED]) is None
+    assert len(names) == 0
+
+
+def test_a_name_that_the_router_made_up_is_not_remembered() -> None:
+    names = AnsweredNames()
+    names.note(replace(ASKED, is_named=False))
     assert len(names) == 0
 
 
