@@ -332,6 +332,25 @@ def quantized_checkpoint(saved_model, tmp_path):
     return make
 
 
+def dequantize(model):
+    """Give a model of bitsandbytes' 4-bit modules plain ones, with the numbers its weights stand for.
+
+    As one row each: its AVX-512 code (0.50) reads wrong scales where a block of 64 goes on into a next row.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+
+    for name, module in list(model.named_modules()):
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is None:
+            continue
+        shape, state.shape = state.shape, torch.Size([1, state.shape.numel()])
+        plain = torch.nn.Linear(shape[1], shape[0], bias=module.bias is not None)
+        plain.weight.data = dequantize_4bit(module.weight.data, state).float().view(shape)
+        if module.bias is not None:
+            plain.bias.data = module.bias.data.float()
+        model.set_submodule(name, plain)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "nf4-dq", "fp4", "int8"])
 @pytest.mark.parametrize("implementation", ["native", "lean"])
 def test_checkpoints_of_bitsandbytes_are_served(quantized_checkpoint, kind, implementation):
@@ -339,6 +358,8 @@ def test_checkpoints_of_bitsandbytes_are_served(quantized_checkpoint, kind, impl
     runner = ModelRunner.load(folder, num_blocks=8, block_size=16, implementation=implementation)
     ids = list(range(3, 40))
     got = runner.forward(runner.batch([SequenceRows(ids, 0, range(3), 37)]))
+    if kind != "int8":
+        dequantize(model)
     with torch.inference_mode():
         expected = model(torch.tensor([ids])).logits[0].float()
     error = (got - expected).abs().max() / expected.abs().max()
