@@ -8,6 +8,8 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "simd.h"
 
@@ -37,89 +39,132 @@ struct Linear {
     const Linear* outliers;
 };
 
-template <int N>
-using number = std::integral_constant<int, N>;
-
-constexpr int ROW_BLOCK = 96;   // rows that go through all panels together
-constexpr int CACHE_LINE = 64;  // bytes
+constexpr int ROW_BLOCK = 96;      // rows that go through all panels together
+constexpr int INPUT_BLOCK = 512;   // inputs of so many rows that stay in the cache meanwhile
+constexpr int MANY_ROWS = 48;      // for which weights are widened before they are multiplied
+constexpr int CACHE_LINE = 64;     // bytes
 constexpr int AHEAD = 16 * CACHE_LINE;  // that weights are asked for before they are needed
 
-// R rows against P panels; `w` is [P][in][16] with `panel_stride` elements from panel to panel. Weights are asked
-// for ahead: with several rows the hardware's own prefetch falls behind.
+// The largest tile of a product: chains enough to fill the multipliers, and few enough for the registers.
+#if TANDEM_AVX512
+constexpr int TILE_ROWS = 8;
+constexpr int tile_panels(int rows) { return rows <= 6 ? 4 : 3; }
+#else
+constexpr int TILE_ROWS = 6;
+constexpr int tile_panels(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+#endif
+
+inline int divide_up(int n, int by) { return (n + by - 1) / by; }
+// Rows of the tiles that `rows` are cut into: all nearly the same, since few chains leave multipliers idle.
+inline int tile_rows(int rows) { return divide_up(rows, std::max(1, divide_up(rows, TILE_ROWS))); }
+// Panels that are best computed side by side.
+inline int panels_together(int rows) { return tile_panels(tile_rows(std::min(rows, ROW_BLOCK))); }
+
+// Where panels lie: [panels][in][16] from `at` on, `stride` elements from panel to panel.
+template <class W>
+struct Panels {
+    const W* at;
+    size_t stride;
+    const W* panel(int p) const { return at + p * stride; }
+};
+
+// Rows of floats.
+template <class T>
+struct Rows {
+    T* at;
+    int stride;
+    T* row(int r) const { return at + size_t(r) * stride; }
+    Rows from(int r) const { return {row(r), stride}; }
+};
+
+// f(0) … f(N - 1), unrolled before anything else is optimized, so that arrays they index live in registers.
+#define INLINE __attribute__((always_inline))
+template <class F, int... I>
+inline INLINE void unrolled(std::integer_sequence<int, I...>, const F& f) {
+    (f(std::integral_constant<int, I>()), ...);
+}
+template <int N, class F>
+inline INLINE void unrolled(const F& f) {
+    unrolled(std::make_integer_sequence<int, N>(), f);
+}
+
+// y += R rows of `in` inputs times P panels. Weights are asked for ahead: with several rows the hardware's own
+// prefetch falls behind.
 template <int R, int P, class W>
-inline void multiply_tile(const float* x, int ldx, const W* w, size_t panel_stride, int in, float* y,
-                          int ldy) {
+__attribute__((noinline)) void multiply_tile(Rows<const float> x, Panels<W> w, int in, Rows<float> y) {
     constexpr int LINE = CACHE_LINE / (PANEL * sizeof(W));
     p16 acc[R][P];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int p = 0; p < P; p++) acc[r][p] = zero16();
+    unrolled<R>([&](auto r) INLINE {
+        unrolled<P>([&](auto p) INLINE { acc[r][p] = load16(y.row(r) + p * PANEL); });
+    });
     for (int k = 0; k < in; k++) {
         if (R > 1 && k % LINE == 0)
             for (int p = 0; p < P; p++)
-                __builtin_prefetch(reinterpret_cast<const char*>(w + p * panel_stride + size_t(k) * PANEL) + AHEAD);
+                __builtin_prefetch(reinterpret_cast<const char*>(w.panel(p) + size_t(k) * PANEL) + AHEAD);
         p16 weights[P];
-#pragma GCC unroll 4
-        for (int p = 0; p < P; p++) weights[p] = load16(w + p * panel_stride + size_t(k) * PANEL);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            b16 value = broadcast16(x + size_t(r) * ldx + k);
-#pragma GCC unroll 4
-            for (int p = 0; p < P; p++) acc[r][p] = fma(weights[p], value, acc[r][p]);
-        }
+        unrolled<P>([&](auto p) INLINE { weights[p] = load16(w.panel(p) + size_t(k) * PANEL); });
+        unrolled<R>([&](auto r) INLINE {
+            const b16 value = broadcast16(x.row(r) + k);
+            unrolled<P>([&](auto p) INLINE { acc[r][p] = fma(weights[p], value, acc[r][p]); });
+        });
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int p = 0; p < P; p++) store16(y + r * ldy + p * PANEL, acc[r][p]);
+    unrolled<R>([&](auto r) INLINE {
+        unrolled<P>([&](auto p) INLINE { store16(y.row(r) + p * PANEL, acc[r][p]); });
+    });
 }
 
-// The rows of one panel in tiles of at most six.
-template <class W>
-inline void multiply_panel(const float* x, int ldx, int rows, const W* w, int in, float* y, int ldy) {
-    int r = 0;
-    auto tile = [&](auto count) {
-        constexpr int R = count();
-        multiply_tile<R, 1>(x + size_t(r) * ldx, ldx, w, 0, in, y + size_t(r) * ldy, ldy);
-        r += R;
-    };
-    while (rows - r > 8 || rows - r == 6) tile(number<6>());
-    while (rows - r >= 7) tile(number<4>());
-    switch (rows - r) {
-        case 5: tile(number<5>()); break;
-        case 4: tile(number<4>()); break;
-        case 3: tile(number<3>()); break;
-        case 2: tile(number<2>()); break;
-        case 1: tile(number<1>()); break;
-    }
+// The tile of so many rows (at most R) and panels: as many as go with the tallest tile of a product, or one.
+template <int R, class W>
+inline void multiply_tile_of(int rows, int panels, Rows<const float> x, Panels<W> w, int in, Rows<float> y) {
+    if constexpr (R > 1)
+        if (rows < R) return multiply_tile_of<R - 1>(rows, panels, x, w, in, y);
+    constexpr int P = tile_panels(R), Q = R == TILE_ROWS ? P : tile_panels(R + 1);  // with a taller tile beside it
+    if (panels == P) return multiply_tile<R, P>(x, w, in, y);
+    if (panels == Q) return multiply_tile<R, Q>(x, w, in, y);
+    for (; panels; panels--, w.at += w.stride, y.at += PANEL) multiply_tile<R, 1>(x, w, in, y);
 }
 
-// All rows against panels [first_panel, last_panel). Rows go in blocks that stay in the cache; few enough of
-// them run several panels side by side, so that there are chains enough to fill the multipliers.
+// All rows against some panels that fit a tile.
 template <class W>
-inline void multiply(const Linear& linear, const float* x, int ldx, int rows, float* y, int ldy, int first_panel,
-                     int last_panel) {
-    const W* weights = static_cast<const W*>(linear.weights);
-    const size_t stride = size_t(linear.in) * PANEL;
+inline void multiply_panels(int rows, int panels, Rows<const float> x, Panels<W> w, int in, Rows<float> y) {
+    const int most = tile_rows(rows);
+    for (int row = 0; row < rows; row += most)
+        multiply_tile_of<TILE_ROWS>(std::min(most, rows - row), panels, x.from(row), w, in,
+                                                            y.from(row));
+}
+
+// The same weights as floats, until this thread's next call.
+template <class W>
+inline Panels<float> widened(Panels<W> w, int panels, int in) {
+    static thread_local std::vector<float> wide;
+    wide.resize(size_t(panels) * in * PANEL);
+    float* to = wide.data();
+    for (int p = 0; p < panels; p++)
+        for (int k = 0; k < in; k++, to += PANEL) store16(to, load16(w.panel(p) + size_t(k) * PANEL));
+    return {wide.data(), size_t(in) * PANEL};
+}
+
+// All rows against panels [first, last).
+template <class W>
+inline void multiply(const Linear& linear, const float* x, int ldx, int rows, float* y, int ldy, int first, int last) {
+    const Panels<W> all{static_cast<const W*>(linear.weights), size_t(linear.in) * PANEL};
+    const int together = panels_together(rows);
+    for (int row = 0; row < rows; row++)
+        std::fill_n(y + size_t(row) * ldy + first * PANEL, size_t(last - first) * PANEL, 0.0f);
     for (int row = 0; row < rows; row += ROW_BLOCK) {
-        const int count = std::min(ROW_BLOCK, rows - row);
-        const float* from = x + size_t(row) * ldx;
-        float* to = y + size_t(row) * ldy;
-        int panel = first_panel;
-        for (; count == 1 && panel + 4 <= last_panel; panel += 4)
-            multiply_tile<1, 4>(from, ldx, weights + panel * stride, stride, linear.in, to + panel * PANEL, ldy);
-        for (; count == 1 && panel + 2 <= last_panel; panel += 2)
-            multiply_tile<1, 2>(from, ldx, weights + panel * stride, stride, linear.in, to + panel * PANEL, ldy);
-        for (; count == 2 && panel + 2 <= last_panel; panel += 2)
-            multiply_tile<2, 2>(from, ldx, weights + panel * stride, stride, linear.in, to + panel * PANEL, ldy);
-        for (; panel < last_panel; panel++)
-            multiply_panel(from, ldx, count, weights + panel * stride, linear.in, to + panel * PANEL, ldy);
+        const int count = std::min(ROW_BLOCK, rows - row), block = count >= MANY_ROWS ? INPUT_BLOCK : linear.in;
+        for (int input = 0; input < linear.in; input += block)
+            for (int panel = first; panel < last; panel += together) {
+                const int inputs = std::min(block, linear.in - input), panels = std::min(together, last - panel);
+                const Panels<W> some{all.panel(panel) + size_t(input) * PANEL, all.stride};
+                const Rows<const float> from{x + size_t(row) * ldx + input, ldx};
+                const Rows<float> to{y + size_t(row) * ldy + panel * PANEL, ldy};
+                if (count < MANY_ROWS || std::is_same_v<W, float>)
+                    multiply_panels(count, panels, from, some, inputs, to);
+                else multiply_panels(count, panels, from, widened(some, panels, inputs), inputs, to);
+            }
     }
 }
-
-// Panels that are best computed side by side.
-inline int panels_together(int rows) { return rows <= 2 ? 2 : 1; }
 
 inline void add_bias(const Linear& linear, int rows, float* y, int ldy, int first_panel, int last_panel) {
     if (!linear.bias) return;
