@@ -32,32 +32,72 @@ inline int16 from_bytes(__m128i b) {
 }
 inline float16 from_ints(int16 i) { return {_mm256_cvtepi32_ps(i.lo), _mm256_cvtepi32_ps(i.hi)}; }
 
+inline int16 loadu_ints(const void* p) {
+    const __m256i* from = static_cast<const __m256i*>(p);
+    return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+}
+inline int16 both(__m256i half) { return {half, half}; }
+inline int16 insert(int16 a, __m256i half, int which) { return which ? int16{a.lo, half} : int16{half, a.hi}; }
+template <class F>
+inline int16 each(int16 a, int16 b, F f) {
+    return {f(a.lo, b.lo), f(a.hi, b.hi)};
+}
+#define TANDEM_EACH_HALF(name, half) \
+    inline int16 name(int16 a, int16 b) { \
+        return each(a, b, [](__m256i x, __m256i y) { return half(x, y); }); \
+    }
+TANDEM_EACH_HALF(add_ints, _mm256_add_epi32)
+TANDEM_EACH_HALF(sub_words, _mm256_sub_epi16)
+TANDEM_EACH_HALF(bits_of_one, _mm256_xor_si256)
+TANDEM_EACH_HALF(bits_of_both, _mm256_and_si256)
+TANDEM_EACH_HALF(shuffle_bytes, _mm256_shuffle_epi8)
+TANDEM_EACH_HALF(unpack_low, _mm256_unpacklo_epi8)
+TANDEM_EACH_HALF(unpack_high, _mm256_unpackhi_epi8)
+#undef TANDEM_EACH_HALF
+
+inline float16 as_floats(int16 a) { return {_mm256_castsi256_ps(a.lo), _mm256_castsi256_ps(a.hi)}; }
+inline int16 as_ints(float16 a) { return {_mm256_castps_si256(a.lo), _mm256_castps_si256(a.hi)}; }
+inline float16 mul(float16 a, float16 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+// Of each four floats two of `a` and two of `b`, by their numbers in two bits each.
+inline float16 shuffle_in_fours(float16 a, float16 b, int numbers) {
+    float x[16], y[16], r[16];
+    storeu(x, a), storeu(y, b);
+    for (int i = 0; i < 16; i++) r[i] = (i % 4 < 2 ? x : y)[i / 4 * 4 + (numbers >> (i % 4 * 2) & 3)];
+    return loadu(r);
+}
+// Whole fours, likewise.
+inline float16 shuffle_fours(float16 a, float16 b, int numbers) {
+    float x[16], y[16], r[16];
+    storeu(x, a), storeu(y, b);
+    for (int i = 0; i < 16; i++) r[i] = (i < 8 ? x : y)[(numbers >> (i / 4 * 2) & 3) * 4 + i % 4];
+    return loadu(r);
+}
+
 // Four products of an unsigned and a signed byte added to each int, without saturation.
-inline __m256i dpbusd(__m256i sums, __m256i without_sign, __m256i with_sign) {
-    int32_t s[8];
-    uint8_t a[32];
-    int8_t b[32];
-    std::memcpy(s, &sums, 32), std::memcpy(a, &without_sign, 32), std::memcpy(b, &with_sign, 32);
-    for (int i = 0; i < 32; i++) s[i / 4] += int(a[i]) * int(b[i]);
-    std::memcpy(&sums, s, 32);
+inline int16 dpbusd(int16 sums, int16 without_sign, int16 with_sign) {
+    uint32_t s[16];
+    uint8_t a[64];
+    int8_t b[64];
+    std::memcpy(s, &sums, 64), std::memcpy(a, &without_sign, 64), std::memcpy(b, &with_sign, 64);
+    for (int i = 0; i < 64; i++) s[i / 4] += uint32_t(int(a[i]) * int(b[i]));
+    std::memcpy(&sums, s, 64);
     return sums;
 }
 
 // Two products of signed words added to each int.
-inline __m256i dpwssd(__m256i sums, __m256i a, __m256i b) {
-    int32_t s[8];
-    int16_t x[16], y[16];
-    std::memcpy(s, &sums, 32), std::memcpy(x, &a, 32), std::memcpy(y, &b, 32);
-    for (int i = 0; i < 16; i++) s[i / 2] += int(x[i]) * int(y[i]);
-    std::memcpy(&sums, s, 32);
+inline int16 dpwssd(int16 sums, int16 a, int16 b) {
+    uint32_t s[16];
+    int16_t x[32], y[32];
+    std::memcpy(s, &sums, 64), std::memcpy(x, &a, 64), std::memcpy(y, &b, 64);
+    for (int i = 0; i < 32; i++) s[i / 2] += uint32_t(int(x[i]) * int(y[i]));
+    std::memcpy(&sums, s, 64);
     return sums;
 }
 
 }  // namespace emulated
 
+#define TANDEM_EMULATED 1  // no instructions written by hand
 #define __AVX512F__ 1
-#define __AVX512VL__ 1
-#define __AVX512VNNI__ 1
 #define __m512 emulated::float16
 #define _mm512_loadu_ps emulated::loadu
 #define _mm512_storeu_ps emulated::storeu
@@ -67,5 +107,27 @@ inline __m256i dpwssd(__m256i sums, __m256i a, __m256i b) {
 #define _mm512_cvtph_ps emulated::from_halves
 #define _mm512_cvtepi8_epi32 emulated::from_bytes
 #define _mm512_cvtepi32_ps emulated::from_ints
-#define _mm256_dpbusd_epi32 emulated::dpbusd
-#define _mm256_dpwssd_epi32 emulated::dpwssd
+#define __m512i emulated::int16
+#define _mm512_loadu_si512 emulated::loadu_ints
+#define _mm512_setzero_si512() emulated::both(_mm256_setzero_si256())
+#define _mm512_set1_epi8(x) emulated::both(_mm256_set1_epi8(x))
+#define _mm512_set1_epi16(x) emulated::both(_mm256_set1_epi16(x))
+#define _mm512_set1_epi32(x) emulated::both(_mm256_set1_epi32(x))
+#define _mm512_set1_epi64(x) emulated::both(_mm256_set1_epi64x(x))
+#define _mm512_broadcast_i32x4(x) emulated::both(_mm256_broadcastsi128_si256(x))
+#define _mm512_castsi256_si512 emulated::both
+#define _mm512_inserti64x4 emulated::insert
+#define _mm512_castsi512_ps emulated::as_floats
+#define _mm512_castps_si512 emulated::as_ints
+#define _mm512_add_epi32 emulated::add_ints
+#define _mm512_sub_epi16 emulated::sub_words
+#define _mm512_xor_si512 emulated::bits_of_one
+#define _mm512_and_si512 emulated::bits_of_both
+#define _mm512_shuffle_epi8 emulated::shuffle_bytes
+#define _mm512_unpacklo_epi8 emulated::unpack_low
+#define _mm512_unpackhi_epi8 emulated::unpack_high
+#define _mm512_mul_ps emulated::mul
+#define _mm512_shuffle_ps emulated::shuffle_in_fours
+#define _mm512_shuffle_f32x4 emulated::shuffle_fours
+#define _mm512_dpbusd_epi32 emulated::dpbusd
+#define _mm512_dpwssd_epi32 emulated::dpwssd

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <numeric>
 #include <vector>
 
 #include "linear.h"
@@ -40,6 +41,7 @@ template <class T>
 struct IntRows {
     std::vector<T> values;      // [rows, stride]
     std::vector<float> scales;  // [rows, groups]
+    std::vector<int32_t> starts;  // [rows, groups] of the sums, against what weights are offset by
     int stride, groups;
 
     void fill(const Linear& l, const float* x, int ldx, int rows) {
@@ -47,13 +49,13 @@ struct IntRows {
         const float most = float(most_of(l)), factor = factor_of(l);
         groups = groups_of(l), stride = round_up(l.in, PIECE_BYTES);
         values.assign(size_t(rows) * stride, 0);
-        scales.resize(size_t(rows) * groups);
+        scales.resize(size_t(rows) * groups), starts.resize(size_t(rows) * groups);
         for (int r = 0; r < rows; r++)
             for (int g = 0; g < groups; g++) {
-                const int begin = g * group;
+                const int begin = g * group, count = std::min(group, l.in - begin);
                 T* to = &values[size_t(r) * stride + begin];
-                const float* from = x + size_t(r) * ldx + begin;
-                scales[size_t(r) * groups + g] = quantize(from, std::min(group, l.in - begin), most, to) * factor;
+                scales[size_t(r) * groups + g] = quantize(x + size_t(r) * ldx + begin, count, most, to) * factor;
+                starts[size_t(r) * groups + g] = -WEIGHT_OFFSET * std::accumulate(to, to + count, 0);
             }
     }
 
@@ -71,8 +73,13 @@ struct IntRows {
         const f8 factor = set1(std::isfinite(inverse) ? inverse : 0.0f), limit = set1(most);
         for (int i = 0; i < count; i += LANES) {
             const f8 x = i + LANES <= count ? load(from + i) : load_some(from + i, count - i);
-            store(lanes, round_even(min(max(mul(x, factor), sub(zero(), limit)), limit)));
-            for (int j = 0; j < std::min(LANES, count - i); j++) to[i + j] = T(lanes[j]);
+            const f8 whole = round_even(min(max(mul(x, factor), sub(zero(), limit)), limit));
+            if (i + LANES <= count) {
+                store_ints(to + i, whole);
+            } else {
+                store(lanes, whole);
+                std::copy_n(lanes, count - i, to + i);
+            }
         }
         return top / most + sum(check);
     }

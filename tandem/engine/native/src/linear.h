@@ -56,9 +56,9 @@ constexpr int tile_panels(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; 
 
 inline int divide_up(int n, int by) { return (n + by - 1) / by; }
 // Rows of the tiles that `rows` are cut into: all nearly the same, since few chains leave multipliers idle.
-inline int tile_rows(int rows) { return divide_up(rows, std::max(1, divide_up(rows, TILE_ROWS))); }
+inline int tile_rows(int rows, int most) { return divide_up(rows, std::max(1, divide_up(rows, most))); }
 // Panels that are best computed side by side.
-inline int panels_together(int rows) { return tile_panels(tile_rows(std::min(rows, ROW_BLOCK))); }
+inline int panels_together(int rows) { return tile_panels(tile_rows(std::min(rows, ROW_BLOCK), TILE_ROWS)); }
 
 // Where panels lie: [panels][in][16] from `at` on, `stride` elements from panel to panel.
 template <class W>
@@ -127,7 +127,7 @@ inline void multiply_tile_of(int rows, int panels, Rows<const float> x, Panels<W
 // All rows against some panels that fit a tile.
 template <class W>
 inline void multiply_panels(int rows, int panels, Rows<const float> x, Panels<W> w, int in, Rows<float> y) {
-    const int most = tile_rows(rows);
+    const int most = tile_rows(rows, TILE_ROWS);
     for (int row = 0; row < rows; row += most)
         multiply_tile_of<TILE_ROWS>(std::min(most, rows - row), panels, x.from(row), w, in,
                                                             y.from(row));

@@ -26,81 +26,93 @@ template <class T>
 struct Operands {
     const T* values;
     const float* scales;
+    const int32_t* starts;
     int stride, groups;
     const uint8_t* weights;
     int piece_bytes;
 };
 
+constexpr int MANY_INT_ROWS = 24;  // for which pieces are loaded before they are multiplied
+
 // R rows against one panel; `load(bytes)` brings a piece. y = Σ_groups (weight scale · row scale) · integer.
 // Not inlined: within the loops around it, its own runs at three quarters of the speed.
-template <int R, class S, class T, class Load>
-__attribute__((noinline)) void multiply_int_tile(const Linear& l, const Operands<T>& o, int row, int panel, float* y,
-                                                 int ldy, Load load) {
+template <int R, class T, class Load>
+__attribute__((noinline)) void multiply_int_tile(const Linear& l, const Operands<T>& o, int row, int panel,
+                                                 Rows<float> y, Load load) {
     const int group = group_of(l), in = l.in, stride = o.stride, step = o.piece_bytes;
     const T* x = o.values + size_t(row) * stride;
     const uint8_t* weights = o.weights;
     const float* scales = l.scales + size_t(panel) * (l.format == CODE4 ? o.groups : 1) * PANEL;
-    f8 first[R], second[R];
-    for (int r = 0; r < R; r++) first[r] = second[r] = zero();
+    Totals totals[R];
+    unrolled<R>([&](auto r) INLINE { clear(totals[r]); });
     for (int g = 0; g < o.groups; g++) {
-        S sums[R];
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) clear(sums[r]);
+        SumsOf<T> sums[R];
+        unrolled<R>([&](auto r) INLINE { clear(sums[r], o.starts[size_t(row + r) * o.groups + g]); });
         const T* end = x + std::min(group, in - g * group);
         for (; x < end; x += PIECE_INPUTS, weights += step) {
             __builtin_prefetch(weights + AHEAD);
             const auto piece = load(weights);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; r++) add_products(piece, x + size_t(r) * stride, sums[r]);
+            unrolled<R>([&](auto r) INLINE { add_products(piece, x + size_t(r) * stride, sums[r]); });
         }
-        const f8 a = tandem::load(scales), b = tandem::load(scales + LANES);
+        const Scales factors = load_scales(scales);
         if (l.format == CODE4) scales += PANEL;
-#pragma GCC unroll 4
-        for (int r = 0; r < R; r++) {
-            const f8 scale = set1(o.scales[size_t(row + r) * o.groups + g]);
-            f8 low, high;
-            to_floats(added_up(sums[r]), low, high);
-            first[r] = fma(mul(a, scale), low, first[r]);
-            second[r] = fma(mul(b, scale), high, second[r]);
-        }
+        unrolled<R>([&](auto r) INLINE {
+            add_scaled(totals[r], factors, o.scales[size_t(row + r) * o.groups + g], added_up(sums[r]));
+        });
     }
-    for (int r = 0; r < R; r++) {
-        float* to = y + size_t(row + r) * ldy + panel * PANEL;
-        store(to, first[r]), store(to + LANES, second[r]);
-    }
+    unrolled<R>([&](auto r) INLINE { store(y.row(row + r) + panel * PANEL, totals[r]); });
 }
 
-template <class Load>
-inline void multiply_in_tiles(const Linear& l, const Operands<int8_t>& o, int rows, int panel, float* y, int ldy,
-                              Load load) {
-    int r = 0;
-    for (; r + 4 <= rows; r += 4) multiply_int_tile<4, Sums>(l, o, r, panel, y, ldy, load);
-    for (; r + 2 <= rows; r += 2) multiply_int_tile<2, Sums>(l, o, r, panel, y, ldy, load);
-    for (; r < rows; r++) multiply_int_tile<1, Sums>(l, o, r, panel, y, ldy, load);
+// The tile of so many rows, at most R.
+template <int R, class T, class Load>
+inline void multiply_int_tile_of(int rows, const Linear& l, const Operands<T>& o, int row, int panel, Rows<float> y,
+                                 Load load) {
+    if constexpr (R > 1)
+        if (rows < R) return multiply_int_tile_of<R - 1>(rows, l, o, row, panel, y, load);
+    multiply_int_tile<R>(l, o, row, panel, y, load);
 }
+
+template <class T, class Load>
+inline void multiply_in_tiles(const Linear& l, const Operands<T>& o, int rows, int panel, Rows<float> y, Load load) {
+    constexpr int MOST = int_tile_rows<T>;
+    const int each = tile_rows(rows, MOST);
+    for (int row = 0; row < rows; row += each)
+        multiply_int_tile_of<MOST>(std::min(each, rows - row), l, o, row, panel, y, load);
+}
+
+// A panel's pieces as they are multiplied, until this thread's next call.
 template <class Load>
-inline void multiply_in_tiles(const Linear& l, const Operands<int16_t>& o, int rows, int panel, float* y, int ldy,
-                              Load load) {
-    int r = 0;
-    for (; r + 2 <= rows; r += 2) multiply_int_tile<2, WideSums>(l, o, r, panel, y, ldy, load);
-    for (; r < rows; r++) multiply_int_tile<1, WideSums>(l, o, r, panel, y, ldy, load);
+inline const uint8_t* loaded(const uint8_t* weights, int piece_bytes, int count, Load load) {
+    static thread_local std::vector<decltype(load(weights))> pieces;
+    pieces.resize(count);
+    for (int i = 0; i < count; i++) pieces[i] = load(weights + size_t(i) * piece_bytes);
+    return reinterpret_cast<const uint8_t*>(pieces.data());
 }
 
 // All rows against panels [first, last).
 template <class T, class Load>
-inline void multiply_ints(const Linear& l, const float* x, int ldx, int rows, float* y, int ldy, int first, int last,
+inline void multiply_ints(const Linear& l, const float* x, int ldx, int rows, Rows<float> y, int first, int last,
                           int piece_bytes, Load load) {
     static thread_local IntRows<T> quantized;
     Stopwatch quantizing(QUANTIZE);
     quantizing.start();
     quantized.fill(l, x, ldx, rows);
     quantizing.stop();
-    const size_t panel_bytes = size_t(l.in + PIECE_INPUTS - 1) / PIECE_INPUTS * piece_bytes;
+    using Loaded = decltype(load(nullptr));
+    const int pieces = divide_up(l.in, PIECE_INPUTS);
     const uint8_t* weights = static_cast<const uint8_t*>(l.weights);
+    Operands<T> operands{quantized.values.data(), quantized.scales.data(), quantized.starts.data(), quantized.stride,
+                         quantized.groups};
     for (int panel = first; panel < last; panel++) {
-        const Operands<T> operands{quantized.values.data(), quantized.scales.data(),       quantized.stride,
-                                   quantized.groups,        weights + panel * panel_bytes, piece_bytes};
-        multiply_in_tiles(l, operands, rows, panel, y, ldy, load);
+        const uint8_t* stored = weights + size_t(panel) * pieces * piece_bytes;
+        if (rows < MANY_INT_ROWS) {
+            operands.weights = stored, operands.piece_bytes = piece_bytes;
+            multiply_in_tiles(l, operands, rows, panel, y, load);
+        } else {
+            operands.weights = loaded(stored, piece_bytes, pieces, load), operands.piece_bytes = sizeof(Loaded);
+            auto as_it_lies = [](const uint8_t* p) { return *reinterpret_cast<const Loaded*>(p); };
+            multiply_in_tiles(l, operands, rows, panel, y, as_it_lies);
+        }
     }
 }
 
@@ -122,17 +134,17 @@ inline void multiply_stored(const Linear& l, const float* x, int ldx, int rows, 
     auto bytes = [](const uint8_t* p) { return load_int8(reinterpret_cast<const int8_t*>(p)); };
     auto words = [=](const uint8_t* p) { return widened(bytes(p)); };
     if (l.format == INT8) {
-        if (is_wide) return multiply_ints<int16_t>(l, x, ldx, rows, y, ldy, first, last, 2 * PIECE_BYTES, words);
-        return multiply_ints<int8_t>(l, x, ldx, rows, y, ldy, first, last, 2 * PIECE_BYTES, bytes);
+        if (is_wide) return multiply_ints<int16_t>(l, x, ldx, rows, {y, ldy}, first, last, 2 * PIECE_BYTES, words);
+        return multiply_ints<int8_t>(l, x, ldx, rows, {y, ldy}, first, last, 2 * PIECE_BYTES, bytes);
     }
     if (is_wide) {
         const Codebook16 codebook(l.codebook->words);
         auto look_up = [=](const uint8_t* p) { return codebook.load(p); };
-        return multiply_ints<int16_t>(l, x, ldx, rows, y, ldy, first, last, PIECE_BYTES, look_up);
+        return multiply_ints<int16_t>(l, x, ldx, rows, {y, ldy}, first, last, PIECE_BYTES, look_up);
     }
     const Codebook8 codebook(l.codebook->bytes);
     auto look_up = [=](const uint8_t* p) { return codebook.load(p); };
-    multiply_ints<int8_t>(l, x, ldx, rows, y, ldy, first, last, PIECE_BYTES, look_up);
+    multiply_ints<int8_t>(l, x, ldx, rows, {y, ldy}, first, last, PIECE_BYTES, look_up);
 }
 
 // --- inputs that are turned or kept apart first ---

@@ -56,6 +56,16 @@ inline f8 load_bytes(const int8_t* p) {
 inline f8 load_half(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+// Whole numbers that fit.
+inline __m128i words_of(f8 a) {
+    const __m256i ints = _mm256_cvtps_epi32(a.v);
+    return _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
+}
+inline void store_ints(int16_t* p, f8 a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words_of(a)); }
+inline void store_ints(int8_t* p, f8 a) {
+    const __m128i words = words_of(a);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
 // ((0+1)+(2+3)) + ((4+5)+(6+7)) of four vectors at once, to four floats.
 inline void sum4(f8 a, f8 b, f8 c, f8 d, float* out) {
     __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
@@ -89,6 +99,10 @@ inline float half_to_float(uint16_t h) {
 }
 inline f8 load_half(const uint16_t* p) { TANDEM_EACH(half_to_float(p[i])); }
 inline f8 load_bytes(const int8_t* p) { TANDEM_EACH(float(p[i])); }
+template <class T>
+inline void store_ints(T* p, f8 a) {
+    for (int i = 0; i < LANES; i++) p[i] = T(a.v[i]);
+}
 inline float sum_of(f8 a) {
     return ((a.v[0] + a.v[1]) + (a.v[2] + a.v[3])) + ((a.v[4] + a.v[5]) + (a.v[6] + a.v[7]));
 }
