@@ -24,6 +24,10 @@ inline Piece load_int8(const int8_t* p) {
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + PIECE_BYTES))};
 }
 
+// Member by member: compilers copy a struct through the stack.
+inline Piece copied(const Piece& p) { return {p.low, p.high}; }
+inline WidePiece copied(const WidePiece& p) { return {p.a, p.b, p.c, p.d}; }
+
 // Codes through a table of 16 bytes.
 struct Codebook8 {
     __m256i table;

@@ -24,6 +24,10 @@ inline void clear(WideSums& sums, int32_t) { sums.a = sums.b = _mm512_setzero_si
 inline __m512i flipped(__m512i bytes) { return _mm512_xor_si512(bytes, _mm512_set1_epi8(-128)); }
 inline Piece load_int8(const int8_t* p) { return {flipped(_mm512_loadu_si512(p))}; }
 
+// Member by member: compilers copy a struct through the stack.
+inline Piece copied(const Piece& p) { return {p.bytes}; }
+inline WidePiece copied(const WidePiece& p) { return {p.a, p.b}; }
+
 // Codes through a table of 16 bytes.
 struct Table {
     __m512i bytes;

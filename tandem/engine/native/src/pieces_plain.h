@@ -23,6 +23,8 @@ inline Piece load_int8(const int8_t* p) {
         for (int i = 0; i < PIECE_INPUTS; i++) piece.w[o][i] = p[o / 4 % 2 * PIECE_BYTES + byte_of(o, i)];
     return piece;
 }
+inline const Piece& copied(const Piece& p) { return p; }
+inline const WidePiece& copied(const WidePiece& p) { return p; }
 inline int code_of(const uint8_t* p, int output, int input) {
     return p[byte_of(output, input)] >> (output / 4 % 2 * 4) & 15;
 }

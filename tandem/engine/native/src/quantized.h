@@ -32,7 +32,7 @@ struct Operands {
     int piece_bytes;
 };
 
-constexpr int MANY_INT_ROWS = 24;  // for which pieces are loaded before they are multiplied
+constexpr int MANY_TILES = 3;  // for which a panel's pieces are loaded before they are multiplied
 
 // R rows against one panel; `load(bytes)` brings a piece. y = Σ_groups (weight scale · row scale) · integer.
 // Not inlined: within the loops around it, its own runs at three quarters of the speed.
@@ -105,12 +105,12 @@ inline void multiply_ints(const Linear& l, const float* x, int ldx, int rows, Ro
                          quantized.groups};
     for (int panel = first; panel < last; panel++) {
         const uint8_t* stored = weights + size_t(panel) * pieces * piece_bytes;
-        if (rows < MANY_INT_ROWS) {
+        if (rows < MANY_TILES * int_tile_rows<T>) {
             operands.weights = stored, operands.piece_bytes = piece_bytes;
             multiply_in_tiles(l, operands, rows, panel, y, load);
         } else {
             operands.weights = loaded(stored, piece_bytes, pieces, load), operands.piece_bytes = sizeof(Loaded);
-            auto as_it_lies = [](const uint8_t* p) { return *reinterpret_cast<const Loaded*>(p); };
+            auto as_it_lies = [](const uint8_t* p) { return copied(*reinterpret_cast<const Loaded*>(p)); };
             multiply_in_tiles(l, operands, rows, panel, y, as_it_lies);
         }
     }
