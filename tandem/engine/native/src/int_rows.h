@@ -43,20 +43,24 @@ struct IntRows {
     std::vector<float> scales;  // [rows, groups]
     std::vector<int32_t> starts;  // [rows, groups] of the sums, against what weights are offset by
     int stride, groups;
+    static constexpr bool HAS_OFFSET = WEIGHT_OFFSET && sizeof(T) == 1;
 
     void fill(const Linear& l, const float* x, int ldx, int rows) {
         const int group = group_of(l);
         const float most = float(most_of(l)), factor = factor_of(l);
         groups = groups_of(l), stride = round_up(l.in, PIECE_BYTES);
-        values.assign(size_t(rows) * stride, 0);
+        values.resize(size_t(rows) * stride);
         scales.resize(size_t(rows) * groups), starts.resize(size_t(rows) * groups);
-        for (int r = 0; r < rows; r++)
+        for (int r = 0; r < rows; r++) {
+            T* row = &values[size_t(r) * stride];
             for (int g = 0; g < groups; g++) {
                 const int begin = g * group, count = std::min(group, l.in - begin);
-                T* to = &values[size_t(r) * stride + begin];
+                T* to = row + begin;
                 scales[size_t(r) * groups + g] = quantize(x + size_t(r) * ldx + begin, count, most, to) * factor;
-                starts[size_t(r) * groups + g] = -WEIGHT_OFFSET * std::accumulate(to, to + count, 0);
+                if (HAS_OFFSET) starts[size_t(r) * groups + g] = -WEIGHT_OFFSET * std::accumulate(to, to + count, 0);
             }
+            std::fill(row + l.in, row + stride, T(0));
+        }
     }
 
     // The scale of some numbers; not a number if one of them is none or infinite.
