@@ -116,7 +116,10 @@ def make_runner(
     return make
 
 
-@pytest.fixture(params=["plain", "avx512-emulated"])
+OTHERS = ["plain", "avx512-emulated", *(["avx2"] if build.NEEDS["avx512"] <= build.cpu_flags() else [])]
+
+
+@pytest.fixture(params=OTHERS)
 def other_isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Another instruction set than this CPU's best. The code for AVX-512 runs on AVX2's instructions."""
     isa: str = request.param

@@ -134,7 +134,7 @@ def test_groups_divide_the_inputs_or_the_layer_stays_whole(in_features, group):
 )
 @settings(max_examples=12, deadline=None)
 @given(
-    rows=st.integers(1, 40),
+    rows=st.integers(1, 60),
     out_features=st.integers(1, 90),
     blocks=st.integers(1, 9),
     seed=st.integers(0, 99),
@@ -153,6 +153,23 @@ def test_kernels_compute_with_the_dequantized_weights_row_by_row(
     assert torch.equal(team.linear(packed, x), got)
     row = seed % rows
     assert torch.equal(alone.linear(packed, x[row : row + 1].contiguous())[0], got[row])
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_members_of_a_team_prepare_rows_for_each_other(saved_model, quantization):
+    """The last of 97 rows is one that each member prepares for itself."""
+    path = saved_model("llama3", True)[1]
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            runner = ModelRunner.load(
+                path, num_blocks=8, block_size=16, implementation="native", quantization=quantization
+            )
+            found.append(runner.forward(runner.batch([SequenceRows(range(3, 100), 0, range(7), 97)])))
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4", "fp4", *INTEGERS])

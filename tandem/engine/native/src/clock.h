@@ -72,25 +72,19 @@ class Laps {
     int64_t last_;
 };
 
-// A part within another, from `start` to `stop`, again and again.
+// A part within another, as long as this lives.
 class Stopwatch {
    public:
-    explicit Stopwatch(Part part) : part_(part), is_on_(is_timed.load(std::memory_order_relaxed)) {}
+    explicit Stopwatch(Part part)
+        : part_(part), is_on_(is_timed.load(std::memory_order_relaxed)), began_(is_on_ ? ticks() : 0) {}
     ~Stopwatch() {
-        if (is_on_) spent_here[part_] += total_;
-    }
-
-    void start() {
-        if (is_on_) total_ -= ticks();
-    }
-    void stop() {
-        if (is_on_) total_ += ticks();
+        if (is_on_) spent_here[part_] += ticks() - began_;
     }
 
    private:
     Part part_;
     bool is_on_;
-    int64_t total_ = 0;
+    int64_t began_;
 };
 
 }  // namespace tandem

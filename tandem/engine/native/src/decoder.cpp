@@ -24,34 +24,44 @@ struct Buffers {
     std::vector<float> x, normed, qkv, attended, projected, gate_up, activated, last, logits;
     std::vector<std::vector<float>> scores;  // per member
     std::vector<Sampler> samplers;           // per member
-
-    static float* grow(std::vector<float>& buffer, size_t size) {
-        if (buffer.size() < size) buffer.resize(size);
-        return buffer.data();
-    }
+    std::vector<PreparedRows> prepared;      // per member, and for all
 };
 
 struct Work {  // some vectors of one sequence and KV head
     int sequence, kv_head, row, rows;
 };
 
-void multiply_rows(const Linear& linear, const float* x, int ldx, int rows, float* y, int ldy, int first, int last) {
-    switch (linear.format) {
-        case F32: multiply<float>(linear, x, ldx, rows, y, ldy, first, last); break;
-        case F16: multiply<uint16_t>(linear, x, ldx, rows, y, ldy, first, last); break;
-        default: multiply_quantized(linear, x, ldx, rows, y, ldy, first, last); break;
+// What a member of the team does of a product; it is whole behind the next barrier. `prepared` has room for the rows of
+// each member, and of all.
+void multiply_shared(const Linear& linear, Rows<const float> x, int rows, Rows<float> y, Team& team, int member,
+                     PreparedRows* prepared) {
+    const int panels = round_up(linear.out, PANEL) / PANEL;
+    auto divide = [&](const auto& multiply_some) {
+        team.divide(panels, panels_together(rows), [&](int first, int last) {
+            multiply_some(first, last);
+            add_bias(linear, rows, y, first, last);
+        });
+    };
+    if (linear.format == F32)
+        return divide([&](int first, int last) { multiply<float>(linear, x, rows, y, first, last); });
+    if (linear.format == F16)
+        return divide([&](int first, int last) { multiply<uint16_t>(linear, x, rows, y, first, last); });
+    const bool are_few = rows < team.size();  // cheaper to prepare by each member than to wait for
+    PreparedRows& mine = prepared[are_few ? member : team.size()];
+    if (prepares_rows(linear)) {
+        const Share share = are_few ? Share(rows, 0, 1) : Share(rows, member, team.size());
+        mine.fill(linear, x, share.first, share.last);
+        if (!are_few) team.barrier();
     }
-    add_bias(linear, rows, y, ldy, first, last);
+    divide([&](int first, int last) { multiply_prepared(linear, mine, x, rows, y, first, last); });
 }
 
-// What a member of the team does of a product; it is whole behind the next barrier.
-void multiply_shared(const Linear& linear, const float* x, int ldx, int rows, float* y, int ldy, Team& team,
-                     int member) {
-    const int panels = round_up(linear.out, PANEL) / PANEL;
-    auto some = [&](int first, int last) { multiply_rows(linear, x, ldx, rows, y, ldy, first, last); };
-    if (!prepares_rows(linear)) return team.divide(panels, panels_together(rows), some);
-    const Share mine(panels, member, team.size());
-    some(mine.first, mine.last);
+void make_room(std::vector<PreparedRows>& prepared, const Linear& linear, int rows, const Team& team) {
+    if (linear.format == F32 || linear.format == F16) return;
+    prepared.resize(team.size() + 1);
+    prepared.back().make_room(linear, rows);
+    for (int member = 0; member < team.size(); member++)  // the last rows of many may be few
+        prepared[member].make_room(linear, std::min(rows, team.size()));
 }
 
 inline float sum_of_squares(const float* x, int n) {
@@ -89,20 +99,24 @@ class Forward {
         qkv_width = round_up(query + 2 * kv, PANEL), attended_width = round_up(query, PANEL);
         gate_up_width = round_up(2 * m.ffn, PANEL), ffn_width = round_up(m.ffn, PANEL);
         const size_t block = std::min(b.rows, ROW_BLOCK), rows = b.rows;
-        x = Buffers::grow(buffers.x, rows * hidden);
-        qkv = Buffers::grow(buffers.qkv, rows * qkv_width);
-        attended = Buffers::grow(buffers.attended, rows * attended_width);
-        normed = Buffers::grow(buffers.normed, block * hidden);
-        projected = Buffers::grow(buffers.projected, block * hidden);
-        gate_up = Buffers::grow(buffers.gate_up, block * gate_up_width);
-        activated = Buffers::grow(buffers.activated, block * ffn_width);
-        last = Buffers::grow(buffers.last, size_t(b.num_logits) * hidden);
+        x = grow(buffers.x, rows * hidden);
+        qkv = grow(buffers.qkv, rows * qkv_width);
+        attended = grow(buffers.attended, rows * attended_width);
+        normed = grow(buffers.normed, block * hidden);
+        projected = grow(buffers.projected, block * hidden);
+        gate_up = grow(buffers.gate_up, block * gate_up_width);
+        activated = grow(buffers.activated, block * ffn_width);
+        last = grow(buffers.last, size_t(b.num_logits) * hidden);
         int longest = 0;
         for (int i = 0; i < b.rows; i++) longest = std::max(longest, b.positions[i] + 1);
         scores_stride = round_up(longest, LANES);
         buffers.scores.resize(team.size());
         buffers.samplers.resize(team.size());
-        for (auto& scores : buffers.scores) Buffers::grow(scores, MAX_VECTORS * scores_stride);
+        for (auto& scores : buffers.scores) grow(scores, MAX_VECTORS * scores_stride);
+        for (int i = 0; i < m.num_layers; i++)
+            for (const Linear* l : {&m.layers[i].qkv, &m.layers[i].output, &m.layers[i].gate_up, &m.layers[i].down})
+                make_room(buffers.prepared, *l, int(block), team);
+        make_room(buffers.prepared, m.head, b.num_logits, team);
         plan_attention();
     }
 
@@ -158,7 +172,7 @@ class Forward {
     }
 
     void linear(const Linear& l, const float* from, int ld_from, int rows, float* to, int ld_to, int member) {
-        multiply_shared(l, from, ld_from, rows, to, ld_to, team, member);
+        multiply_shared(l, {from, ld_from}, rows, {to, ld_to}, team, member, buffers.prepared.data());
     }
 
     void norm(const float* from, const float* weight, float* to) const {
@@ -344,7 +358,7 @@ struct Engine {
                  int32_t* chosen = nullptr, const Draw* draws = nullptr, const Drafted* drafted = nullptr) {
         Batch batch = tandem::unpack(numbers, angles, logits, chosen, draws, drafted);
         const size_t size = size_t(batch.num_logits) * round_up(model.vocab, PANEL);
-        if (!logits) batch.logits = Buffers::grow(buffers.logits, size);
+        if (!logits) batch.logits = grow(buffers.logits, size);
         return batch;
     }
 };
@@ -400,9 +414,12 @@ void tandem_choose(const float* logits, int32_t rows, int64_t stride, int32_t vo
 
 // y [rows, out rounded up to a panel] = x [rows, in] · weightsᵀ + bias.
 void tandem_linear(void* engine, const tandem::Linear* linear, const float* x, int32_t rows, float* y) {
-    auto& team = static_cast<tandem::Engine*>(engine)->team;
-    const int width = tandem::round_up(linear->out, tandem::PANEL);
-    team.run([&](int member) { tandem::multiply_shared(*linear, x, linear->in, rows, y, width, team, member); });
+    auto& e = *static_cast<tandem::Engine*>(engine);
+    const tandem::Rows<float> to{y, tandem::round_up(linear->out, tandem::PANEL)};
+    tandem::make_room(e.buffers.prepared, *linear, rows, e.team);
+    e.team.run([&](int member) {
+        tandem::multiply_shared(*linear, {x, linear->in}, rows, to, e.team, member, e.buffers.prepared.data());
+    });
 }
 
 // Count from now on where forwards spend their time, or stop it.

@@ -36,28 +36,31 @@ inline float factor_of(const Linear& l) {
     return l.activation_bits == 16 ? l.codebook->word_factor : l.codebook->byte_factor;
 }
 
-// `T` is int8_t or int16_t.
+// Rows of a layer as integers. `T` is int8_t or int16_t.
 template <class T>
 struct IntRows {
-    std::vector<T> values;      // [rows, stride]
-    std::vector<float> scales;  // [rows, groups]
+    std::vector<T> values;        // [rows, stride]
+    std::vector<float> scales;    // [rows, groups]
     std::vector<int32_t> starts;  // [rows, groups] of the sums, against what weights are offset by
-    int stride, groups;
-    static constexpr bool HAS_OFFSET = WEIGHT_OFFSET && sizeof(T) == 1;
 
-    void fill(const Linear& l, const float* x, int ldx, int rows) {
-        const int group = group_of(l);
+    static int stride_of(const Linear& l) { return round_up(l.in, PIECE_BYTES); }
+
+    void make_room(const Linear& l, int rows) {
+        grow(values, size_t(rows) * stride_of(l));
+        grow(scales, size_t(rows) * groups_of(l)), grow(starts, size_t(rows) * groups_of(l));
+    }
+
+    void fill(const Linear& l, Rows<const float> x, int first, int last) {
+        const int group = group_of(l), groups = groups_of(l), stride = stride_of(l);
         const float most = float(most_of(l)), factor = factor_of(l);
-        groups = groups_of(l), stride = round_up(l.in, PIECE_BYTES);
-        values.resize(size_t(rows) * stride);
-        scales.resize(size_t(rows) * groups), starts.resize(size_t(rows) * groups);
-        for (int r = 0; r < rows; r++) {
+        for (int r = first; r < last; r++) {
             T* row = &values[size_t(r) * stride];
             for (int g = 0; g < groups; g++) {
                 const int begin = g * group, count = std::min(group, l.in - begin);
-                T* to = row + begin;
-                scales[size_t(r) * groups + g] = quantize(x + size_t(r) * ldx + begin, count, most, to) * factor;
-                if (HAS_OFFSET) starts[size_t(r) * groups + g] = -WEIGHT_OFFSET * std::accumulate(to, to + count, 0);
+                const size_t at = size_t(r) * groups + g;
+                scales[at] = quantize(x.row(r) + begin, count, most, row + begin) * factor;
+                if (WEIGHT_OFFSET && sizeof(T) == 1)
+                    starts[at] = -WEIGHT_OFFSET * std::accumulate(row + begin, row + begin + count, 0);
             }
             std::fill(row + l.in, row + stride, T(0));
         }

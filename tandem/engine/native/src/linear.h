@@ -68,6 +68,13 @@ struct Panels {
     const W* panel(int p) const { return at + p * stride; }
 };
 
+// A buffer with room for so many.
+template <class T>
+inline T* grow(std::vector<T>& buffer, size_t size) {
+    if (buffer.size() < size) buffer.resize(size);
+    return buffer.data();
+}
+
 // Rows of floats.
 template <class T>
 struct Rows {
@@ -146,19 +153,19 @@ inline Panels<float> widened(Panels<W> w, int panels, int in) {
 
 // All rows against panels [first, last).
 template <class W>
-inline void multiply(const Linear& linear, const float* x, int ldx, int rows, float* y, int ldy, int first, int last) {
+inline void multiply(const Linear& linear, Rows<const float> x, int rows, Rows<float> y, int first, int last) {
     const Panels<W> all{static_cast<const W*>(linear.weights), size_t(linear.in) * PANEL};
     const int together = panels_together(rows);
     for (int row = 0; row < rows; row++)
-        std::fill_n(y + size_t(row) * ldy + first * PANEL, size_t(last - first) * PANEL, 0.0f);
+        std::fill_n(y.row(row) + first * PANEL, size_t(last - first) * PANEL, 0.0f);
     for (int row = 0; row < rows; row += ROW_BLOCK) {
         const int count = std::min(ROW_BLOCK, rows - row), block = count >= MANY_ROWS ? INPUT_BLOCK : linear.in;
         for (int input = 0; input < linear.in; input += block)
             for (int panel = first; panel < last; panel += together) {
                 const int inputs = std::min(block, linear.in - input), panels = std::min(together, last - panel);
                 const Panels<W> some{all.panel(panel) + size_t(input) * PANEL, all.stride};
-                const Rows<const float> from{x + size_t(row) * ldx + input, ldx};
-                const Rows<float> to{y + size_t(row) * ldy + panel * PANEL, ldy};
+                const Rows<const float> from{x.row(row) + input, x.stride};
+                const Rows<float> to{y.row(row) + panel * PANEL, y.stride};
                 if (count < MANY_ROWS || std::is_same_v<W, float>)
                     multiply_panels(count, panels, from, some, inputs, to);
                 else multiply_panels(count, panels, from, widened(some, panels, inputs), inputs, to);
@@ -166,11 +173,10 @@ inline void multiply(const Linear& linear, const float* x, int ldx, int rows, fl
     }
 }
 
-inline void add_bias(const Linear& linear, int rows, float* y, int ldy, int first_panel, int last_panel) {
+inline void add_bias(const Linear& linear, int rows, Rows<float> y, int first, int last) {
     if (!linear.bias) return;
-    int last = std::min(last_panel * PANEL, linear.out);
     for (int r = 0; r < rows; r++)
-        for (int n = first_panel * PANEL; n < last; n++) y[size_t(r) * ldy + n] += linear.bias[n];
+        for (int n = first * PANEL; n < std::min(last * PANEL, linear.out); n++) y.row(r)[n] += linear.bias[n];
 }
 
 }  // namespace tandem

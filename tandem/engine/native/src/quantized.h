@@ -91,18 +91,12 @@ inline const uint8_t* loaded(const uint8_t* weights, int piece_bytes, int count,
 
 // All rows against panels [first, last).
 template <class T, class Load>
-inline void multiply_ints(const Linear& l, const float* x, int ldx, int rows, Rows<float> y, int first, int last,
+inline void multiply_ints(const Linear& l, const IntRows<T>& x, int rows, Rows<float> y, int first, int last,
                           int piece_bytes, Load load) {
-    static thread_local IntRows<T> quantized;
-    Stopwatch quantizing(QUANTIZE);
-    quantizing.start();
-    quantized.fill(l, x, ldx, rows);
-    quantizing.stop();
     using Loaded = decltype(load(nullptr));
     const int pieces = divide_up(l.in, PIECE_INPUTS);
     const uint8_t* weights = static_cast<const uint8_t*>(l.weights);
-    Operands<T> operands{quantized.values.data(), quantized.scales.data(), quantized.starts.data(), quantized.stride,
-                         quantized.groups};
+    Operands<T> operands{x.values.data(), x.scales.data(), x.starts.data(), x.stride_of(l), groups_of(l)};
     for (int panel = first; panel < last; panel++) {
         const uint8_t* stored = weights + size_t(panel) * pieces * piece_bytes;
         if (rows < MANY_TILES * int_tile_rows<T>) {
@@ -114,37 +108,6 @@ inline void multiply_ints(const Linear& l, const float* x, int ldx, int rows, Ro
             multiply_in_tiles(l, operands, rows, panel, y, as_it_lies);
         }
     }
-}
-
-inline void scale_outputs(const Linear& l, int rows, float* y, int ldy, int first, int last) {
-    for (int r = 0; r < rows; r++)
-        for (int n = first * PANEL; n < last * PANEL; n += LANES) {
-            float* to = y + size_t(r) * ldy + n;
-            store(to, mul(load(l.scales + n), load(to)));
-        }
-}
-
-inline void multiply_stored(const Linear& l, const float* x, int ldx, int rows, float* y, int ldy, int first,
-                            int last) {
-    if (l.activation_bits == 32) {
-        multiply<int8_t>(l, x, ldx, rows, y, ldy, first, last);  // panels of bytes, [in, 16]
-        return scale_outputs(l, rows, y, ldy, first, last);
-    }
-    const bool is_wide = l.activation_bits == 16;
-    auto bytes = [](const uint8_t* p) { return load_int8(reinterpret_cast<const int8_t*>(p)); };
-    auto words = [=](const uint8_t* p) { return widened(bytes(p)); };
-    if (l.format == INT8) {
-        if (is_wide) return multiply_ints<int16_t>(l, x, ldx, rows, {y, ldy}, first, last, 2 * PIECE_BYTES, words);
-        return multiply_ints<int8_t>(l, x, ldx, rows, {y, ldy}, first, last, 2 * PIECE_BYTES, bytes);
-    }
-    if (is_wide) {
-        const Codebook16 codebook(l.codebook->words);
-        auto look_up = [=](const uint8_t* p) { return codebook.load(p); };
-        return multiply_ints<int16_t>(l, x, ldx, rows, {y, ldy}, first, last, PIECE_BYTES, look_up);
-    }
-    const Codebook8 codebook(l.codebook->bytes);
-    auto look_up = [=](const uint8_t* p) { return codebook.load(p); };
-    multiply_ints<int8_t>(l, x, ldx, rows, {y, ldy}, first, last, PIECE_BYTES, look_up);
 }
 
 // --- inputs that are turned or kept apart first ---
@@ -163,29 +126,84 @@ inline void rotate(float* x, int in, int group) {
     }
 }
 
-// Whether rows are turned, taken apart or quantized before they are multiplied; a caller does that for all its panels.
+// Whether rows are turned, taken apart or quantized before they are multiplied.
 inline bool prepares_rows(const Linear& l) { return l.activation_bits < 32 || l.is_rotated || l.num_outliers; }
 
-inline void multiply_quantized(const Linear& l, const float* x, int ldx, int rows, float* y, int ldy, int first,
-                               int last) {
-    if (!l.is_rotated && !l.num_outliers) return multiply_stored(l, x, ldx, rows, y, ldy, first, last);
-    static thread_local std::vector<float> kept, apart, added;
-    kept.resize(size_t(rows) * l.in), apart.resize(size_t(rows) * l.num_outliers);
-    for (int r = 0; r < rows; r++) {
-        float* to = &kept[size_t(r) * l.in];
-        std::copy_n(x + size_t(r) * ldx, l.in, to);
+// Rows as a layer multiplies them. Members of a team prepare a share each.
+struct PreparedRows {
+    IntRows<int8_t> bytes;
+    IntRows<int16_t> words;
+    std::vector<float> turned;  // [rows, in], without their outliers
+    std::vector<float> apart;   // [rows, outliers]
+
+    // Once for all members.
+    void make_room(const Linear& l, int rows) {
+        if (is_turned(l)) grow(turned, size_t(rows) * l.in), grow(apart, size_t(rows) * l.num_outliers);
+        if (l.activation_bits == 16) words.make_room(l, rows);
+        else if (l.activation_bits < 16) bytes.make_room(l, rows);
+    }
+
+    void fill(const Linear& l, Rows<const float> x, int first, int last) {
+        Stopwatch quantizing(QUANTIZE);
+        for (int r = first; is_turned(l) && r < last; r++) turn(l, x.row(r), r);
+        if (l.activation_bits == 16) words.fill(l, floats(l, x), first, last);
+        else if (l.activation_bits < 16) bytes.fill(l, floats(l, x), first, last);
+    }
+
+    Rows<const float> floats(const Linear& l, Rows<const float> x) const {
+        return is_turned(l) ? Rows<const float>{turned.data(), l.in} : x;
+    }
+
+   private:
+    static bool is_turned(const Linear& l) { return l.is_rotated || l.num_outliers; }
+
+    void turn(const Linear& l, const float* from, int r) {
+        float* to = &turned[size_t(r) * l.in];
+        std::copy_n(from, l.in, to);
         for (int i = 0; i < l.num_outliers; i++) {
             apart[size_t(r) * l.num_outliers + i] = to[l.outlier_inputs[i]];
             to[l.outlier_inputs[i]] = 0.0f;
         }
         if (l.is_rotated) rotate(to, l.in, l.group);
     }
-    multiply_stored(l, kept.data(), l.in, rows, y, ldy, first, last);
-    if (!l.num_outliers) return;
-    added.resize(size_t(rows) * ldy);
-    multiply_stored(*l.outliers, apart.data(), l.num_outliers, rows, added.data(), ldy, first, last);
+};
+
+// --- whole layers ---
+
+inline void scale_outputs(const Linear& l, int rows, Rows<float> y, int first, int last) {
     for (int r = 0; r < rows; r++)
-        for (int n = first * PANEL; n < last * PANEL; n++) y[size_t(r) * ldy + n] += added[size_t(r) * ldy + n];
+        for (int n = first * PANEL; n < last * PANEL; n += LANES)
+            store(y.row(r) + n, mul(load(l.scales + n), load(y.row(r) + n)));
+}
+
+// Panels [first, last) of rows `x` that are prepared.
+inline void multiply_prepared(const Linear& l, const PreparedRows& prepared, Rows<const float> x, int rows,
+                              Rows<float> y, int first, int last) {
+    const bool is_wide = l.activation_bits == 16;
+    auto bytes = [](const uint8_t* p) { return load_int8(reinterpret_cast<const int8_t*>(p)); };
+    auto words = [=](const uint8_t* p) { return widened(bytes(p)); };
+    if (l.activation_bits == 32) {
+        multiply<int8_t>(l, prepared.floats(l, x), rows, y, first, last);  // panels of bytes, [in, 16]
+        scale_outputs(l, rows, y, first, last);
+    } else if (l.format == INT8) {
+        if (is_wide) multiply_ints(l, prepared.words, rows, y, first, last, 2 * PIECE_BYTES, words);
+        else multiply_ints(l, prepared.bytes, rows, y, first, last, 2 * PIECE_BYTES, bytes);
+    } else if (is_wide) {
+        const Codebook16 codebook(l.codebook->words);
+        auto look_up = [=](const uint8_t* p) { return codebook.load(p); };
+        multiply_ints(l, prepared.words, rows, y, first, last, PIECE_BYTES, look_up);
+    } else {
+        const Codebook8 codebook(l.codebook->bytes);
+        auto look_up = [=](const uint8_t* p) { return codebook.load(p); };
+        multiply_ints(l, prepared.bytes, rows, y, first, last, PIECE_BYTES, look_up);
+    }
+    if (!l.num_outliers) return;
+    static thread_local std::vector<float> added;
+    Rows<float> more{grow(added, size_t(rows) * y.stride), y.stride};
+    multiply<int8_t>(*l.outliers, {prepared.apart.data(), l.num_outliers}, rows, more, first, last);
+    scale_outputs(*l.outliers, rows, more, first, last);
+    for (int r = 0; r < rows; r++)
+        for (int n = first * PANEL; n < last * PANEL; n++) y.row(r)[n] += more.row(r)[n];
 }
 
 }  // namespace tandem
