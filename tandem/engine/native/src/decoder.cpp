@@ -22,8 +22,8 @@ namespace tandem {
 // What a forward works in; grows to the largest batch seen.
 struct Buffers {
     std::vector<float> x, normed, qkv, attended, projected, gate_up, activated, last, logits;
-    std::vector<std::vector<float>> scores;  // per member
-    std::vector<Sampler> samplers;           // per member
+    std::vector<std::vector<float>> attention;  // per member
+    std::vector<Sampler> samplers;              // per member
 
     static float* grow(std::vector<float>& buffer, size_t size) {
         if (buffer.size() < size) buffer.resize(size);
@@ -97,12 +97,10 @@ class Forward {
         gate_up = Buffers::grow(buffers.gate_up, block * gate_up_width);
         activated = Buffers::grow(buffers.activated, block * ffn_width);
         last = Buffers::grow(buffers.last, size_t(b.num_logits) * hidden);
-        int longest = 0;
         for (int i = 0; i < b.rows; i++) longest = std::max(longest, b.positions[i] + 1);
-        scores_stride = round_up(longest, LANES);
-        buffers.scores.resize(team.size());
+        buffers.attention.resize(team.size());
         buffers.samplers.resize(team.size());
-        for (auto& scores : buffers.scores) Buffers::grow(scores, MAX_VECTORS * scores_stride);
+        for (auto& buffer : buffers.attention) Buffers::grow(buffer, Scratch::size_for(longest, m.dim));
         plan_attention();
     }
 
@@ -130,7 +128,7 @@ class Forward {
     Team& team;
     Buffers& buffers;
     int hidden, query, kv, qkv_width, attended_width, gate_up_width, ffn_width;
-    size_t scores_stride;
+    int longest = 0;  // context of a row
     float *x, *qkv, *attended, *normed, *projected, *gate_up, *activated, *last;
     std::vector<Work> work;
     Laps laps;  // of member 0
@@ -150,7 +148,7 @@ class Forward {
     Share rows_of(int rows, int member) const { return Share(rows, member, team.size()); }
 
     void plan_attention() {
-        const int rows_at_once = std::max(1, 16 / (m.heads / m.kv_heads));
+        const int rows_at_once = std::max(1, MAX_VECTORS / (m.heads / m.kv_heads));
         for (int s = 0; s < b.sequences; s++)
             for (int head = 0; head < m.kv_heads; head++)
                 for (int row = b.first_rows[s]; row < b.first_rows[s + 1]; row += rows_at_once)
@@ -259,7 +257,7 @@ class Forward {
             Queries queries{w.rows, std::min(MAX_VECTORS, group - first), b.positions[w.row], l.window,
                             qkv + size_t(w.row) * qkv_width + head, attended + size_t(w.row) * attended_width + head,
                             size_t(qkv_width), size_t(attended_width)};
-            attend(context, queries, buffers.scores[member].data(), scores_stride);
+            attend(context, queries, Scratch(buffers.attention[member].data(), longest));
         }
     }
 
