@@ -19,12 +19,17 @@ struct Context {
     const float* values;
     const int32_t* blocks;  // the sequence's block table
     int block_bits, dim;    // block_size = 1 << block_bits
+    int last;               // position that is in the table
 
     size_t offset(int position) const {
         const int inside = position & ((1 << block_bits) - 1);
         return ((size_t(blocks[position >> block_bits]) << block_bits) + inside) * dim;
     }
     int end_of_block(int position) const { return ((position >> block_bits) + 1) << block_bits; }
+    // The same place in the next block, if there is one.
+    size_t offset_ahead(int position) const { return offset(std::min(position + (1 << block_bits), last)); }
+    const float* key_ahead(int position) const { return keys + offset_ahead(position); }
+    const float* value_ahead(int position) const { return values + offset_ahead(position); }
     const float* key(int position) const { return keys + offset(position); }
     const float* value(int position) const { return values + offset(position); }
 };
@@ -55,8 +60,8 @@ constexpr int value_panels(int vectors) { return vectors == 1 ? 4 : 2; }
 constexpr int ABREAST = sizeof(Queries8) / sizeof(f8);  // query vectors of a register
 
 // Ask for what is `AHEAD` positions further: blocks lie anywhere, and the hardware's own prefetch ends with each.
-inline void prefetch(const float* p, int dim) {
-    for (int d = 0; d < dim; d += CACHE_LINE / int(sizeof(float))) __builtin_prefetch(p + d);
+inline void ask_for(const float* p, int count) {
+    for (int i = 0; i < count; i += CACHE_LINE / int(sizeof(float))) __builtin_prefetch(p + i);
 }
 
 // What a member of the team works in: runs of scores, and queries as tiles take them.
@@ -82,6 +87,7 @@ __attribute__((noinline)) void score_tile(const Context& context, const float* q
         unrolled<KEYS>([&](auto i) INLINE { keys[i] = context.key(std::min(position + i, last - 1)); });
         Queries8 acc[U][KEYS];
         unrolled<U>([&](auto u) INLINE { unrolled<KEYS>([&](auto i) INLINE { acc[u][i] = every<Queries8>(0.0f); }); });
+        if (is_ahead) ask_for(context.key_ahead(position), KEYS * dim);
         const float* query = queries;
         for (int d = 0; d < dim; d += LANES, query += ABREAST * LANES) {
             Queries8 k[KEYS];
@@ -115,7 +121,9 @@ __attribute__((noinline)) void value_tile(const Context& context, const float* w
     for (int position = first; position < last;) {
         const int stop = std::min(last, context.end_of_block(position));
         const float* value = context.value(position) + d;
-        for (; position < stop; position++, value += context.dim) {
+        const float* ahead = context.value_ahead(position) + d;
+        for (; position < stop; position++, value += context.dim, ahead += context.dim) {
+            if (is_ahead) ask_for(ahead, P * PANEL);
             p16 values[P];
             unrolled<P>([&](auto p) INLINE { values[p] = load16(value + p * PANEL); });
             unrolled<V>([&](auto v) INLINE {
