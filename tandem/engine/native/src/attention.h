@@ -37,7 +37,6 @@ struct Context {
 constexpr int TILE_POSITIONS = 64;  // whose keys or values are read for all vectors before going on
 constexpr int KEYS = 4;             // that are scored side by side
 constexpr int MAX_VECTORS = 32;
-constexpr int FEW_VECTORS = 6;      // with which reading takes longer than computing
 
 // Tiles with chains enough to fill the multipliers, and few enough for the registers.
 #if TANDEM_AVX512
@@ -215,7 +214,6 @@ inline void add_visible(const Context& context, const Queries& queries, const Sc
 inline void attend(const Context& context, const Queries& queries, const Scratch& scratch) {
     const int vectors = queries.rows * queries.group, dim = context.dim;
     const int begin = queries.begin_of(0), last = queries.end_of(queries.rows - 1);
-    const bool is_ahead = vectors <= FEW_VECTORS;
     float* out[MAX_VECTORS];
     for (int v = 0; v < round_up(vectors, ABREAST); v++) {
         const int known = std::min(v, vectors - 1);  // the last one twice to fill a register
@@ -229,7 +227,7 @@ inline void attend(const Context& context, const Queries& queries, const Scratch
     for (int tile = begin / KEYS * KEYS; tile < last; tile += TILE_POSITIONS)
         for (int unit = 0; unit < units; unit += most)
             score<SCORE_TILE>(std::min(most, units - unit), context, scratch.queries + unit * dim * ABREAST, tile,
-                              std::min(tile + TILE_POSITIONS, last), is_ahead,
+                              std::min(tile + TILE_POSITIONS, last), unit == 0,
                               scratch.scores + unit * ABREAST * scratch.stride, scratch.stride);
     float total[MAX_VECTORS];
     for (int v = 0; v < vectors; v++) {
@@ -240,7 +238,7 @@ inline void attend(const Context& context, const Queries& queries, const Scratch
     for (int tile = begin; tile < last; tile += TILE_POSITIONS)
         for (int v = 0; v < vectors; v += VALUE_TILE)
             add_visible(context, queries, scratch, tile, std::min(tile + TILE_POSITIONS, last), v,
-                        std::min(VALUE_TILE, vectors - v), is_ahead, out);
+                        std::min(VALUE_TILE, vectors - v), v == 0, out);
     for (int v = 0; v < vectors; v++) {
         const f8 divisor = set1(total[v]);
         for (int d = 0; d < dim; d += LANES) store(out[v] + d, div(load(out[v] + d), divisor));
