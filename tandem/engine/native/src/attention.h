@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "linear.h"
 #include "simd.h"
 
 namespace tandem {
@@ -18,80 +19,160 @@ struct Context {
     const float* values;
     const int32_t* blocks;  // the sequence's block table
     int block_bits, dim;    // block_size = 1 << block_bits
+    int last;               // position that is in the table
 
     size_t offset(int position) const {
         const int inside = position & ((1 << block_bits) - 1);
         return ((size_t(blocks[position >> block_bits]) << block_bits) + inside) * dim;
     }
+    int end_of_block(int position) const { return ((position >> block_bits) + 1) << block_bits; }
+    // The same place in the next block, if there is one.
+    size_t offset_ahead(int position) const { return offset(std::min(position + (1 << block_bits), last)); }
+    const float* key_ahead(int position) const { return keys + offset_ahead(position); }
+    const float* value_ahead(int position) const { return values + offset_ahead(position); }
     const float* key(int position) const { return keys + offset(position); }
     const float* value(int position) const { return values + offset(position); }
 };
 
-constexpr int VALUE_TILE = 64;  // positions whose values are read for all vectors before going on
+constexpr int TILE_POSITIONS = 64;  // whose keys or values are read for all vectors before going on
+constexpr int KEYS = 4;             // that are scored side by side
 constexpr int MAX_VECTORS = 32;
 
-// V query vectors against four keys.
-template <int V>
-inline void dot_tile(const float* const* q, const float* const* keys, int dim, float* const* out) {
-    f8 acc[V][4];
-    for (int v = 0; v < V; v++)
-        for (int i = 0; i < 4; i++) acc[v][i] = zero();
-    for (int d = 0; d < dim; d += LANES) {
-        f8 k[4];
-        for (int i = 0; i < 4; i++) k[i] = load(keys[i] + d);
-        for (int v = 0; v < V; v++) {
-            f8 query = load(q[v] + d);
-            for (int i = 0; i < 4; i++) acc[v][i] = fma(query, k[i], acc[v][i]);
-        }
-    }
-    for (int v = 0; v < V; v++) sum4(acc[v][0], acc[v][1], acc[v][2], acc[v][3], out[v]);
+// Tiles with chains enough to fill the multipliers, and few enough for the registers.
+#if TANDEM_AVX512
+using Queries8 = p16;  // 8 dimensions of two query vectors, and of a key for both
+inline Queries8 load_key(const float* p) { return load_twice(p); }
+inline Queries8 load_queries(const float* p) { return load16(p); }
+inline void put_sums(const Queries8* acc, float* to, size_t stride) {
+    sum4(acc[0], acc[1], acc[2], acc[3], to, to + stride);
+}
+constexpr int SCORE_TILE = 4, VALUE_TILE = 6;
+constexpr int value_panels(int) { return 4; }
+#else
+using Queries8 = f8;
+inline Queries8 load_key(const float* p) { return load(p); }
+inline Queries8 load_queries(const float* p) { return load(p); }
+inline void put_sums(const Queries8* acc, float* to, size_t) { sum4(acc[0], acc[1], acc[2], acc[3], to); }
+constexpr int SCORE_TILE = 3, VALUE_TILE = 2;
+constexpr int value_panels(int vectors) { return vectors == 1 ? 4 : 2; }
+#endif
+constexpr int ABREAST = sizeof(Queries8) / sizeof(f8);  // query vectors of a register
+
+// Ask for what is `AHEAD` positions further: blocks lie anywhere, and the hardware's own prefetch ends with each.
+inline void ask_for(const float* p, int count) {
+    for (int i = 0; i < count; i += CACHE_LINE / int(sizeof(float))) __builtin_prefetch(p + i);
 }
 
-// V vectors' outputs of `dims` · 8 dimensions, over positions [first, last).
-template <int V, int D>
-inline void value_tile(const Context& context, const float* const* weights, int first, int last, int d,
-                       float* const* out) {
-    f8 acc[V][D];
-    for (int v = 0; v < V; v++)
-        for (int j = 0; j < D; j++) acc[v][j] = load(out[v] + d + j * LANES);
-    for (int position = first; position < last; position++) {
+// What a member of the team works in: runs of scores, and queries as tiles take them.
+struct Scratch {
+    float *scores, *queries;  // on cache lines
+    size_t stride;            // from run to run: an odd number of cache lines, so that runs meet in no set
+
+    static size_t stride_for(int positions) { return round_up(positions, 2 * PANEL) + PANEL; }
+    static size_t size_for(int positions, int dim) { return MAX_VECTORS * (stride_for(positions) + dim) + PANEL; }
+    Scratch(float* buffer, int positions) : stride(stride_for(positions)) {
+        scores = buffer + -(reinterpret_cast<uintptr_t>(buffer) / sizeof(float)) % PANEL;
+        queries = scores + MAX_VECTORS * stride;
+    }
+};
+
+// U registers of query vectors against the keys of positions [first, last).
+template <int U>
+__attribute__((noinline)) void score_tile(const Context& context, const float* queries, int first, int last,
+                                          bool is_ahead, float* runs, size_t stride) {
+    const int dim = context.dim;
+    for (int position = first; position < last; position += KEYS) {
+        const float* keys[KEYS];
+        unrolled<KEYS>([&](auto i) INLINE { keys[i] = context.key(std::min(position + i, last - 1)); });
+        Queries8 acc[U][KEYS];
+        unrolled<U>([&](auto u) INLINE { unrolled<KEYS>([&](auto i) INLINE { acc[u][i] = every<Queries8>(0.0f); }); });
+        if (is_ahead) ask_for(context.key_ahead(position), KEYS * dim);
+        const float* query = queries;
+        for (int d = 0; d < dim; d += LANES, query += ABREAST * LANES) {
+            Queries8 k[KEYS];
+            unrolled<KEYS>([&](auto i) INLINE { k[i] = load_key(keys[i] + d); });
+            unrolled<U>([&](auto u) INLINE {
+                const Queries8 q = load_queries(query + size_t(u) * dim * ABREAST);
+                unrolled<KEYS>([&](auto i) INLINE { acc[u][i] = fma(q, k[i], acc[u][i]); });
+            });
+        }
+        unrolled<U>([&](auto u) INLINE { put_sums(acc[u], runs + u * ABREAST * stride + position, stride); });
+    }
+}
+
+// `units` registers of query vectors, at most U.
+template <int U>
+inline void score(int units, const Context& context, const float* queries, int first, int last, bool is_ahead,
+                  float* runs, size_t stride) {
+    if constexpr (U > 1)
+        if (units < U) return score<U - 1>(units, context, queries, first, last, is_ahead, runs, stride);
+    score_tile<U>(context, queries, first, last, is_ahead, runs, stride);
+}
+
+// V vectors' outputs of P panels of dimensions from `d` on, over positions [first, last).
+template <int V, int P>
+__attribute__((noinline)) void value_tile(const Context& context, const float* weights, size_t stride, int first,
+                                          int last, bool is_ahead, int d, float* const* out) {
+    p16 acc[V][P];
+    unrolled<V>([&](auto v) INLINE {
+        unrolled<P>([&](auto p) INLINE { acc[v][p] = load16(out[v] + d + p * PANEL); });
+    });
+    for (int position = first; position < last;) {
+        const int stop = std::min(last, context.end_of_block(position));
         const float* value = context.value(position) + d;
-        f8 values[D];
-        for (int j = 0; j < D; j++) values[j] = load(value + j * LANES);
-        for (int v = 0; v < V; v++) {
-            f8 weight = set1(weights[v][position]);
-            for (int j = 0; j < D; j++) acc[v][j] = fma(weight, values[j], acc[v][j]);
+        const float* ahead = context.value_ahead(position) + d;
+        for (; position < stop; position++, value += context.dim, ahead += context.dim) {
+            if (is_ahead) ask_for(ahead, P * PANEL);
+            p16 values[P];
+            unrolled<P>([&](auto p) INLINE { values[p] = load16(value + p * PANEL); });
+            unrolled<V>([&](auto v) INLINE {
+                const b16 weight = broadcast16(weights + v * stride + position);
+                unrolled<P>([&](auto p) INLINE { acc[v][p] = fma(values[p], weight, acc[v][p]); });
+            });
         }
     }
-    for (int v = 0; v < V; v++)
-        for (int j = 0; j < D; j++) store(out[v] + d + j * LANES, acc[v][j]);
+    unrolled<V>([&](auto v) INLINE {
+        unrolled<P>([&](auto p) INLINE { store16(out[v] + d + p * PANEL, acc[v][p]); });
+    });
 }
 
+// `vectors` of them, at most V, and all dimensions.
 template <int V>
-inline void add_values(const Context& context, const float* const* weights, int first, int last, float* const* out) {
+inline void add_values(int vectors, const Context& context, const float* weights, size_t stride, int first, int last,
+                       bool is_ahead, float* const* out) {
+    if constexpr (V > 1)
+        if (vectors < V) return add_values<V - 1>(vectors, context, weights, stride, first, last, is_ahead, out);
+    constexpr int P = value_panels(V);
     int d = 0;
-    if constexpr (V == 1)  // one vector needs twice the dimensions to fill the multipliers
-        for (; d + 8 * LANES <= context.dim; d += 8 * LANES) value_tile<V, 8>(context, weights, first, last, d, out);
-    for (; d + 4 * LANES <= context.dim; d += 4 * LANES) value_tile<V, 4>(context, weights, first, last, d, out);
-    for (; d < context.dim; d += LANES) value_tile<V, 1>(context, weights, first, last, d, out);
+    for (; d + P * PANEL <= context.dim; d += P * PANEL)
+        value_tile<V, P>(context, weights, stride, first, last, is_ahead, d, out);
+    for (; d + PANEL <= context.dim; d += PANEL)
+        value_tile<V, 1>(context, weights, stride, first, last, is_ahead, d, out);
+    if (d == context.dim) return;
+    for (int v = 0; v < V; v++) {
+        f8 acc = load(out[v] + d);
+        for (int i = first; i < last; i++) acc = fma(load(context.value(i) + d), set1(weights[v * stride + i]), acc);
+        store(out[v] + d, acc);
+    }
 }
 
-// In place: scores of positions [first, last) to e^(score - max); returns the sum. `first` is a multiple of
-// 8, scores before `begin` count as hidden, and so does what lies past `last` up to a multiple of 8.
-inline float soften(float* scores, int first, int begin, int last) {
+// In place: scores of positions [begin, last) to e^(score - max); returns the sum. What lies around them down and up
+// to multiples of a panel counts as hidden.
+inline float soften(float* scores, int begin, int last) {
     const float hidden = -std::numeric_limits<float>::infinity();
-    for (int i = first; i < begin; i++) scores[i] = hidden;
-    for (int i = last; i < round_up(last, LANES); i++) scores[i] = hidden;
-    f8 highest = set1(hidden);
-    for (int i = first; i < last; i += LANES) highest = max(highest, load(scores + i));
-    float lanes[LANES];
-    store(lanes, highest);
-    f8 top = set1(*std::max_element(lanes, lanes + LANES));
+    const int first = begin / PANEL * PANEL;
+    std::fill(scores + first, scores + begin, hidden);
+    std::fill(scores + last, scores + round_up(last, PANEL), hidden);
+    p16 highest = every<p16>(hidden);
+    for (int i = first; i < last; i += PANEL) highest = max(highest, load16(scores + i));
+    float lanes[PANEL];
+    store16(lanes, highest);
+    const p16 top = every<p16>(*std::max_element(lanes, lanes + PANEL));
     f8 total = zero();
-    for (int i = first; i < last; i += LANES) {
-        f8 e = exp(sub(load(scores + i), top));
-        store(scores + i, e);
-        total = add(total, e);
+    for (int i = first; i < last; i += PANEL) {
+        const p16 e = exp(sub(load16(scores + i), top));
+        store16(scores + i, e);
+        total = add(add(total, low_half(e)), high_half(e));
     }
     return sum(total);
 }
@@ -104,49 +185,62 @@ struct Queries {
     const float* q;          // vector (row, head): q + row · q_stride + head · dim
     float* out;              // likewise
     size_t q_stride, out_stride;
+
+    int begin_of(int row) const { return window ? std::max(0, position + row + 1 - window) : 0; }
+    int end_of(int row) const { return position + row + 1; }
 };
 
-// `scores` holds MAX_VECTORS runs of `scores_stride` floats.
-inline void attend(const Context& context, const Queries& queries, float* scores, size_t scores_stride) {
+// Values of positions [first, last) to vectors [v, v + count). All of them see the same but for the ends, where each
+// row goes by itself: what is hidden from a row may be no number, and may not be touched.
+inline void add_visible(const Context& context, const Queries& queries, const Scratch& scratch, int first, int last,
+                        int v, int count, bool is_ahead, float* const* out) {
+    const int first_row = v / queries.group, last_row = (v + count - 1) / queries.group;
+    const int from = std::max(first, queries.begin_of(last_row)), to = std::min(last, queries.end_of(first_row));
+    auto add = [&](int vector, int stop, int begin, int end) {
+        if (begin < end)
+            add_values<VALUE_TILE>(stop - vector, context, scratch.scores + vector * scratch.stride, scratch.stride,
+                                   begin, end, is_ahead, out + vector);
+    };
+    auto add_rows = [&](int begin, int end) {
+        for (int row = first_row; row <= last_row; row++)
+            add(std::max(v, row * queries.group), std::min(v + count, (row + 1) * queries.group),
+                std::max(begin, queries.begin_of(row)), std::min(end, queries.end_of(row)));
+    };
+    add_rows(first, std::min(from, last));
+    add(v, v + count, from, to);
+    add_rows(std::max(from, to), last);
+}
+
+inline void attend(const Context& context, const Queries& queries, const Scratch& scratch) {
     const int vectors = queries.rows * queries.group, dim = context.dim;
-    const int last = queries.position + queries.rows;
-    auto begin_of = [&](int position) { return queries.window ? std::max(0, position + 1 - queries.window) : 0; };
-    const int first = begin_of(queries.position) / LANES * LANES;
-    const float* q[MAX_VECTORS];
-    float *out[MAX_VECTORS], *run[MAX_VECTORS];
-    for (int v = 0; v < vectors; v++) {
-        const size_t row = v / queries.group, head = size_t(v % queries.group) * dim;
-        q[v] = queries.q + row * queries.q_stride + head;
+    const int begin = queries.begin_of(0), last = queries.end_of(queries.rows - 1);
+    float* out[MAX_VECTORS];
+    for (int v = 0; v < round_up(vectors, ABREAST); v++) {
+        const int known = std::min(v, vectors - 1);  // the last one twice to fill a register
+        const size_t row = known / queries.group, head = size_t(known % queries.group) * dim;
+        const float* from = queries.q + row * queries.q_stride + head;
+        float* to = scratch.queries + (v / ABREAST * dim * ABREAST) + v % ABREAST * LANES;
+        for (int d = 0; d < dim; d += LANES) store(to + d * ABREAST, load(from + d));
         out[v] = queries.out + row * queries.out_stride + head;
-        run[v] = scores + v * scores_stride;
     }
-    for (int position = first; position < last; position += 4) {
-        const float* keys[4];
-        float* to[MAX_VECTORS];
-        for (int i = 0; i < 4; i++) keys[i] = context.key(std::min(position + i, last - 1));
-        for (int v = 0; v < vectors; v++) to[v] = run[v] + position;
-        int v = 0;
-        for (; vectors - v == 3 || vectors - v > 4; v += 3) dot_tile<3>(q + v, keys, dim, to + v);
-        for (; vectors - v >= 2; v += 2) dot_tile<2>(q + v, keys, dim, to + v);
-        if (v < vectors) dot_tile<1>(q + v, keys, dim, to + v);
-    }
+    const int units = divide_up(vectors, ABREAST), most = divide_up(units, divide_up(units, SCORE_TILE));
+    for (int tile = begin / KEYS * KEYS; tile < last; tile += TILE_POSITIONS)
+        for (int unit = 0; unit < units; unit += most)
+            score<SCORE_TILE>(std::min(most, units - unit), context, scratch.queries + unit * dim * ABREAST, tile,
+                              std::min(tile + TILE_POSITIONS, last), unit == 0,
+                              scratch.scores + unit * ABREAST * scratch.stride, scratch.stride);
     float total[MAX_VECTORS];
     for (int v = 0; v < vectors; v++) {
-        int position = queries.position + v / queries.group, begin = begin_of(position);
-        total[v] = soften(run[v], begin / LANES * LANES, begin, position + 1);
+        const int row = v / queries.group;
+        total[v] = soften(scratch.scores + v * scratch.stride, queries.begin_of(row), queries.end_of(row));
         std::fill(out[v], out[v] + dim, 0.0f);
     }
-    for (int tile = first / VALUE_TILE * VALUE_TILE; tile < last; tile += VALUE_TILE)
-        for (int row = 0; row < queries.rows; row++) {
-            int position = queries.position + row;
-            int from = std::max(tile, begin_of(position)), to = std::min(tile + VALUE_TILE, position + 1);
-            if (from >= to) continue;
-            int v = row * queries.group, stop = v + queries.group;
-            for (; v + 2 <= stop; v += 2) add_values<2>(context, run + v, from, to, out + v);
-            if (v < stop) add_values<1>(context, run + v, from, to, out + v);
-        }
+    for (int tile = begin; tile < last; tile += TILE_POSITIONS)
+        for (int v = 0; v < vectors; v += VALUE_TILE)
+            add_visible(context, queries, scratch, tile, std::min(tile + TILE_POSITIONS, last), v,
+                        std::min(VALUE_TILE, vectors - v), v == 0, out);
     for (int v = 0; v < vectors; v++) {
-        f8 divisor = set1(total[v]);
+        const f8 divisor = set1(total[v]);
         for (int d = 0; d < dim; d += LANES) store(out[v] + d, div(load(out[v] + d), divisor));
     }
 }

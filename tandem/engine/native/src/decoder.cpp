@@ -22,9 +22,9 @@ namespace tandem {
 // What a forward works in; grows to the largest batch seen.
 struct Buffers {
     std::vector<float> x, normed, qkv, attended, projected, gate_up, activated, last, logits;
-    std::vector<std::vector<float>> scores;  // per member
-    std::vector<Sampler> samplers;           // per member
-    std::vector<PreparedRows> prepared;      // per member, and for all
+    std::vector<std::vector<float>> attention;  // per member
+    std::vector<Sampler> samplers;              // per member
+    std::vector<PreparedRows> prepared;         // per member, and for all
 };
 
 struct Work {  // some vectors of one sequence and KV head
@@ -107,12 +107,10 @@ class Forward {
         gate_up = grow(buffers.gate_up, block * gate_up_width);
         activated = grow(buffers.activated, block * ffn_width);
         last = grow(buffers.last, size_t(b.num_logits) * hidden);
-        int longest = 0;
         for (int i = 0; i < b.rows; i++) longest = std::max(longest, b.positions[i] + 1);
-        scores_stride = round_up(longest, LANES);
-        buffers.scores.resize(team.size());
+        buffers.attention.resize(team.size());
         buffers.samplers.resize(team.size());
-        for (auto& scores : buffers.scores) grow(scores, MAX_VECTORS * scores_stride);
+        for (auto& buffer : buffers.attention) grow(buffer, Scratch::size_for(longest, m.dim));
         for (int i = 0; i < m.num_layers; i++)
             for (const Linear* l : {&m.layers[i].qkv, &m.layers[i].output, &m.layers[i].gate_up, &m.layers[i].down})
                 make_room(buffers.prepared, *l, int(block), team);
@@ -144,7 +142,7 @@ class Forward {
     Team& team;
     Buffers& buffers;
     int hidden, query, kv, qkv_width, attended_width, gate_up_width, ffn_width;
-    size_t scores_stride;
+    int longest = 0;  // context of a row
     float *x, *qkv, *attended, *normed, *projected, *gate_up, *activated, *last;
     std::vector<Work> work;
     Laps laps;  // of member 0
@@ -164,7 +162,7 @@ class Forward {
     Share rows_of(int rows, int member) const { return Share(rows, member, team.size()); }
 
     void plan_attention() {
-        const int rows_at_once = std::max(1, 16 / (m.heads / m.kv_heads));
+        const int rows_at_once = std::max(1, MAX_VECTORS / (m.heads / m.kv_heads));
         for (int s = 0; s < b.sequences; s++)
             for (int head = 0; head < m.kv_heads; head++)
                 for (int row = b.first_rows[s]; row < b.first_rows[s + 1]; row += rows_at_once)
@@ -267,13 +265,13 @@ class Forward {
     void attend_some(const Layer& l, int layer, const Work& w, int member) {
         const int group = m.heads / m.kv_heads;
         Context context{head_data(layer, 0, w.kv_head), head_data(layer, 1, w.kv_head),
-                        b.tables + b.first_blocks[w.sequence], __builtin_ctz(cache.block_size), m.dim};
+                        b.tables + b.first_blocks[w.sequence], __builtin_ctz(cache.block_size), m.dim, b.positions[w.row + w.rows - 1]};
         for (int first = 0; first < group; first += MAX_VECTORS) {  // a group larger than a tile goes in parts
             const size_t head = size_t(w.kv_head * group + first) * m.dim;
             Queries queries{w.rows, std::min(MAX_VECTORS, group - first), b.positions[w.row], l.window,
                             qkv + size_t(w.row) * qkv_width + head, attended + size_t(w.row) * attended_width + head,
                             size_t(qkv_width), size_t(attended_width)};
-            attend(context, queries, buffers.scores[member].data(), scores_stride);
+            attend(context, queries, Scratch(buffers.attention[member].data(), longest));
         }
     }
 

@@ -128,20 +128,27 @@ inline f8 load_some(const float* p, int n) {
     return load(padded);
 }
 
+// A number in every lane of an f8 or a p16.
+template <class F>
+F every(float x);
+template <>
+inline f8 every<f8>(float x) { return set1(x); }
+
 // e^x within 2 units in the last place; 0 below -87.3; x above 88 counts as 88; NaN stays.
-inline f8 exp(f8 x) {
-    const f8 low = set1(-87.3f);
-    f8 clamped = min(set1(88.0f), max(low, x));
-    f8 n = round_even(mul(clamped, set1(1.44269504f)));
-    f8 r = fma(n, set1(-0.693359375f), clamped);
-    r = fma(n, set1(2.12194440e-4f), r);
-    f8 p = set1(1.9875691500e-4f);
-    p = fma(p, r, set1(1.3981999507e-3f));
-    p = fma(p, r, set1(8.3334519073e-3f));
-    p = fma(p, r, set1(4.1665795894e-2f));
-    p = fma(p, r, set1(1.6666665459e-1f));
-    p = fma(p, r, set1(5.0000001201e-1f));
-    p = fma(mul(r, r), p, add(r, set1(1.0f)));
+template <class F>
+inline F exp(F x) {
+    const F low = every<F>(-87.3f);
+    F clamped = min(every<F>(88.0f), max(low, x));
+    F n = round_even(mul(clamped, every<F>(1.44269504f)));
+    F r = fma(n, every<F>(-0.693359375f), clamped);
+    r = fma(n, every<F>(2.12194440e-4f), r);
+    F p = every<F>(1.9875691500e-4f);
+    p = fma(p, r, every<F>(1.3981999507e-3f));
+    p = fma(p, r, every<F>(8.3334519073e-3f));
+    p = fma(p, r, every<F>(4.1665795894e-2f));
+    p = fma(p, r, every<F>(1.6666665459e-1f));
+    p = fma(p, r, every<F>(5.0000001201e-1f));
+    p = fma(mul(r, r), p, add(r, every<F>(1.0f)));
     return zero_below(scale_by_power(p, n), x, low);
 }
 
@@ -161,6 +168,40 @@ inline p16 zero16() { return {_mm512_setzero_ps()}; }
 inline b16 broadcast16(const float* p) { return {_mm512_set1_ps(*p)}; }
 inline p16 fma(p16 w, b16 x, p16 acc) { return {_mm512_fmadd_ps(w.v, x.v, acc.v)}; }
 
+// The same as of f8, and of both halves.
+template <>
+inline p16 every<p16>(float x) { return {_mm512_set1_ps(x)}; }
+inline p16 load_twice(const float* p) {
+    return {_mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_castps_pd(_mm256_loadu_ps(p))))};
+}
+inline f8 low_half(p16 a) { return {_mm512_castps512_ps256(a.v)}; }
+inline f8 high_half(p16 a) { return {_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1))}; }
+inline p16 add(p16 a, p16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline p16 sub(p16 a, p16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline p16 mul(p16 a, p16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline p16 fma(p16 a, p16 b, p16 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline p16 max(p16 a, p16 b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline p16 min(p16 a, p16 b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline p16 round_even(p16 a) {
+    return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline p16 zero_below(p16 a, p16 x, p16 limit) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_NLT_UQ), a.v)};
+}
+inline p16 scale_by_power(p16 a, p16 n) {
+    __m512i bits = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
+    return {_mm512_mul_ps(a.v, _mm512_castsi512_ps(bits))};
+}
+inline p16 add_pairs(p16 a, p16 b) {
+    return {_mm512_add_ps(_mm512_shuffle_ps(a.v, b.v, 0x88), _mm512_shuffle_ps(a.v, b.v, 0xdd))};
+}
+inline void sum4(p16 a, p16 b, p16 c, p16 d, float* low, float* high) {
+    const __m512 quads = add_pairs(add_pairs(a, b), add_pairs(c, d)).v;
+    const __m512 sums = _mm512_add_ps(quads, _mm512_shuffle_f32x4(quads, quads, 0xb1));  // each half with its other
+    _mm_storeu_ps(low, _mm512_castps512_ps128(sums));
+    _mm_storeu_ps(high, _mm512_extractf32x4_ps(sums, 2));
+}
+
 #else
 
 struct p16 { f8 lo, hi; };
@@ -172,6 +213,14 @@ inline void store16(float* p, p16 a) { store(p, a.lo), store(p + LANES, a.hi); }
 inline p16 zero16() { return {zero(), zero()}; }
 inline b16 broadcast16(const float* p) { return {set1(*p)}; }
 inline p16 fma(p16 w, b16 x, p16 acc) { return {fma(w.lo, x.v, acc.lo), fma(w.hi, x.v, acc.hi)}; }
+
+template <>
+inline p16 every<p16>(float x) { return {set1(x), set1(x)}; }
+inline f8 low_half(p16 a) { return a.lo; }
+inline f8 high_half(p16 a) { return a.hi; }
+inline p16 sub(p16 a, p16 b) { return {sub(a.lo, b.lo), sub(a.hi, b.hi)}; }
+inline p16 max(p16 a, p16 b) { return {max(a.lo, b.lo), max(a.hi, b.hi)}; }
+inline p16 exp(p16 x) { return {exp(x.lo), exp(x.hi)}; }
 
 #endif
 
