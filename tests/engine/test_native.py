@@ -67,8 +67,9 @@ def test_every_instruction_set_gives_the_same_bits(saved_model, monkeypatch, oth
         monkeypatch.setenv("TANDEM_NATIVE", isa)
         runner = ModelRunner.load(path, num_blocks=8, block_size=16, implementation="native")
         assert runner.implementation_reason == f"kernels for {isa}"
-        first = runner.forward(runner.batch([SequenceRows(PROMPT[:50], 0, range(4), 50)]))
-        second = runner.forward(runner.batch([SequenceRows(PROMPT[50:], 50, range(4), 10)]))
+        prompt = 2 * PROMPT
+        first = runner.forward(runner.batch([SequenceRows(prompt[:50], 0, range(4), 50)]))
+        second = runner.forward(runner.batch([SequenceRows(prompt[50:], 50, range(8), 70)]))
         logits.append(torch.cat([first, second]))
     assert other_isa != BEST
     assert torch.equal(*logits)

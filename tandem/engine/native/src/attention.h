@@ -19,14 +19,14 @@ struct Context {
     const float* values;
     const int32_t* blocks;  // the sequence's block table
     int block_bits, dim;    // block_size = 1 << block_bits
-    int last;               // position that is in the table
+    int last;               // position that is asked for
 
     size_t offset(int position) const {
         const int inside = position & ((1 << block_bits) - 1);
         return ((size_t(blocks[position >> block_bits]) << block_bits) + inside) * dim;
     }
     int end_of_block(int position) const { return ((position >> block_bits) + 1) << block_bits; }
-    // The same place in the next block, if there is one.
+    // The same place in the next block, or the end.
     size_t offset_ahead(int position) const { return offset(std::min(position + (1 << block_bits), last)); }
     const float* key_ahead(int position) const { return keys + offset_ahead(position); }
     const float* value_ahead(int position) const { return values + offset_ahead(position); }
@@ -58,7 +58,7 @@ constexpr int value_panels(int vectors) { return vectors == 1 ? 4 : 2; }
 #endif
 constexpr int ABREAST = sizeof(Queries8) / sizeof(f8);  // query vectors of a register
 
-// Ask for what is `AHEAD` positions further: blocks lie anywhere, and the hardware's own prefetch ends with each.
+// Tiles ask for the next block as they go: blocks lie anywhere, and the hardware's own prefetch ends with each.
 inline void ask_for(const float* p, int count) {
     for (int i = 0; i < count; i += CACHE_LINE / int(sizeof(float))) __builtin_prefetch(p + i);
 }
@@ -219,7 +219,7 @@ inline void attend(const Context& context, const Queries& queries, const Scratch
         const int known = std::min(v, vectors - 1);  // the last one twice to fill a register
         const size_t row = known / queries.group, head = size_t(known % queries.group) * dim;
         const float* from = queries.q + row * queries.q_stride + head;
-        float* to = scratch.queries + (v / ABREAST * dim * ABREAST) + v % ABREAST * LANES;
+        float* to = scratch.queries + v / ABREAST * dim * ABREAST + v % ABREAST * LANES;
         for (int d = 0; d < dim; d += LANES) store(to + d * ABREAST, load(from + d));
         out[v] = queries.out + row * queries.out_stride + head;
     }

@@ -265,7 +265,8 @@ class Forward {
     void attend_some(const Layer& l, int layer, const Work& w, int member) {
         const int group = m.heads / m.kv_heads;
         Context context{head_data(layer, 0, w.kv_head), head_data(layer, 1, w.kv_head),
-                        b.tables + b.first_blocks[w.sequence], __builtin_ctz(cache.block_size), m.dim, b.positions[w.row + w.rows - 1]};
+                        b.tables + b.first_blocks[w.sequence], __builtin_ctz(cache.block_size), m.dim,
+                        b.positions[w.row + w.rows - 1]};
         for (int first = 0; first < group; first += MAX_VECTORS) {  // a group larger than a tile goes in parts
             const size_t head = size_t(w.kv_head * group + first) * m.dim;
             Queries queries{w.rows, std::min(MAX_VECTORS, group - first), b.positions[w.row], l.window,
