@@ -1,5 +1,6 @@
 """The C++ kernels:  same bits from every instruction set and team, and a clear word where they cannot run."""
 
+import math
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from tandem.engine.draw import Draw
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.native import build, library
 from tandem.engine.native.build import NotNativeError
+from tandem.engine.native.decoder import ANGLE_PAGE, _Angles
 from tandem.engine.paged_cache import PagedCache
 from tandem.engine.rng import Stream
 from tandem.engine.sampler import NO_TOKEN, choose
@@ -56,6 +58,17 @@ def test_storage_changes_no_bit(engines):
     half, single = (library.pack_linear(stored) for stored in (weight, weight.float()))
     assert torch.equal(engines[0].linear(half, x), engines[0].linear(single, x))
     assert half.num_bytes * 2 == single.num_bytes
+
+
+def test_angles_are_what_they_are_and_not_torchs():
+    """torch's cosines on several busy cores are not the same in every process."""
+    inv_freq = 10000.0 ** -(torch.arange(0, 64, 2) / 64)
+    angles = _Angles(torch.empty(0, 2, 32)).up_to(600, inv_freq).up_to(1100, inv_freq)
+    assert angles.num_positions == 3 * ANGLE_PAGE
+    exact = [[position * f for f in inv_freq.tolist()] for position in range(3 * ANGLE_PAGE)]
+    for which, function in enumerate((math.cos, math.sin)):
+        wanted = torch.tensor([[function(angle) for angle in row] for row in exact])
+        assert torch.equal(angles._values[:, which], wanted)
 
 
 @pytest.mark.slow

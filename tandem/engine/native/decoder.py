@@ -161,9 +161,11 @@ class _Angles:
     def up_to(self, num_positions: int, inv_freq: torch.Tensor) -> _Angles:
         """These and more, by whole pages."""
         stop = -(-num_positions // ANGLE_PAGE) * ANGLE_PAGE
-        # In double precision, so that every libm rounds to the same floats.
-        angle = torch.arange(self.num_positions, stop).double()[:, None] * inv_freq
-        return _Angles(torch.cat((self._values, torch.stack((angle.cos(), angle.sin()), 1).float())))
+        # In double precision, so that every libm rounds to the same floats. Not by torch, which is now
+        # and then off by 7e-9 in its first call on several busy cores: each process would have its own bits.
+        angles = (torch.arange(self.num_positions, stop).double()[:, None] * inv_freq).numpy()
+        turned = np.stack((np.cos(angles), np.sin(angles)), 1).astype(np.float32)
+        return _Angles(torch.cat((self._values, torch.from_numpy(turned))))
 
 
 def _addressed(cache: PagedCache) -> structs.Cache:
