@@ -8,8 +8,8 @@
 #include <limits>
 #include <vector>
 
-#include "linear.h"
 #include "simd.h"
+#include "unrolled.h"
 
 namespace tandem {
 

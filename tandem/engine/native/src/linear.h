@@ -8,10 +8,10 @@
 
 #include <algorithm>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "simd.h"
+#include "unrolled.h"
 
 namespace tandem {
 
@@ -42,7 +42,6 @@ struct Linear {
 constexpr int ROW_BLOCK = 96;      // rows that go through all panels together
 constexpr int INPUT_BLOCK = 512;   // inputs of so many rows that stay in the cache meanwhile
 constexpr int MANY_ROWS = 48;      // for which weights are widened before they are multiplied
-constexpr int CACHE_LINE = 64;     // bytes
 constexpr int AHEAD = 16 * CACHE_LINE;  // that weights are asked for before they are needed
 
 // The largest tile of a product: chains enough to fill the multipliers, and few enough for the registers.
@@ -54,7 +53,6 @@ constexpr int TILE_ROWS = 6;
 constexpr int tile_panels(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #endif
 
-inline int divide_up(int n, int by) { return (n + by - 1) / by; }
 // Rows of the tiles that `rows` are cut into: all nearly the same, since few chains leave multipliers idle.
 inline int tile_rows(int rows, int most) { return divide_up(rows, std::max(1, divide_up(rows, most))); }
 // Panels that are best computed side by side.
@@ -83,17 +81,6 @@ struct Rows {
     T* row(int r) const { return at + size_t(r) * stride; }
     Rows from(int r) const { return {row(r), stride}; }
 };
-
-// f(0) … f(N - 1), unrolled before anything else is optimized, so that arrays they index live in registers.
-#define INLINE __attribute__((always_inline))
-template <class F, int... I>
-inline INLINE void unrolled(std::integer_sequence<int, I...>, const F& f) {
-    (f(std::integral_constant<int, I>()), ...);
-}
-template <int N, class F>
-inline INLINE void unrolled(const F& f) {
-    unrolled(std::make_integer_sequence<int, N>(), f);
-}
 
 // y += R rows of `in` inputs times P panels. Weights are asked for ahead: with several rows the hardware's own
 // prefetch falls behind.

@@ -16,6 +16,7 @@
 #include "int_rows.h"
 #include "linear.h"
 #include "pieces.h"
+#include "unrolled.h"
 
 namespace tandem {
 

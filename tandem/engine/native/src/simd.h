@@ -24,7 +24,10 @@ namespace tandem {
 constexpr int LANES = 8;
 constexpr int PANEL = 16;
 
-inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+constexpr int CACHE_LINE = 64;  // bytes
+
+inline int divide_up(int n, int by) { return (n + by - 1) / by; }
+inline int round_up(int n, int multiple) { return divide_up(n, multiple) * multiple; }
 
 #if TANDEM_AVX2
 
