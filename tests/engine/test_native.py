@@ -3,6 +3,7 @@
 import math
 import os
 import stat
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -50,6 +51,15 @@ def test_a_row_has_the_same_bits_in_every_batch(engines, rows, out_features, in_
     assert torch.equal(team.linear(packed, x), together)
     row = seed % rows
     assert torch.equal(alone.linear(packed, x[row : row + 1].contiguous())[0], together[row])
+
+
+def test_a_library_shares_nothing_with_that_of_another_instruction_set():
+    """A static variable of a function in a header is one for all libraries of a process, unless it is hidden:
+    then they would use each other's buffers, which are aligned for other types."""
+    command = ["nm", "--dynamic", "--defined-only", str(build.library(BEST))]
+    symbols = [line.split()[1:] for line in subprocess.check_output(command, text=True).splitlines()]
+    assert [name for kind, name in symbols if kind == "u"] == []
+    assert ["T", "tandem_forward"] in symbols
 
 
 def test_storage_changes_no_bit(engines):

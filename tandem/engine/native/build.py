@@ -32,7 +32,8 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
     "plain": (),
 }
 # No contraction: a fused multiply-add stands in the source, or there is none. That keeps the bits equal.
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
+# Hidden, or libraries of several instruction sets in one process would share their static variables.
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared", "-pthread")
 BUILD_TIMEOUT_S = 300.0
 
 

@@ -364,6 +364,7 @@ struct Engine {
 
 }  // namespace tandem
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Bumped with every change of a struct or function below.
@@ -430,3 +431,4 @@ double tandem_clock_read(int64_t* parts) {
     return tandem::tick_ns();
 }
 }
+#pragma GCC visibility pop
