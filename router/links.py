@@ -23,8 +23,7 @@ from tandem.work import Work, failure_from_pb, work_id
 
 log = logging.getLogger(__name__)
 
-FORGET_TIMEOUT_S = 2.0
-FORGET_TRIES, FORGET_PAUSE_S = 3, 0.5  # a store without a processor for seconds, or one that starts again
+FORGET_TIMEOUT_S = 6.0  # a store may be without a processor for seconds, or starting again
 DecodeNews = pb.DecodeStarted | OutputDelta
 OnDecode = Callable[[DecodeNews], None]
 
@@ -94,17 +93,13 @@ class StoreLink:
         self._stub: Any = kv_pb2_grpc.KvServiceStub(self._channel)
 
     async def forget(self, request_id: str, tenant: str, epoch: int) -> None:
-        """Best effort, several times: what all of them miss, the lease frees."""
+        """Best effort: what this call misses, the lease frees."""
         name = work_id(request_id, self._router_id)
         attempt = kv_pb2.ForgetKvRequest(request_id=name, tenant=tenant, epoch=epoch)
-        for tried in range(1, FORGET_TRIES + 1):
-            try:
-                await self._stub.ForgetKv(attempt, timeout=FORGET_TIMEOUT_S)
-                return
-            except grpc.aio.AioRpcError as error:
-                log.warning("could not give up stored KV (try %d): %s", tried, to_tandem_error(error).reason)
-            if tried < FORGET_TRIES:
-                await asyncio.sleep(FORGET_PAUSE_S)
+        try:
+            await self._stub.ForgetKv(attempt, timeout=FORGET_TIMEOUT_S, wait_for_ready=True)
+        except grpc.aio.AioRpcError as error:
+            log.warning("could not give up stored KV: %s", to_tandem_error(error).reason)
 
     async def close(self) -> None:
         await self._channel.close()

@@ -1,44 +1,62 @@
+import asyncio
+import logging
+from contextlib import asynccontextmanager
+
 import grpc.aio
-import pytest
 
 from router import links
 from router.links import StoreLink
 from tandem.internal import InternalPlane
 from tandem.pb.kv.v1 import kv_pb2 as pb
 
+SERVICE = pb.DESCRIPTOR.services_by_name["KvService"].full_name
 
-class DullStore:
-    """Answers only after so many calls that got nothing."""
 
-    def __init__(self, num_failures):
-        self.num_failures = num_failures
-        self.asked = []
+@asynccontextmanager
+async def store(asked, port=0):
+    """One that only notes what it is to forget."""
 
-    async def forget(self, request, context):
-        self.asked.append((request.request_id, request.tenant, request.epoch))
-        if len(self.asked) <= self.num_failures:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "no processor for it")
+    async def forget(request, context):
+        asked.append((request.tenant, request.epoch))
         return pb.ForgetKvResponse(num_objects=1)
 
-
-@pytest.mark.parametrize(("num_failures", "num_calls"), [(0, 1), (2, 3), (9, links.FORGET_TRIES)])
-async def test_stored_kv_is_given_up_again_where_the_store_did_not_answer(
-    monkeypatch, num_failures, num_calls
-):
-    monkeypatch.setattr(links, "FORGET_PAUSE_S", 0.01)
-    store, server = DullStore(num_failures), grpc.aio.server()
     handler = grpc.unary_unary_rpc_method_handler(
-        store.forget, pb.ForgetKvRequest.FromString, pb.ForgetKvResponse.SerializeToString
+        forget, pb.ForgetKvRequest.FromString, pb.ForgetKvResponse.SerializeToString
     )
-    service = pb.DESCRIPTOR.services_by_name["KvService"].full_name
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"ForgetKv": handler}),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"ForgetKv": handler}),))
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
-    link = StoreLink(f"127.0.0.1:{port}", "router", InternalPlane())
     try:
-        await link.forget("request", "tenant", 7)
+        yield port
+    finally:
+        await server.stop(None)
+
+
+async def test_stored_kv_is_given_up_when_the_store_is_back():
+    asked = []
+    async with store(asked) as port:
+        pass
+    link = StoreLink(f"127.0.0.1:{port}", "router", InternalPlane())
+    forgetting = asyncio.create_task(link.forget("request", "tenant", 7))
+    try:
+        done, _ = await asyncio.wait({forgetting}, timeout=0.3)
+        assert not done
+        async with store(asked, port):
+            await forgetting
     finally:
         await link.close()
-        await server.stop(None)
-    assert store.asked == [store.asked[0]] * num_calls
-    assert store.asked[0][1:] == ("tenant", 7)
+    assert asked == [("tenant", 7)]
+
+
+async def test_a_store_that_stays_away_is_left_to_its_leases(monkeypatch, caplog):
+    monkeypatch.setattr(links, "FORGET_TIMEOUT_S", 0.2)
+    async with store([]) as port:
+        pass
+    link = StoreLink(f"127.0.0.1:{port}", "router", InternalPlane())
+    try:
+        with caplog.at_level(logging.WARNING):
+            await link.forget("request", "tenant", 7)
+    finally:
+        await link.close()
+    assert "could not give up stored KV" in caplog.text

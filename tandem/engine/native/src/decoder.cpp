@@ -35,7 +35,7 @@ struct Work {  // some vectors of one sequence and KV head
 // each member, and of all.
 void multiply_shared(const Linear& linear, Rows<const float> x, int rows, Rows<float> y, Team& team, int member,
                      PreparedRows* prepared) {
-    const int panels = round_up(linear.out, PANEL) / PANEL;
+    const int panels = divide_up(linear.out, PANEL);
     auto divide = [&](const auto& multiply_some) {
         team.divide(panels, panels_together(rows), [&](int first, int last) {
             multiply_some(first, last);

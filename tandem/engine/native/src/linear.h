@@ -39,9 +39,9 @@ struct Linear {
     const Linear* outliers;
 };
 
-constexpr int ROW_BLOCK = 96;      // rows that go through all panels together
-constexpr int INPUT_BLOCK = 512;   // inputs of so many rows that stay in the cache meanwhile
-constexpr int MANY_ROWS = 48;      // for which weights are widened before they are multiplied
+constexpr int ROW_BLOCK = 96;           // rows that go through all panels together
+constexpr int INPUT_BLOCK = 512;        // inputs of so many rows that stay in the cache meanwhile
+constexpr int MANY_ROWS = 48;           // for which weights are widened before they are multiplied
 constexpr int AHEAD = 16 * CACHE_LINE;  // that weights are asked for before they are needed
 
 // The largest tile of a product: chains enough to fill the multipliers, and few enough for the registers.
@@ -124,7 +124,7 @@ inline void multiply_panels(int rows, int panels, Rows<const float> x, Panels<W>
     const int most = tile_rows(rows, TILE_ROWS);
     for (int row = 0; row < rows; row += most)
         multiply_tile_of<TILE_ROWS>(std::min(most, rows - row), panels, x.from(row), w, in,
-                                                            y.from(row));
+                                    y.from(row));
 }
 
 // The same weights as floats, until this thread's next call.

@@ -28,16 +28,20 @@ inline const WidePiece& copied(const WidePiece& p) { return p; }
 inline int code_of(const uint8_t* p, int output, int input) {
     return p[byte_of(output, input)] >> (output / 4 % 2 * 4) & 15;
 }
-struct Codebook8 {
-    const int8_t* table;
-    explicit Codebook8(const int8_t* bytes) : table(bytes) {}
-    Piece load(const uint8_t* p) const {
-        Piece piece;
+// Codes through a table of 16 numbers.
+template <class T, class P>
+struct LookUp {
+    const T* table;
+    explicit LookUp(const T* numbers) : table(numbers) {}
+    P load(const uint8_t* p) const {
+        P piece;
         for (int o = 0; o < PANEL; o++)
             for (int i = 0; i < PIECE_INPUTS; i++) piece.w[o][i] = table[code_of(p, o, i)];
         return piece;
     }
 };
+using Codebook8 = LookUp<int8_t, Piece>;
+using Codebook16 = LookUp<int16_t, WidePiece>;
 template <class P, class T>
 inline void add_products(const P& piece, const T* four, Sums& sums) {
     for (int o = 0; o < PANEL; o++)
@@ -53,15 +57,4 @@ inline WidePiece widened(const Piece& piece) {
 inline void to_floats(const Sums& sums, f8& first, f8& second) {
     for (int i = 0; i < LANES; i++) first.v[i] = float(sums.v[i]), second.v[i] = float(sums.v[LANES + i]);
 }
-struct Codebook16 {
-    const int16_t* table;
-    explicit Codebook16(const int16_t* words) : table(words) {}
-    WidePiece load(const uint8_t* p) const {
-        WidePiece piece;
-        for (int o = 0; o < PANEL; o++)
-            for (int i = 0; i < PIECE_INPUTS; i++) piece.w[o][i] = table[code_of(p, o, i)];
-        return piece;
-    }
-};
-
 }  // namespace tandem
