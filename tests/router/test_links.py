@@ -34,7 +34,7 @@ async def store(asked, port=0):
 
 
 async def test_stored_kv_is_given_up_when_the_store_is_back():
-    asked = []
+    asked: list[tuple[str, int]] = []
     async with store(asked) as port:
         pass
     link = StoreLink(f"127.0.0.1:{port}", "router", InternalPlane())
