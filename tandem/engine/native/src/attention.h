@@ -81,22 +81,29 @@ template <int U>
 __attribute__((noinline)) void score_tile(const Context& context, const float* queries, int first, int last,
                                           bool is_ahead, float* runs, size_t stride) {
     const int dim = context.dim;
-    for (int position = first; position < last; position += KEYS) {
-        const float* keys[KEYS];
-        unrolled<KEYS>([&](auto i) INLINE { keys[i] = context.key(std::min(position + i, last - 1)); });
-        Queries8 acc[U][KEYS];
-        unrolled<U>([&](auto u) INLINE { unrolled<KEYS>([&](auto i) INLINE { acc[u][i] = every<Queries8>(0.0f); }); });
-        if (is_ahead) ask_for(context.key_ahead(position), KEYS * dim);
-        const float* query = queries;
-        for (int d = 0; d < dim; d += LANES, query += ABREAST * LANES) {
-            Queries8 k[KEYS];
-            unrolled<KEYS>([&](auto i) INLINE { k[i] = load_key(keys[i] + d); });
-            unrolled<U>([&](auto u) INLINE {
-                const Queries8 q = load_queries(query + size_t(u) * dim * ABREAST);
-                unrolled<KEYS>([&](auto i) INLINE { acc[u][i] = fma(q, k[i], acc[u][i]); });
+    const bool is_whole = 1 << context.block_bits >= KEYS;
+    for (int position = first; position < last;) {
+        const int stop = std::min(last, std::max(position + KEYS, context.end_of_block(position)));
+        const float *key = context.key(position), *ahead = context.key_ahead(position);
+        for (; position < stop; position += KEYS, key += KEYS * dim, ahead += KEYS * dim) {
+            const float* keys[KEYS];  // those behind the last one lie in its block; nobody reads their scores
+            unrolled<KEYS>([&](auto i) INLINE {
+                keys[i] = is_whole ? key + i * dim : context.key(std::min(position + i, last - 1));
             });
+            Queries8 acc[U][KEYS];
+            unrolled<U>([&](auto u) INLINE { unrolled<KEYS>([&](auto i) INLINE { acc[u][i] = every<Queries8>(0.0f); }); });
+            if (is_ahead) ask_for(ahead, KEYS * dim);
+            const float* query = queries;
+            for (int d = 0; d < dim; d += LANES, query += ABREAST * LANES) {
+                Queries8 k[KEYS];
+                unrolled<KEYS>([&](auto i) INLINE { k[i] = load_key(keys[i] + d); });
+                unrolled<U>([&](auto u) INLINE {
+                    const Queries8 q = load_queries(query + size_t(u) * dim * ABREAST);
+                    unrolled<KEYS>([&](auto i) INLINE { acc[u][i] = fma(q, k[i], acc[u][i]); });
+                });
+            }
+            unrolled<U>([&](auto u) INLINE { put_sums(acc[u], runs + u * ABREAST * stride + position, stride); });
         }
-        unrolled<U>([&](auto u) INLINE { put_sums(acc[u], runs + u * ABREAST * stride + position, stride); });
     }
 }
 
@@ -146,6 +153,8 @@ inline void add_values(int vectors, const Context& context, const float* weights
     int d = 0;
     for (; d + P * PANEL <= context.dim; d += P * PANEL)
         value_tile<V, P>(context, weights, stride, first, last, is_ahead, d, out);
+    for (; d + 2 * PANEL <= context.dim; d += 2 * PANEL)
+        value_tile<V, 2>(context, weights, stride, first, last, is_ahead, d, out);
     for (; d + PANEL <= context.dim; d += PANEL)
         value_tile<V, 1>(context, weights, stride, first, last, is_ahead, d, out);
     if (d == context.dim) return;
