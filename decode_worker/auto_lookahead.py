@@ -28,7 +28,7 @@ from decode_worker.race import Race
 from decode_worker.sequence import DecodeSequence
 from decode_worker.step_costs import MAX_ACCEPTANCE, Division, Floats, StepCosts
 
-PRIOR_ACCEPTANCE = 0.6
+PRIOR_ACCEPTANCE = 0.7
 MEMORY = 64.0  # draft tokens of a sequence that count; older ones fade
 PRIOR_WEIGHT = 8.0  # draft tokens that the worker's own rate counts for in a new sequence
 SMOOTHING = 0.02  # of the newest draft token in the worker's rate
@@ -100,21 +100,27 @@ class AutoLookahead:
             if not advance.num_guessed:
                 continue
             judged = min(advance.num_accepted + 1, advance.num_guessed)  # none given: rejected
+            if self._goes_by_confidence(sequence):
+                judged = 1  # the first says how often the draft is right; later ones, when it is sure
+            num_accepted = min(advance.num_accepted, judged)
             accepted, seen = self._accepted.get(sequence, (0.0, 0.0))
             fade = (1 - 1 / MEMORY) ** judged
-            self._accepted[sequence] = (accepted * fade + advance.num_accepted, seen * fade + judged)
+            self._accepted[sequence] = (accepted * fade + num_accepted, seen * fade + judged)
             weight = 1 - (1 - SMOOTHING) ** judged
-            self.acceptance += weight * (advance.num_accepted / judged - self.acceptance)
+            self.acceptance += weight * (num_accepted / judged - self.acceptance)
 
     def leave(self, sequence: DecodeSequence) -> None:
         self._accepted.pop(sequence, None)
 
     def _limited(self, sequence: DecodeSequence, planned: int) -> int:
         """A request that asks for a number has it even where the plan says none."""
-        if planned and self._has_confidence and sequence.goes_by_confidence:
+        if planned and self._goes_by_confidence(sequence):
             planned = self._most
         asks = sequence.work.speculation.num_assistant_tokens is not None
         return limit(sequence, planned, self._most) if planned or asks else 0
+
+    def _goes_by_confidence(self, sequence: DecodeSequence) -> bool:
+        return self._has_confidence and sequence.goes_by_confidence
 
     def _probed(self, sequences: Sequence[DecodeSequence]) -> list[int]:
         """Now and then one token for a sequence of which the draft has little to read, the newest of those.

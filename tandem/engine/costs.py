@@ -7,7 +7,6 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from math import log2
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +14,12 @@ import numpy.typing as npt
 from tandem.engine.batch import SequenceRows
 from tandem.engine.model_runner import ModelRunner
 
-ROWS = (1, 2, 4, 8, 16, 32, 64)
+ROWS = (1, 2, 4, 6, 8, 9, 12, 16, 24, 32, 64)  # with both sides of where a tile is full, and a row dear
 REPEATS, MOST_REPEATS = 3, 10
 PATIENCE_S = 0.5
 FOLLOW = 0.2  # how far a timed forward moves the entry of its own row count
-FOLLOW_ALL = 0.002  # and the far ones: little, or costs that nobody sees would drift
-MAX_SURPRISE = 4.0  # a forward that took longer than this many times its cost was disturbed
+FOLLOW_ALL = 0.002  # and the others: little, or costs that nobody sees would drift
+MAX_SURPRISE = 1.5  # a forward that took longer than this many times its cost was disturbed
 CONTEXT = 64  # tokens each row sees
 SWEEP_BYTES = 8 << 20  # read before a timed forward: in a step, too, another model has just run
 
@@ -36,26 +35,19 @@ class ForwardCosts:
 class LiveCosts:
     """Start-up costs that follow what forwards take now: contexts grow, neighbours come and go.
 
-    A timed forward moves the entries beside its row count most, and all others a little.
+    A timed forward moves the entries it lies between by its distance from them, and all others a little.
     """
 
     def __init__(self, costs: ForwardCosts) -> None:
         self._rows = costs.rows
-        self._logs = [log2(rows) for rows in costs.rows]
         self._seconds = list(costs.seconds)
 
     def at(self, num_rows: int) -> float:
         """Seconds of a forward of this many rows; none for no rows."""
-        rows, seconds = self._rows, self._seconds
         if num_rows <= 0:
             return 0.0
-        index = bisect_left(rows, num_rows)
-        if index == len(rows):
-            return seconds[-1] * num_rows / rows[-1]
-        if index == 0 or rows[index] == num_rows:
-            return seconds[index]
-        share = (num_rows - rows[index - 1]) / (rows[index] - rows[index - 1])
-        return seconds[index - 1] + share * (seconds[index] - seconds[index - 1])
+        seconds = sum(share * self._seconds[index] for index, share in self._shares(num_rows).items())
+        return seconds * max(num_rows / self._rows[-1], 1.0)
 
     def table(self, first: int, last: int) -> npt.NDArray[np.float64]:
         """Seconds of `first` to `last` rows, both included."""
@@ -70,11 +62,19 @@ class LiveCosts:
         if expected_s <= 0 or seconds <= 0:
             return
         change = min(max(seconds / expected_s, 1 / MAX_SURPRISE), MAX_SURPRISE) - 1
-        place = log2(num_rows)
-        for index, known in enumerate(self._logs):
-            distance = abs(known - place)
-            weight = FOLLOW * (1 - distance) if distance < 1 else 0.0
-            self._seconds[index] *= 1 + change * max(weight, FOLLOW_ALL)
+        shares = self._shares(num_rows)
+        for index in range(len(self._seconds)):
+            self._seconds[index] *= 1 + change * max(FOLLOW * shares.get(index, 0.0), FOLLOW_ALL)
+
+    def _shares(self, num_rows: int) -> dict[int, float]:
+        """By index: how much each entry says of a forward of this many rows, 1 in all."""
+        rows, index = self._rows, bisect_left(self._rows, num_rows)
+        if index == len(rows):
+            return {index - 1: 1.0}
+        if index == 0 or rows[index] == num_rows:
+            return {index: 1.0}
+        share = (num_rows - rows[index - 1]) / (rows[index] - rows[index - 1])
+        return {index - 1: 1 - share, index: share}
 
 
 def measure_costs(model: ModelRunner, rows: Sequence[int] = ROWS, depth: int = 0) -> ForwardCosts:

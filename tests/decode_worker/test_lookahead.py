@@ -174,6 +174,18 @@ def test_an_unsure_draft_is_a_rejection_and_took_its_time() -> None:
     assert lookahead.acceptance < before
 
 
+def test_tokens_given_because_the_draft_was_sure_say_nothing_of_the_next() -> None:
+    """Who goes by confidence is judged by first tokens; others by all."""
+    lookahead = AutoLookahead(8, costs_of(FLAT, CHEAP), has_confidence=True)
+    before = lookahead.acceptance
+    for _ in range(100):
+        tell(lookahead, (Sequence(), 6, 6), (Sequence(), 1, 0))  # sure and right, or unsure and wrong
+    assert abs(lookahead.acceptance - 0.5) < 0.1 < before - 0.5
+    for _ in range(100):
+        tell(lookahead, *((Sequence(goes_by_confidence=False), *told) for told in ((6, 6), (1, 0))))
+    assert lookahead.acceptance > 0.8
+
+
 def test_plain_decoding_is_probed_ever_less_often_by_one_sequence() -> None:
     lookahead, running = auto(8, FLAT, FLAT), [Sequence(), Sequence()]
     steps = []
@@ -289,7 +301,10 @@ def test_live_costs_follow_what_is_measured_near_and_far() -> None:
     assert costs.at(4) == pytest.approx(4.0, rel=0.05)
     assert 1.0 <= costs.at(1) < 1.3
     costs.observe(4, 1e6)  # a disturbed forward is little news
-    assert costs.at(4) < 8.0
+    assert costs.at(4) < 4.5
+    before = costs.at(4), costs.at(16)
+    costs.observe(5, 1.2 * costs.at(5))  # said of what lies beside it, by how near that is
+    assert costs.at(4) / before[0] > 1.03 > costs.at(16) / before[1] > 1.0
 
 
 def test_drafting_steps_are_calibrated_by_plain_ones() -> None:
