@@ -73,10 +73,9 @@ class LocalPrefill:
         return list(zip(complete, map(advance_by, complete, sampled), strict=True))
 
     def _room(self, is_alone: bool) -> int:
-        token_s = self._cost.per_token_s
-        if is_alone or not token_s:
+        if is_alone:
             return self._chunk_tokens
-        return min(self._chunk_tokens, max(int(STALL_S / token_s), LEAST_TOKENS))
+        return self._cost.tokens_within(STALL_S, LEAST_TOKENS, self._chunk_tokens)
 
     @staticmethod
     def _rows(sequence: DecodeSequence, num_tokens: int) -> SequenceRows:

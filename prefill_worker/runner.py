@@ -22,6 +22,9 @@ from tandem.token_cost import TokenCost
 
 log = logging.getLogger(__name__)
 
+STEP_S = 0.25  # about so long a forward may take,
+LEAST_TOKENS = 256  # unless that is fewer: shorter chunks do not leave while they are computed
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -50,12 +53,18 @@ class PrefillStats:
 class PrefillRunner:
     """Owns nothing but the way from chunks to first tokens."""
 
-    def __init__(self, model: ModelRunner, draft: ModelRunner | None = None) -> None:
+    def __init__(self, model: ModelRunner, draft: ModelRunner | None = None, most_tokens: int = 1024) -> None:
         self._model = model
+        self._most_tokens = most_tokens
         self._draft = draft
         self._sampler = Sampler()
         self.stats = PrefillStats()
         self.cost = TokenCost()
+
+    @property
+    def token_budget(self) -> int:
+        """Prompt tokens of the next forward, which whoever comes while it runs has to wait for."""
+        return self.cost.tokens_within(STEP_S, LEAST_TOKENS, self._most_tokens)
 
     def run(self, chunks: Sequence[Chunk]) -> list[SampledToken | BadLogits | None]:
         """Compute the chunks; one sampled token for each that completes its prompt, else None."""

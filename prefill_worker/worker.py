@@ -5,7 +5,7 @@ The life of a prompt here:
     compute thread.
  2. It waits in its length bucket, briefly, for company.
  3. Blocks for all of its tokens are taken from the pool, or it goes on waiting. What is cached is placed.
- 4. It is computed in chunks of at most the token budget; a long prompt takes turns with short ones.
+ 4. It is computed in chunks of a token budget; a long prompt takes turns with short ones.
  5. After each chunk, and during a long one, the hand-off sends what is finished to the store.
  6. The first token is sampled and emitted at once. If it ends the request, the KV is not needed.
  7. The hand-off seals the object and emits its handle; the blocks go back to the pool.
@@ -67,7 +67,7 @@ class PrefillWorker:
         self._model = model
         self._pool = pool
         self._tokenizer = tokenizer
-        self._runner = PrefillRunner(model, draft)
+        self._runner = PrefillRunner(model, draft, config.token_budget)
         self._cores = cores or OwnCores(1)
         self.stats = self._runner.stats
         self._buckets = LengthBuckets(config)
@@ -175,6 +175,7 @@ class PrefillWorker:
                 while self._restored:
                     self._long.appendleft(self._restored.popleft())
                 self._buckets.drop(self._is_departed)  # they hold nothing yet
+                self._buckets.token_budget = self._runner.token_budget
                 due_s, now_s = self._buckets.due_s(time.monotonic()), time.monotonic()
                 is_due = due_s is not None and due_s <= now_s
                 if self._long or (is_due and self._buckets.can_start_any(self._fits)):
@@ -221,12 +222,12 @@ class PrefillWorker:
             if job.pieces and self._prefixes is not None:
                 restore, token_s = self._prefixes.start_restore, self._runner.cost.per_token_s
                 self._loop.call_soon_threadsafe(restore, job, self._go_on, token_s)
-            elif job.num_tokens > self._config.token_budget:
+            elif job.num_left > self._runner.token_budget:
                 self._long.append(job)
         return [self._chunk(job) for job in batch if not job.pieces]
 
     def _chunk(self, job: PrefillJob) -> Chunk:
-        return Chunk(job, min(job.num_left, self._config.token_budget))
+        return Chunk(job, min(job.num_left, self._runner.token_budget))
 
     def _fits(self, job: PrefillJob) -> bool:
         return self._pool.can_allocate(job.num_tokens)

@@ -24,3 +24,8 @@ class TokenCost:
     def per_token_s(self) -> float:
         """0 before the first forward."""
         return self._products / self._squares if self._squares else 0.0
+
+    def tokens_within(self, seconds: float, least: int, most: int) -> int:
+        """Of a forward that takes about so long, from `least` to `most`; `most` before the first forward."""
+        token_s = self.per_token_s
+        return min(most, max(int(seconds / token_s), least)) if token_s else most

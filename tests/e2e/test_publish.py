@@ -276,7 +276,9 @@ async def test_what_reuse_brought_is_counted_over_http():
         prefill, body = warm.prefills[0].worker, {"max_tokens": 59, "ignore_eos": True, "temperature": 0}
         await post(warm.http_address, "/v1/completions", {"prompt": list(PROMPT), **body})
         await quiesce(warm)
-        prefill._runner.cost = SimpleNamespace(per_token_s=0.01, observe=lambda *forward: None)
+        prefill._runner.cost = SimpleNamespace(
+            per_token_s=0.01, observe=lambda *forward: None, tokens_within=lambda *bounds: 1024
+        )
         turn = [*PROMPT, *(await say(warm, PROMPT, 59))[0].token_ids, *NEXT]
         reply = await post(warm.http_address, "/v1/completions", {"prompt": turn, **body})
         details = reply.json()["usage"]["prompt_tokens_details"]

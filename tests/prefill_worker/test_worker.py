@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from prefill_worker import runner
 from prefill_worker.job import PrefillJob
 from tandem.engine.batch import SequenceRows
 from tandem.engine.paged_cache import PagedCache
@@ -106,11 +107,11 @@ async def test_a_burst_of_prompts_is_computed_in_one_batch():
     async with prefilling(forward=gate) as rig:
         first = rig.submit("first")
         await until(lambda: gate.entered == 1)
-        prompts = [rig.submit(f"r{i}", prompt_of(40, start=i)) for i in range(10)]
+        prompts = [rig.submit(f"r{i}", prompt_of(20, start=i)) for i in range(10)]
         gate.open()
         await rig.completes(first)
         for index, prompt in enumerate(prompts):
-            assert await rig.completes(prompt) == greedy(prompt_of(40, start=index), 1)
+            assert await rig.completes(prompt) == greedy(prompt_of(20, start=index), 1)
         assert rig.worker.stats.num_batches == 2
         assert rig.worker.stats.num_prompts == 11
         assert rig.worker.stats.queue_s > 0
@@ -132,6 +133,30 @@ async def test_a_long_prompt_takes_turns_with_short_ones():
         for prompt in (*shorts, long):
             await rig.completes(prompt)
         assert sizes == [32, 20, 32, 8, 32, 3, 4]
+
+
+async def test_a_slow_machine_takes_prompts_in_smaller_pieces(monkeypatch):
+    """So that a short prompt that comes meanwhile does not wait for all of a long one."""
+    monkeypatch.setattr(runner, "LEAST_TOKENS", 40)
+    sizes = []
+
+    def forward(call, batch):
+        sizes.append(batch.num_rows)
+        return gate(call, batch)
+
+    gate = Gate()
+    gate.let()
+    async with prefilling(forward=forward, max_wait_s=0.0) as rig:
+        await rig.completes(rig.submit("first", prompt_of(100)))  # nothing is known of it before
+        rig.worker._runner.cost.observe(1000, 1000 * runner.STEP_S / 50)
+        long = rig.submit("long", prompt_of(100))
+        await until(lambda: gate.entered == 2)
+        short = rig.submit("short", prompt_of(8))
+        gate.open()
+        assert await rig.completes(short) == greedy(prompt_of(8), 1)
+        assert await rig.completes(long) == greedy(prompt_of(100), 1)
+    assert (sizes[0], sizes[2], sum(sizes)) == (100, 8, 208)
+    assert 40 <= sizes[1] <= 60
 
 
 async def test_two_long_prompts_share_the_worker_with_a_short_one():

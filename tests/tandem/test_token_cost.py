@@ -38,3 +38,13 @@ def test_it_follows_a_machine_that_became_slower():
             for size in (64, 512):
                 cost.observe(size, factor * 1e-3 * size)
     assert cost.per_token_s == pytest.approx(3e-3, rel=0.02)
+
+
+def test_tokens_that_a_time_allows():
+    cost = TokenCost()
+    assert cost.tokens_within(0.1, 16, 64) == 64  # nobody knows better
+    cost.observe(100, 0.4)
+    assert cost.tokens_within(0.1, 16, 64) == 25
+    assert cost.tokens_within(0.01, 16, 64) == 16
+    assert cost.tokens_within(1.0, 16, 64) == 64
+    assert cost.tokens_within(0.01, 128, 64) == 64  # the most is the most
