@@ -23,7 +23,6 @@ class LengthBuckets:
 
     def __init__(self, config: PrefillConfig) -> None:
         self._config = config
-        self.token_budget = config.token_budget  # of the next batch
         self._waiting: list[PrefillJob] = []  # in order of arrival
         self._last_arrival_s: float | None = None
         self._mean_gap_s = MAX_GAP * config.max_wait_s
@@ -112,7 +111,7 @@ class LengthBuckets:
 
     def _has_place(self, num_members: int, longest: int) -> bool:
         """Whether one more prompt fits beside that many, padded to `longest` each."""
-        within = (num_members + 1) * longest <= self.token_budget
+        within = (num_members + 1) * longest <= self._config.token_budget
         return within and num_members < self._config.max_batch
 
     def _is_full(self, batch: list[PrefillJob]) -> bool:

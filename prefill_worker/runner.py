@@ -22,7 +22,8 @@ from tandem.token_cost import TokenCost
 
 log = logging.getLogger(__name__)
 
-STEP_S = 0.25  # about so long a forward may take,
+PATIENCE = 1.0  # times as long as a long prompt takes alone it lets others by
+CHUNK_S = 0.25  # about so long a chunk may take,
 LEAST_TOKENS = 256  # unless that is fewer: shorter chunks do not leave while they are computed
 
 
@@ -62,9 +63,15 @@ class PrefillRunner:
         self.cost = TokenCost()
 
     @property
-    def token_budget(self) -> int:
-        """Prompt tokens of the next forward, which whoever comes while it runs has to wait for."""
-        return self.cost.tokens_within(STEP_S, LEAST_TOKENS, self._most_tokens)
+    def most_at_once(self) -> int:
+        """Tokens of a long prompt's next chunk, which whoever comes while it is computed has to wait for."""
+        return self.cost.tokens_within(CHUNK_S, LEAST_TOKENS, self._most_tokens)
+
+    def is_late(self, job: PrefillJob) -> bool:
+        """Whether a long prompt has let others by for as long as it may."""
+        token_s = self.cost.per_token_s
+        waited_s = time.monotonic() - job.arrived_s - token_s * job.num_computed
+        return waited_s > PATIENCE * token_s * job.num_tokens > 0
 
     def run(self, chunks: Sequence[Chunk]) -> list[SampledToken | BadLogits | None]:
         """Compute the chunks; one sampled token for each that completes its prompt, else None."""

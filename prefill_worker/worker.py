@@ -5,7 +5,7 @@ The life of a prompt here:
     compute thread.
  2. It waits in its length bucket, briefly, for company.
  3. Blocks for all of its tokens are taken from the pool, or it goes on waiting. What is cached is placed.
- 4. It is computed in chunks of a token budget; a long prompt takes turns with short ones.
+ 4. It is computed in chunks of the token budget, or of what takes long; a long one takes turns with others.
  5. After each chunk, and during a long one, the hand-off sends what is finished to the store.
  6. The first token is sampled and emitted at once. If it ends the request, the KV is not needed.
  7. The hand-off seals the object and emits its handle; the blocks go back to the pool.
@@ -175,7 +175,6 @@ class PrefillWorker:
                 while self._restored:
                     self._long.appendleft(self._restored.popleft())
                 self._buckets.drop(self._is_departed)  # they hold nothing yet
-                self._buckets.token_budget = self._runner.token_budget
                 due_s, now_s = self._buckets.due_s(time.monotonic()), time.monotonic()
                 is_due = due_s is not None and due_s <= now_s
                 if self._long or (is_due and self._buckets.can_start_any(self._fits)):
@@ -210,9 +209,10 @@ class PrefillWorker:
             self._finish_chunk(chunk.job, token)
 
     def _next_chunks(self) -> list[Chunk]:
-        """The next forward: a chunk of a long prompt, or a batch of new ones, in turns."""
+        """The next forward: a chunk of a long prompt, or a batch of new ones; in turns, until it is late."""
         self._long = deque(job for job in self._long if not self._end_if_departed(job))
-        if self._long and (self._long_is_next or not len(self._buckets)):
+        is_next = self._long_is_next or not len(self._buckets)
+        if self._long and (is_next or self._runner.is_late(self._long[0])):
             self._long_is_next = False
             return [self._chunk(self._long[0])]
         self._long_is_next = bool(self._long)  # its own first chunk was a long prompt's turn too
@@ -222,12 +222,12 @@ class PrefillWorker:
             if job.pieces and self._prefixes is not None:
                 restore, token_s = self._prefixes.start_restore, self._runner.cost.per_token_s
                 self._loop.call_soon_threadsafe(restore, job, self._go_on, token_s)
-            elif job.num_left > self._runner.token_budget:
+            elif job.num_left > self._runner.most_at_once:
                 self._long.append(job)
         return [self._chunk(job) for job in batch if not job.pieces]
 
     def _chunk(self, job: PrefillJob) -> Chunk:
-        return Chunk(job, min(job.num_left, self._runner.token_budget))
+        return Chunk(job, min(job.num_left, self._runner.most_at_once))
 
     def _fits(self, job: PrefillJob) -> bool:
         return self._pool.can_allocate(job.num_tokens)

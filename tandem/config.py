@@ -106,7 +106,7 @@ class CacheConfig:
 class PrefillConfig:
     """How prompts are grouped."""
 
-    token_budget: int = 1024  # most prompt tokens in one forward (fewer if slow); longer prompts are chunked
+    token_budget: int = 1024  # most prompt tokens in one forward; what is longer, or takes long, is chunked
     bucket_tolerance: float = 0.25  # lengths in a batch differ by at most this share of the longest
     max_batch: int = 32  # prompts in one forward
     max_wait_s: float = 0.004  # a lone prompt waits this long for company at most

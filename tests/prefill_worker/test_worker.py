@@ -107,17 +107,21 @@ async def test_a_burst_of_prompts_is_computed_in_one_batch():
     async with prefilling(forward=gate) as rig:
         first = rig.submit("first")
         await until(lambda: gate.entered == 1)
-        prompts = [rig.submit(f"r{i}", prompt_of(20, start=i)) for i in range(10)]
+        prompts = [rig.submit(f"r{i}", prompt_of(40, start=i)) for i in range(10)]
         gate.open()
         await rig.completes(first)
         for index, prompt in enumerate(prompts):
-            assert await rig.completes(prompt) == greedy(prompt_of(20, start=index), 1)
+            assert await rig.completes(prompt) == greedy(prompt_of(40, start=index), 1)
         assert rig.worker.stats.num_batches == 2
         assert rig.worker.stats.num_prompts == 11
         assert rig.worker.stats.queue_s > 0
 
 
-async def test_a_long_prompt_takes_turns_with_short_ones():
+@pytest.mark.parametrize(
+    ("patience", "expected"), [(1e6, [32, 20, 32, 8, 32, 3, 4]), (1e-6, [32, 32, 32, 4, 20, 8, 3])]
+)
+async def test_a_long_prompt_takes_turns_with_short_ones_until_it_is_late(patience, expected, monkeypatch):
+    monkeypatch.setattr(runner, "PATIENCE", patience)
     sizes = []
 
     def forward(call, batch):
@@ -132,7 +136,7 @@ async def test_a_long_prompt_takes_turns_with_short_ones():
         gate.open()
         for prompt in (*shorts, long):
             await rig.completes(prompt)
-        assert sizes == [32, 20, 32, 8, 32, 3, 4]
+        assert sizes == expected
 
 
 async def test_a_slow_machine_takes_prompts_in_smaller_pieces(monkeypatch):
@@ -148,7 +152,7 @@ async def test_a_slow_machine_takes_prompts_in_smaller_pieces(monkeypatch):
     gate.let()
     async with prefilling(forward=forward, max_wait_s=0.0) as rig:
         await rig.completes(rig.submit("first", prompt_of(100)))  # nothing is known of it before
-        rig.worker._runner.cost.observe(1000, 1000 * runner.STEP_S / 50)
+        rig.worker._runner.cost.observe(1000, 1000 * runner.CHUNK_S / 50)
         long = rig.submit("long", prompt_of(100))
         await until(lambda: gate.entered == 2)
         short = rig.submit("short", prompt_of(8))
