@@ -24,7 +24,9 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 1.0  # times as long as a long prompt takes alone it lets others by
 CHUNK_S = 0.25  # about so long a chunk may take,
-LEAST_TOKENS = 256  # unless that is fewer: shorter chunks do not leave while they are computed
+LEAST_TOKENS = (
+    256  # unless that is fewer: shorter ones leave after their computation only (kvstore.overlap_tokens)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +56,18 @@ class PrefillStats:
 class PrefillRunner:
     """Owns nothing but the way from chunks to first tokens."""
 
-    def __init__(self, model: ModelRunner, draft: ModelRunner | None = None, most_tokens: int = 1024) -> None:
+    def __init__(self, model: ModelRunner, token_budget: int, draft: ModelRunner | None = None) -> None:
         self._model = model
-        self._most_tokens = most_tokens
+        self._token_budget = token_budget
         self._draft = draft
         self._sampler = Sampler()
         self.stats = PrefillStats()
         self.cost = TokenCost()
 
     @property
-    def most_at_once(self) -> int:
+    def chunk_tokens(self) -> int:
         """Tokens of a long prompt's next chunk, which whoever comes while it is computed has to wait for."""
-        return self.cost.tokens_within(CHUNK_S, LEAST_TOKENS, self._most_tokens)
+        return self.cost.tokens_within(CHUNK_S, LEAST_TOKENS, self._token_budget)
 
     def is_late(self, job: PrefillJob) -> bool:
         """Whether a long prompt has let others by for as long as it may."""

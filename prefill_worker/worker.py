@@ -67,7 +67,7 @@ class PrefillWorker:
         self._model = model
         self._pool = pool
         self._tokenizer = tokenizer
-        self._runner = PrefillRunner(model, draft, config.token_budget)
+        self._runner = PrefillRunner(model, config.token_budget, draft)
         self._cores = cores or OwnCores(1)
         self.stats = self._runner.stats
         self._buckets = LengthBuckets(config)
@@ -222,12 +222,12 @@ class PrefillWorker:
             if job.pieces and self._prefixes is not None:
                 restore, token_s = self._prefixes.start_restore, self._runner.cost.per_token_s
                 self._loop.call_soon_threadsafe(restore, job, self._go_on, token_s)
-            elif job.num_left > self._runner.most_at_once:
+            elif job.num_left > self._runner.chunk_tokens:
                 self._long.append(job)
         return [self._chunk(job) for job in batch if not job.pieces]
 
     def _chunk(self, job: PrefillJob) -> Chunk:
-        return Chunk(job, min(job.num_left, self._runner.most_at_once))
+        return Chunk(job, min(job.num_left, self._runner.chunk_tokens))
 
     def _fits(self, job: PrefillJob) -> bool:
         return self._pool.can_allocate(job.num_tokens)

@@ -12,6 +12,8 @@ from tandem.engine.sampler import BadLogits, SampledToken
 from tests.checkpoints import tiny_llama
 from tests.serving import BLOCK_SIZE, NAN, Meddler, greedy, make_model, make_work, prompt_of
 
+BUDGET = 1024
+
 
 @pytest.fixture
 def model():
@@ -37,7 +39,7 @@ def whole(*jobs) -> list[Chunk]:
 
 @pytest.mark.parametrize("size", [1, 7, BLOCK_SIZE, 33, 99, 100])
 def test_a_chunked_prompt_gives_the_same_first_token_and_logprobs(model, pool, size):
-    runner = PrefillRunner(model)
+    runner = PrefillRunner(model, BUDGET)
     expected = runner.run(whole(make_job(pool, "whole", logprobs=20)))[0]
     job, found = make_job(pool, "chunked", logprobs=20), []
     while job.num_left:
@@ -50,7 +52,7 @@ def test_a_chunked_prompt_gives_the_same_first_token_and_logprobs(model, pool, s
 
 
 def test_a_prompt_gives_the_same_in_company_as_alone(model, pool):
-    runner = PrefillRunner(model)
+    runner = PrefillRunner(model, BUDGET)
     lengths = [64, 61, 50, 17, 3, 1]
     alone = [runner.run(whole(make_job(pool, f"a{n}", n, logprobs=5)))[0] for n in lengths]
     together = runner.run(whole(*(make_job(pool, f"b{n}", n, logprobs=5) for n in lengths)))
@@ -58,7 +60,7 @@ def test_a_prompt_gives_the_same_in_company_as_alone(model, pool):
 
 
 def test_only_complete_prompts_get_a_token_each_its_own(model, pool):
-    runner = PrefillRunner(model)
+    runner = PrefillRunner(model, BUDGET)
     jobs = [make_job(pool, "a", 40), make_job(pool, "b", 50), make_job(pool, "c", 30)]
     found = runner.run([Chunk(jobs[0], 40), Chunk(jobs[1], 20), Chunk(jobs[2], 30)])
     assert [token and (token.token_id,) for token in found] == [
@@ -73,14 +75,14 @@ def test_a_resumed_request_continues_where_it_was(model, pool):
     prompt, delivered = prompt_of(30), greedy(prompt_of(30), 3)
     job = PrefillJob(make_work("r", prompt, delivered=delivered), lambda event: None)
     job.blocks = pool.allocate("r", job.num_tokens)
-    (token,) = PrefillRunner(model).run(whole(job))
+    (token,) = PrefillRunner(model, BUDGET).run(whole(job))
     assert token.token_id == greedy(prompt, 4)[-1]
 
 
 def test_padding_is_counted(pool):
     """Torch's attention pads prompts of similar length; the kernels of ours do not."""
     lean = ModelRunner.load(tiny_llama(), num_blocks=64, block_size=BLOCK_SIZE, implementation="lean")
-    runner = PrefillRunner(lean)
+    runner = PrefillRunner(lean, BUDGET)
     runner.run(whole(make_job(pool, "a", 40), make_job(pool, "b", 32), make_job(pool, "c", 40)))
     assert (runner.stats.num_batches, runner.stats.num_prompts) == (1, 3)
     assert (runner.stats.num_tokens, runner.stats.num_padded_rows) == (112, 8)
@@ -93,5 +95,5 @@ def test_a_row_without_usable_logits_spoils_only_itself(model, pool):
         return logits
 
     jobs = [make_job(pool, name, 20) for name in "abc"]
-    found = PrefillRunner(Meddler(model, forward=spoil)).run(whole(*jobs))
+    found = PrefillRunner(Meddler(model, forward=spoil), BUDGET).run(whole(*jobs))
     assert [type(token) for token in found] == [SampledToken, BadLogits, SampledToken]
