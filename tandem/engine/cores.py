@@ -91,7 +91,8 @@ class SharedCores:
             name_compute_thread()
             self._is_named = True
         mine = share_of(number, computing, self._cores)
-        move_compute_threads(os.getpid(), mine)
+        if os.sched_getaffinity(0) != mine:  # this thread's, and so all the others': they are moved together
+            move_compute_threads(os.getpid(), mine)
         torch.set_num_threads(len(mine))
         self.num_cores = len(mine)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from tandem.engine.kv_codec import decode, encode, vector_bytes
-from tandem.engine.paged_cache import PagedCache, tensor_over
+from tandem.engine.paged_cache import PagedCache, all_finite, tensor_over
 from tandem.errors import Internal
 
 Buffer = bytes | bytearray | memoryview
@@ -40,7 +40,7 @@ def export_kv(
     data[-1, :, :, used_in_last:] = 0
     if codec == "raw":
         data = data.to(_dtype_of(cache, dtype))
-    if not bool(data.isfinite().all()):
+    if not all_finite(data):
         raise Internal.numerics()
     return memoryview(encode(data, codec).flatten().numpy().data)
 

@@ -127,7 +127,7 @@ class PagedCache:
     def check_finite(self, block_ids: Sequence[int], num_tokens: int) -> bool:
         """Whether the first `num_tokens` tokens of these blocks hold only finite numbers, in every layer."""
         chosen = self._data.index_select(3, self._ids(block_ids)).flatten(3, 4)
-        return bool(chosen[:, :, :, :num_tokens].isfinite().all())
+        return all_finite(chosen[:, :, :, :num_tokens])
 
     def _layers(self, start: int, count: int | None) -> torch.Tensor:
         stop = self.geometry.num_layers if count is None else start + count
@@ -139,6 +139,13 @@ class PagedCache:
         if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self.num_blocks:
             raise ValueError(f"block ids must be in [0, {self.num_blocks})")
         return torch.tensor(block_ids, dtype=torch.int64, device=self.device)
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether a tensor, not an empty one, holds neither NaN nor infinities: both show in its least and
+    greatest. A tenth of what `isfinite().all()` takes, which makes a tensor of answers first."""
+    least, greatest = values.aminmax()
+    return bool(least.isfinite() & greatest.isfinite())
 
 
 def tensor_over(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.engine.paged_cache import PagedCache
+from tandem.engine.paged_cache import PagedCache, all_finite
 from tandem.geometry import ModelGeometry
 
 GEOMETRY = ModelGeometry(
@@ -97,3 +97,14 @@ def test_threads_write_disjoint_blocks():
     for thread in threads:
         thread.join()
     assert np.array_equal(cache.read_blocks(range(64)).numpy(), source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 777, 4094])
+def test_one_number_that_is_not_finite_is_found_anywhere(dtype, bad, place):
+    values = torch.randn(3, 5, 273, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert all_finite(values)
+    values.view(-1)[place] = bad
+    assert not all_finite(values)
+    assert all_finite(torch.full((1,), torch.finfo(dtype).max, dtype=dtype))
