@@ -45,7 +45,7 @@ class HandoffContext:
     cache: PagedCache
     pool: BlockPool
     form: Format
-    overlap_tokens: int = 0  # chunks so long leave layer by layer; 0: none do
+    overlap_bytes: int = 0  # chunks with so much KV leave before they are computed; 0: none do
     draft_cache: PagedCache | None = None
     prefixes: PrefixCache | None = None
 
@@ -61,7 +61,7 @@ class HandoffContext:
             chunk_bytes=config.kvstore.chunk_bytes,
             codec=LinkCodec.of(config.kvstore.codec, cache, wire_dtype),
         )
-        overlap, kept = config.kvstore.overlap_tokens, None
+        overlap, kept = config.kvstore.overlap_bytes, None
         if config.cache.prefix_bytes > 0:
             pieces = Pieces(client, PieceFormat.of(config, cache.geometry, fingerprint))
             reader = PrefixReader(client, pieces, Elsewhere.of(config, pieces))
@@ -170,11 +170,13 @@ class Handoff:
         return None
 
     async def _send_layers(self, target: ObjectSender, num_ready: int) -> None:
-        """Blocks that a forward is filling, in the layers it has done, until it is over."""
+        """Blocks that a forward is filling, in the layers it has done, until it is over. Messages that are not
+        full would cost that forward more than they save."""
         cache, num_sent = self._context.cache, 0
+        enough = target.layers_in_part(num_ready)
         while self._steps.empty() and num_sent < cache.geometry.num_layers:
             num_written = cache.layers_written
-            if num_written > num_sent:
+            if num_written - num_sent >= enough:
                 await target.send(num_ready, num_written)
                 num_sent = num_written
             else:

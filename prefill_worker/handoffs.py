@@ -42,8 +42,9 @@ class Handoffs:
 
     def _leaves_early(self, chunk: Chunk) -> bool:
         """A prompt that ends with its first token needs no KV at all."""
-        least, work = self._context.overlap_tokens, chunk.job.work
-        return 0 < least <= chunk.num_tokens and work.max_total_tokens > chunk.job.num_tokens + 1
+        least, work, cache = self._context.overlap_bytes, chunk.job.work, self._context.cache
+        num_bytes = chunk.num_tokens * cache.block_bytes // cache.block_size
+        return 0 < least <= num_bytes and work.max_total_tokens > chunk.job.num_tokens + 1
 
     def _tell(self, job: PrefillJob, step: Step) -> None:
         if not job.is_handed_off:

@@ -24,9 +24,7 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 1.0  # times as long as a long prompt takes alone it lets others by
 CHUNK_S = 0.25  # about so long a chunk may take,
-LEAST_TOKENS = (
-    256  # unless that is fewer: shorter ones leave after their computation only (kvstore.overlap_tokens)
-)
+LEAST_TOKENS = 256  # unless that is fewer: each forward reads all of the weights again
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,11 @@ class ObjectSender:
         """The object's name, before it can be read."""
         return self._writer.handle
 
+    def layers_in_part(self, num_ready: int) -> int:
+        """How many layers of what was not sent up to that block fill a message."""
+        num_bytes = self._cache.block_bytes * max(1, num_ready - self._num_sent)
+        return max(1, self._form.chunk_bytes * self._cache.geometry.num_layers // num_bytes)
+
     async def send(self, num_ready: int, num_layers: int | None = None) -> None:
         """What was not sent up to that block, in all or the first layers; stops early when nobody wants it.
 

@@ -203,7 +203,7 @@ class KvStoreConfig:
     url: str = field(default="memory://", repr=False)  # memory, shm, disk or redis; may hold a password
     codec: str = "raw"  # raw | fp16 | int8 | int4 | auto: how KV travels; only raw changes no token
     chunk_bytes: int = MIB
-    overlap_tokens: int = 256  # chunks so long leave layer by layer while they are computed; 0: none do
+    overlap_bytes: int = 2 * MIB  # chunks with so much KV leave while they are computed; 0: none do
     put_deadline_s: float = 10.0
     lease_s: float = 30.0
     prefix_s: float = 600.0  # a cached prefix that nobody used for this long goes
@@ -217,7 +217,7 @@ class KvStoreConfig:
     def __post_init__(self) -> None:
         check_positive(self, "chunk_bytes", "put_deadline_s", "lease_s", "prefix_s", "sweep_s")
         check_positive(self, "prefix_tokens")
-        check(self.overlap_tokens >= 0, "kvstore overlap_tokens must be 0 or more")
+        check(self.overlap_bytes >= 0, "kvstore overlap_bytes must be 0 or more")
         for name in ("tenant_share", "writer_share"):
             share = getattr(self, name)
             check(0 < share <= 1, f"kvstore {name} must be more than 0 and at most 1, not {share}")

@@ -45,7 +45,7 @@ def _case(prompt_tokens: int, chunk_tokens: int, rounds: int) -> list[HandOff]:
     rng = random.Random(0)
     with ExitStack() as stack, asyncio.Runner() as runner:
         arms: dict[str, Callable[[], Any]] = {}
-        for name, values in (("on", {}), ("off", {"overlap_tokens": WITHOUT})):
+        for name, values in (("on", {}), ("off", {"overlap_bytes": WITHOUT})):
             settings = {"kvstore": values, "prefill": {"token_budget": chunk_tokens}}
             address = stack.enter_context(serving(settings))
             arms[name] = partial(_ask, runner, address, rng, prompt_tokens)

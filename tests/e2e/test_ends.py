@@ -12,6 +12,7 @@ import pytest_asyncio
 from router.prefill_link import PrefillLink
 from tandem.pb.worker.v1.worker_pb2 import KvSealed
 from tests.e2e.harness import (
+    BLOCK_BYTES,
     PATIENCE_S,
     Result,
     ask,
@@ -49,9 +50,8 @@ MESSAGES = {
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def cluster():
     """Room for two long requests, and prompts of more than 64 tokens in chunks."""
-    settings = config(
-        decode_blocks=DECODE_BLOCKS, prefill={"token_budget": 64}, kvstore={"overlap_tokens": 48}
-    )
+    early = {"overlap_bytes": 3 * BLOCK_BYTES}
+    settings = config(decode_blocks=DECODE_BLOCKS, prefill={"token_budget": 64}, kvstore=early)
     async with running(settings) as started:
         yield started
 

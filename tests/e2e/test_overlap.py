@@ -10,6 +10,7 @@ import pytest
 
 from decode_worker.prefetch import Prefetches
 from tests.e2e.harness import (
+    BLOCK_BYTES,
     ask,
     complete,
     config,
@@ -30,8 +31,8 @@ MORE = {"max_tokens": 12, "ignore_eos": True}
 
 
 @asynccontextmanager
-async def overlapping(overlap_tokens=16, num_prefill=1, **parts):
-    kvstore = {"overlap_tokens": overlap_tokens, "chunk_bytes": 4096, **parts.pop("kvstore", {})}
+async def overlapping(overlap_bytes=BLOCK_BYTES, num_prefill=1, **parts):
+    kvstore = {"overlap_bytes": overlap_bytes, "chunk_bytes": 4096, **parts.pop("kvstore", {})}
     settings = config(prefill={"token_budget": BUDGET}, kvstore=kvstore, **parts)
     async with running(settings, num_prefill) as cluster:
         await complete(cluster, ask("x", **MORE))  # from now on the workers know that nothing can be mapped
@@ -70,6 +71,13 @@ async def test_the_tokens_are_those_without_overlap(prefetched):
         assert prefetched[-1], "the longest prompt was fetched while it was computed"
         together = await asyncio.gather(*(tokens_of(cluster, length) for length in LENGTHS))
         assert together == expected
+
+
+@pytest.mark.parametrize(("num_blocks", "is_early"), [(2, False), (4, True)])
+async def test_only_a_chunk_with_much_kv_leaves_while_it_is_computed(prefetched, num_blocks, is_early):
+    async with overlapping(4 * BLOCK_BYTES) as cluster, slow_each_run(cluster):
+        await tokens_of(cluster, 16 * num_blocks)
+        assert prefetched[-1] is is_early
 
 
 @asynccontextmanager

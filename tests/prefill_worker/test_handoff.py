@@ -36,6 +36,8 @@ from tests.serving import (
     until,
 )
 
+LAYER_BYTES = 7 * BLOCK_SIZE * 2 * 2 * 16 * 4  # of 100 tokens: keys and values of 2 heads of 16 numbers
+
 # --- how an object is cut ------------------------------------------------------------------------
 
 
@@ -179,7 +181,7 @@ async def test_full_blocks_leave_before_the_prompt_is_complete(running):
 
 
 async def test_a_chunk_leaves_layer_by_layer_while_it_is_computed(running):
-    sender = Sender(running)
+    sender = Sender(running, chunk_bytes=LAYER_BYTES)
     cache, handoff = sender.model.cache, sender.start()
     cache.layers_written = 0
     handoff.advance(Step(100, is_under_way=True))
@@ -196,6 +198,23 @@ async def test_a_chunk_leaves_layer_by_layer_while_it_is_computed(running):
     [_, handle] = sender.events
     layers = [chunk.layer_start async for chunk, _ in running.client.get(handle, "reader")]
     assert layers == [0, 1]
+    await running.client.release(handle)
+
+
+async def test_layers_that_do_not_fill_a_message_wait_for_others(running):
+    sender = Sender(running, chunk_bytes=2 * LAYER_BYTES)
+    cache, handoff = sender.model.cache, sender.start()
+    handoff.advance(Step(100, is_under_way=True))
+    await until(lambda: sender.events)
+    cache.layers_written = 1
+    await asyncio.sleep(0.02)
+    [obj] = running.store._books.objects.values()
+    assert not obj.digests
+    cache.layers_written = 2
+    await until(lambda: len(obj.digests) == 1)
+    handoff.advance(Step(100))
+    await sender.end()
+    [_, handle] = sender.events
     await running.client.release(handle)
 
 
