@@ -170,8 +170,8 @@ class Handoff:
         return None
 
     async def _send_layers(self, target: ObjectSender, num_ready: int) -> None:
-        """Blocks that a forward is filling, in the layers it has done, until it is over. Messages that are not
-        full would cost that forward more than they save."""
+        """Blocks that a forward is filling, in the layers it has done, until it is over. Messages that are
+        not full would cost that forward more than they save."""
         cache, num_sent = self._context.cache, 0
         enough = target.layers_in_part(num_ready)
         while self._steps.empty() and num_sent < cache.geometry.num_layers:
