@@ -46,8 +46,9 @@ class LocalPrefill:
         self._line = deque(sequence for sequence in self._line if sequence not in gone)
         return gone
 
-    def next(self, *, is_alone: bool) -> dict[DecodeSequence, SequenceRows]:
+    def next(self, *, is_alone: bool, num_cores: int = 1) -> dict[DecodeSequence, SequenceRows]:
         """The rows of the next forward; `is_alone` where no sequence waits for its next token."""
+        self._cost.num_cores = num_cores
         chosen, room = {}, self._room(is_alone)
         for sequence in self._line:
             if room <= 0:

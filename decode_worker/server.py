@@ -81,7 +81,7 @@ class DecodeServer:
         host = WorkerHost(router_address, plane)
         servicer = DecodeServicer(worker, fingerprint)
         await host.start(
-            engine.worker_info(worker_id, pb.WORKER_ROLE_DECODE, fingerprint),
+            engine.worker_info(worker_id, pb.WORKER_ROLE_DECODE, fingerprint, cores.name),
             lambda server: worker_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server),
             partial(_load, engine, worker, decoder, cores, report),
             worker.audit,

@@ -241,7 +241,7 @@ class DecodeWorker:
 
     def _step_prompts(self, *, is_alone: bool) -> None:
         """Compute some more of the prompts that came without KV."""
-        chosen = self._prompts.next(is_alone=is_alone)
+        chosen = self._prompts.next(is_alone=is_alone, num_cores=self._cores.num_cores)
         if not chosen:
             return
         try:

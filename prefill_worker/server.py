@@ -65,7 +65,7 @@ class PrefillServer:
         )
         host = WorkerHost(router_address, plane)
         servicer = PrefillServicer(worker, fingerprint)
-        info = engine.worker_info(worker_id, pb.WORKER_ROLE_PREFILL, fingerprint)
+        info = engine.worker_info(worker_id, pb.WORKER_ROLE_PREFILL, fingerprint, cores.name)
         info.streams_prefill = True
         await host.start(
             info,

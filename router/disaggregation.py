@@ -3,9 +3,11 @@
 The split pays by keeping long prompts out of the way of running sequences. A short prompt may cost less
 where it will be decoded: no other queue, no hand-off. What each way costs is learnt from the requests that
 went it, so the first ones are split. Both costs are seconds of somebody's time until the sequence runs.
-Neither side computes what the store has, which both restore, nor a decode worker what it kept itself:
+Neither side computes what the store has, which both restore, nor a decode worker what it kept itself.
+Where both workers share their cores, a prompt is in the way of running sequences wherever it is computed:
 
-    split: (tokens queued before it at the prefill worker + own) · s per token + hand-off
+    split: (tokens queued before it at the prefill worker + own · (1 + sequences that run and have half of
+           their cores meanwhile / 2)) · s per token + hand-off
     local: (tokens queued before it at the decode worker + own · (1 + sequences that run there and wait
            meanwhile)) · s per token
 """
@@ -20,6 +22,7 @@ from tandem.request import Timings
 
 ALPHA = 0.2  # weight of the newest measurement
 MIN_MEASURED = 3  # requests of the split way before anything is compared
+SLOWED = 0.5  # of a step's speed is gone while another worker computes on half of its cores
 
 
 class Why(Enum):
@@ -91,6 +94,7 @@ class Situation:
     local_queue: int = 0  # and at the decode worker
     num_running: int = 0  # sequences there that wait while it is computed
     cached: Cached = NOTHING
+    shares_cores: bool = False  # the two workers, with each other
 
 
 @dataclass(slots=True)
@@ -102,8 +106,9 @@ class Costs:
     local_s_per_token: float = 0.0
 
     def split_s(self, situation: Situation) -> float:
-        tokens = situation.prefill_queue + situation.cached.left_at_prefill(situation.tokens)
-        return tokens * self.split_s_per_token + self.handoff_s
+        own_tokens = situation.cached.left_at_prefill(situation.tokens)
+        slowed = SLOWED * situation.num_running if situation.shares_cores else 0.0
+        return (situation.prefill_queue + own_tokens * (1 + slowed)) * self.split_s_per_token + self.handoff_s
 
     def local_s(self, situation: Situation) -> float:
         per_token = self.local_s_per_token or self.split_s_per_token
@@ -138,12 +143,18 @@ class Disaggregation:
         self.loads = DecodeLoads()
 
     def decide(
-        self, tokens: int, prefill_queue: int, decode_worker: str, cached: Cached = NOTHING
+        self,
+        tokens: int,
+        prefill_queue: int,
+        decode_worker: str,
+        cached: Cached = NOTHING,
+        *,
+        shares_cores: bool = False,
     ) -> Decision:
         if self._fixed is not None:
             return self._fixed
         there = self.loads.waiting_tokens(decode_worker), self.loads.num_running(decode_worker)
-        situation = Situation(tokens, prefill_queue, *there, cached)
+        situation = Situation(tokens, prefill_queue, *there, cached, shares_cores)
         return decide(situation, self._costs, self._num_measured, self._most_tokens)
 
     def note(self, decision: Decision, tokens: int, timings: Timings) -> None:

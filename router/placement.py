@@ -36,7 +36,8 @@ class Placement:
         worker_id, tokens = plan.decode.worker_id, plan.needs.prefill_tokens
         cached = self._routes.cached(traits, worker_id)
         queue = self._admission.queued_before(plan)
-        decision = self._disaggregation.decide(tokens, queue, worker_id, cached)
+        shares = plan.prefill is not None and plan.prefill.cores == plan.decode.cores != ""
+        decision = self._disaggregation.decide(tokens, queue, worker_id, cached, shares_cores=shares)
         if plan.prefill is None:
             decision = plan.decision
         elif self._store_fallback and STORE in exclude:

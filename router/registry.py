@@ -55,6 +55,7 @@ class WorkerInfo:
     num_blocks: int
     block_bytes: int
     streams_prefill: bool = False  # a prefill worker that takes all prompts over one stream
+    cores: str = ""  # the name of those that it shares with others who say the same
 
     @classmethod
     def from_pb(cls, message: worker_pb2.WorkerInfo) -> Self:
@@ -74,6 +75,7 @@ class WorkerInfo:
             num_blocks=message.num_blocks,
             block_bytes=message.block_bytes,
             streams_prefill=message.streams_prefill,
+            cores=message.cores,
         )
 
     def to_pb(self) -> worker_pb2.WorkerInfo:
@@ -87,6 +89,7 @@ class WorkerInfo:
             num_blocks=self.num_blocks,
             block_bytes=self.block_bytes,
             streams_prefill=self.streams_prefill,
+            cores=self.cores,
         )
 
     def can_exchange_kv(self, other: WorkerInfo) -> bool:

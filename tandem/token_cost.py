@@ -9,21 +9,27 @@ class TokenCost:
     """Seconds per token by least squares through the origin: large forwards decide, small ones hardly count.
 
     What a forward costs whatever its size is thus nearly left out, as it should be: a prompt whose beginning
-    is restored pays that too.
+    is restored pays that too. `num_cores` are those of the forward that comes; each number of them is learnt
+    by itself, and until it was seen it is taken to be as fast as it is large.
     """
 
     def __init__(self) -> None:
-        self._squares = self._products = 0.0
+        self.num_cores = 1
+        self._sums: dict[int, tuple[float, float]] = {}  # by cores: of squares, of products with the time
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """A forward of that many prompt tokens took so long."""
-        self._squares = KEEP * self._squares + num_tokens**2
-        self._products = KEEP * self._products + num_tokens * seconds
+        squares, products = self._sums.get(self.num_cores, (0.0, 0.0))
+        self._sums[self.num_cores] = KEEP * squares + num_tokens**2, KEEP * products + num_tokens * seconds
 
     @property
     def per_token_s(self) -> float:
         """0 before the first forward."""
-        return self._products / self._squares if self._squares else 0.0
+        if not self._sums:
+            return 0.0
+        seen = min(self._sums, key=lambda num_cores: abs(num_cores - self.num_cores))
+        squares, products = self._sums[seen]
+        return products / squares * seen / self.num_cores
 
     def tokens_within(self, seconds: float, least: int, most: int) -> int:
         """Of a forward that takes about so long, from `least` to `most`; `most` before the first forward."""

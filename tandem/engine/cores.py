@@ -28,6 +28,7 @@ class Cores(Protocol):
     """Owned by the step thread."""
 
     num_cores: int  # threads of the last step
+    name: str  # of the cores that are shared with others of the same name; empty: with nobody known
 
     def take(self) -> None:
         """A step comes now."""
@@ -40,6 +41,8 @@ class Cores(Protocol):
 
 class OwnCores:
     """Always as many threads as were set at load, wherever the machine runs them."""
+
+    name = ""
 
     def __init__(self, threads: int) -> None:
         self.num_cores = threads
@@ -61,6 +64,7 @@ class SharedCores:
 
     def __init__(self, claims: Claims, cores: list[int]) -> None:
         self.num_cores = len(cores)
+        self.name = claims.name
         self._claims = claims
         self._cores = cores
         self._others: frozenset[Member] | None = None  # as this worker's threads were placed; None: it rests

@@ -36,8 +36,10 @@ class Engine:
         draft = f"; draft {self.draft.describe()}" if self.draft else ""
         return f"{self.model.describe()}{draft}"
 
-    def worker_info(self, worker_id: str, role: pb.WorkerRole.ValueType, fingerprint: bytes) -> pb.WorkerInfo:
-        """What a worker with this engine tells the router, but for its address."""
+    def worker_info(
+        self, worker_id: str, role: pb.WorkerRole.ValueType, fingerprint: bytes, cores: str = ""
+    ) -> pb.WorkerInfo:
+        """What a worker with this engine, on cores of that name, tells the router, but for its address."""
         return pb.WorkerInfo(
             worker_id=worker_id,
             role=role,
@@ -45,6 +47,7 @@ class Engine:
             block_size=self.pool.block_size,
             num_blocks=self.num_blocks,
             block_bytes=self.block_bytes,
+            cores=cores,
         )
 
 

@@ -120,6 +120,17 @@ def test_a_chunk_is_what_others_can_wait_for(token_s, is_alone, wanted):
     assert sum(len(rows.token_ids) for rows in line.next(is_alone=is_alone).values()) == wanted
 
 
+def test_a_chunk_on_fewer_cores_is_shorter():
+    cost = TokenCost()
+    cost.num_cores = 2
+    cost.observe(100, STALL_S / 2)
+    line = LocalPrefill(None, 256, cost)
+    line.join(Prompt(num_left=1000))
+    for num_cores, wanted in ((2, 200), (1, 100)):
+        [rows] = line.next(is_alone=False, num_cores=num_cores).values()
+        assert len(rows.token_ids) == wanted
+
+
 @pytest.mark.parametrize("is_late", [False, True])
 async def test_who_leaves_between_two_chunks_frees_its_blocks(is_late):
     gate = Gate()

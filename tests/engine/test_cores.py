@@ -37,7 +37,8 @@ for line in sys.stdin:
     for task in Path("/proc/self/task").iterdir():
         if (task / "comm").read_text().strip() == COMPUTE_THREAD:
             found[task.name] = sorted(os.sched_getaffinity(int(task.name)))
-    print(json.dumps([shared.num_cores, torch.get_num_threads(), os.getpid(), found]), flush=True)
+    widths = [shared.num_cores, torch.get_num_threads()]
+    print(json.dumps([*widths, os.getpid(), found, shared.name]), flush=True)
 """
 pytestmark = pytest.mark.skipif(len(usable_cores()) < 2, reason="needs two cores to share")
 ALL = usable_cores()
@@ -53,7 +54,7 @@ class Worker:
         """Take or rest; the cores it may compute on then."""
         self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
-        num_cores, threads, self.pid, found = json.loads(self.process.stdout.readline())
+        num_cores, threads, self.pid, found, self.name = json.loads(self.process.stdout.readline())
         self.threads = [int(name) for name in found]
         assert num_cores == threads
         assert len(self.threads) >= threads
@@ -85,6 +86,7 @@ def test_two_workers_share_the_cores(tmp_path):
         assert prefill.do("take") == set(ALL)
         assert prefill.width == len(ALL)
         mine = decode.do("take")
+        assert prefill.name == decode.name
         assert decode.width == len(mine)
         # Its threads have moved, though it knows nothing of it before its next step.
         assert prefill.cores() == set(ALL) - mine
@@ -130,10 +132,16 @@ def test_without_a_claims_file_nothing_is_shared(tmp_path, monkeypatch):
     assert isinstance(cores_of(CoresConfig(), 0), OwnCores)
     own = cores_of(CoresConfig(claims=tmp_path / "cores"), 3)
     own.take()
-    assert own.num_cores == 3
+    assert (own.num_cores, own.name) == (3, "")
     assert not (tmp_path / "cores").exists()
     monkeypatch.setattr(cores, "usable_cores", list)  # under a quota
     assert cores_of(CoresConfig(claims=tmp_path / "cores"), 0).num_cores == 1
+
+
+def test_cores_of_other_claims_files_have_other_names(tmp_path):
+    names = {cores_of(CoresConfig(claims=tmp_path / file), 0).name for file in "aab"}
+    assert len(names) == 2
+    assert "" not in names
 
 
 def test_threads_that_are_in_place_are_left_alone(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ SPLIT = Decision(False, Why.UNMEASURED)
 class Placed:
     """A router's books for one worker of each kind, without sockets."""
 
-    def __init__(self, prefix_bytes: int = 0) -> None:
+    def __init__(self, prefix_bytes: int = 0, prefill_cores: str = "", decode_cores: str = "") -> None:
         config = ClusterConfig(
             cache=CacheConfig(prefix_bytes=prefix_bytes),
             kvstore=KvStoreConfig(prefix_tokens=16),
@@ -30,8 +30,8 @@ class Placed:
         )
         self.admission = Admission()
         self.admission.set_store(1 << 30)
-        self.admission.add_worker(prefill_worker("p0"))
-        self.admission.add_worker(decode_worker("d0"))
+        self.admission.add_worker(prefill_worker("p0", cores=prefill_cores))
+        self.admission.add_worker(decode_worker("d0", cores=decode_cores))
         self.placement = Placement(config, self.admission, RouterMetrics(1.0))
         self.costs = self.placement._disaggregation._costs
 
@@ -116,3 +116,17 @@ def test_the_split_learns_from_its_own_line():
         took_ms = 2.0 * (plan.queued_before + 64)
         router.placement.learn(plan, Timings(prefill_ms=took_ms, kv_read_ms=1.0), 0)
         assert router.costs.split_s_per_token == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "is_local"), [("", "", False), ("a", "b", False), ("b", "b", True)]
+)
+def test_workers_that_share_their_cores_are_in_each_others_way(prefill, decode, is_local):
+    router = Placed(prefill_cores=prefill, decode_cores=decode)
+    router.measured(handoff_s=0.06)
+    for number in range(2):
+        plan = router.place(f"r{number}", prompt(50, 100 * number))
+        assert plan.decision.is_local
+        router.placement.computed(plan)
+    third = router.place("r2", prompt(50, 200))  # 150 ms of somebody's time here; 110 there, or 160 if shared
+    assert third.decision.is_local is is_local

@@ -48,3 +48,16 @@ def test_tokens_that_a_time_allows():
     assert cost.tokens_within(0.01, 16, 64) == 16
     assert cost.tokens_within(1.0, 16, 64) == 64
     assert cost.tokens_within(0.01, 128, 64) == 64  # the most is the most
+
+
+def test_fewer_cores_take_longer():
+    """A worker that shares its cores has all of them in one forward and half of them in the next."""
+    cost = TokenCost()
+    cost.num_cores = 2
+    cost.observe(100, 0.1)
+    cost.num_cores = 1
+    assert cost.per_token_s == pytest.approx(2e-3)  # not seen yet
+    cost.observe(100, 0.15)
+    assert cost.per_token_s == pytest.approx(1.5e-3)
+    cost.num_cores = 2
+    assert cost.per_token_s == pytest.approx(1e-3)

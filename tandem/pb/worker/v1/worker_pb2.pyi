@@ -746,6 +746,7 @@ class WorkerInfo(_message.Message):
     NUM_BLOCKS_FIELD_NUMBER: _builtins.int
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     STREAMS_PREFILL_FIELD_NUMBER: _builtins.int
+    CORES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Stable name."""
     incarnation: _builtins.str
@@ -764,6 +765,8 @@ class WorkerInfo(_message.Message):
     """Bytes of one block across all layers."""
     streams_prefill: _builtins.bool
     """A prefill worker that answers StreamPrefill; of older ones prompts are asked one by one."""
+    cores: _builtins.str
+    """Names the cores that it shares: workers that say the same compute in each other's way. Empty: its own."""
     def __init__(
         self,
         *,
@@ -776,10 +779,11 @@ class WorkerInfo(_message.Message):
         num_blocks: _builtins.int = ...,
         block_bytes: _builtins.int = ...,
         streams_prefill: _builtins.bool = ...,
+        cores: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_bytes", b"block_bytes", "block_size", b"block_size", "fingerprint", b"fingerprint", "incarnation", b"incarnation", "num_blocks", b"num_blocks", "role", b"role", "streams_prefill", b"streams_prefill", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_bytes", b"block_bytes", "block_size", b"block_size", "cores", b"cores", "fingerprint", b"fingerprint", "incarnation", b"incarnation", "num_blocks", b"num_blocks", "role", b"role", "streams_prefill", b"streams_prefill", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
