@@ -19,7 +19,7 @@ from tandem.engine.sampler import Sampler
 from tandem.profiling.spans import span
 from tandem.token_cost import TokenCost
 
-STALL_S = 0.04  # about so long a chunk may keep running sequences waiting,
+STALL_S = 0.03  # about so long a chunk may keep running sequences waiting,
 LEAST_TOKENS = 64  # unless that is fewer: smaller forwards take longer for each token
 
 

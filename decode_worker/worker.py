@@ -5,8 +5,8 @@ The life of a request here:
     router gives credits back when it cancels, and that may be a step before the blocks are free.
  2. A task fetches the KV from the store into those blocks, off the step loop.
  3. The sequence joins the running batch; `Started` is emitted.
- 4. Each step: a chunk of a prompt that came without KV (local_prefill.py), if there is one; then one packed
-    forward (decoder.py), find stops, emit, and let finished sequences leave.
+ 4. Each step: one packed forward (decoder.py), find stops, emit, let finished sequences leave; then a chunk
+    of a prompt that came without KV (local_prefill.py), so that who joins waits for one such chunk.
  5. Blocks go back to the pool in the step that ends the sequence, or when its KV has been published.
 A sequence that is cancelled or late leaves at the next step; one whose KV is still arriving keeps its
 blocks until the last byte is written.
@@ -221,12 +221,13 @@ class DecodeWorker:
                 self._wake.wait()
 
     def _step(self) -> None:
-        """Advance every running sequence by at least one token."""
+        """Advance every running sequence by at least one token, then some prompt."""
         self._drop_departed()
-        batch = self._scheduler.schedule()
-        self._step_prompts(is_alone=not batch)
-        if not batch:
-            return
+        if batch := self._scheduler.schedule():
+            self._step_batch(batch)
+        self._step_prompts(is_alone=not batch and not self._restoring)
+
+    def _step_batch(self, batch: list[DecodeSequence]) -> None:
         try:
             advances = self._decoder.step(batch)
         except Exception as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-KEEP = 0.99  # of what is known, with each new forward: machines get busier and quieter
+KEEP = 0.9  # of what is known, with each new forward: contexts grow, machines get busier and quieter
 
 
 class TokenCost:
