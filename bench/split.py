@@ -29,11 +29,10 @@ from bench.serve.record import RequestRecord
 from bench.serve.session import LoadTest, Model, Options, Run
 from bench.serve.target import GrpcTarget
 
-EVERY_PROMPT = 2048  # tokens: no prompt is too long to stay
 MODES: Mapping[str, Mapping[str, Any]] = {
     "split": {"router": {"disaggregate": "always"}},
     "unsplit": {"router": {"disaggregate": "never"}, "decode": {"threads": 2}},
-    "auto": {"router": {"disaggregate": "auto", "local_prefill_tokens": EVERY_PROMPT}},
+    "auto": {"router": {"disaggregate": "auto"}},
 }
 MIXES = {"few long": "mix:96*9,1536", "many long": "mix:96*2,1536"}  # prompt tokens, by weight
 OUTPUT_TOKENS = "48"

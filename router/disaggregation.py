@@ -3,13 +3,15 @@
 The split pays by keeping long prompts out of the way of running sequences. A short prompt may cost less
 where it will be decoded: no other queue, no hand-off. What each way costs is learnt from the requests that
 went it, so the first ones are split. Both costs are seconds of somebody's time until the sequence runs.
-Neither side computes what the store has, which both restore, nor a decode worker what it kept itself.
-Where both workers share their cores, a prompt is in the way of running sequences wherever it is computed:
+Neither side computes what the store has, which both restore, nor a decode worker what it kept itself:
 
-    split: (tokens queued before it at the prefill worker + own · (1 + sequences that run and have half of
-           their cores meanwhile / 2)) · s per token + hand-off
+    split: (tokens queued before it at the prefill worker + own) · s per token + hand-off
     local: (tokens queued before it at the decode worker + own · (1 + sequences that run there and wait
            meanwhile)) · s per token
+
+Where both workers share their cores, there is nothing to compare. With n sequences running, the split takes
+half of their cores for twice as long: they lose n · own · s, as they do while it is computed between their
+steps, and the prompt itself another own · s and the hand-off.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ from tandem.request import Timings
 
 ALPHA = 0.2  # weight of the newest measurement
 MIN_MEASURED = 3  # requests of the split way before anything is compared
-SLOWED = 0.5  # of a step's speed is gone while another worker computes on half of its cores
 
 
 class Why(Enum):
@@ -34,6 +35,7 @@ class Why(Enum):
     CACHEABLE = (
         "cacheable"  # its beginning is nowhere yet, and only the split leaves it in the store for others
     )
+    SHARED = "shared"  # by both workers: the cores, of which the split has no more to offer
     UNMEASURED = "unmeasured"  # nothing to compare yet
     CHEAPER = "cheaper"  # this way
     CACHED = "cached"  # cheaper this way for what is cached there, and otherwise not
@@ -106,9 +108,8 @@ class Costs:
     local_s_per_token: float = 0.0
 
     def split_s(self, situation: Situation) -> float:
-        own_tokens = situation.cached.left_at_prefill(situation.tokens)
-        slowed = SLOWED * situation.num_running if situation.shares_cores else 0.0
-        return (situation.prefill_queue + own_tokens * (1 + slowed)) * self.split_s_per_token + self.handoff_s
+        tokens = situation.prefill_queue + situation.cached.left_at_prefill(situation.tokens)
+        return tokens * self.split_s_per_token + self.handoff_s
 
     def local_s(self, situation: Situation) -> float:
         per_token = self.local_s_per_token or self.split_s_per_token
@@ -125,6 +126,8 @@ def decide(situation: Situation, costs: Costs, num_measured: int, most_tokens: i
         return Decision(False, Why.LONG)
     if situation.cached.is_nowhere:
         return Decision(False, Why.CACHEABLE)
+    if situation.shares_cores:
+        return Decision(True, Why.SHARED)
     if num_measured < MIN_MEASURED:
         return Decision(False, Why.UNMEASURED)
     is_local = costs.prefer_local(situation)

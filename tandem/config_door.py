@@ -23,7 +23,7 @@ class RouterConfig:
     disaggregate: str = (
         "always"  # or auto, never: whether prompts go to prefill workers (router.disaggregation)
     )
-    local_prefill_tokens: int = 256  # with auto: the longest prompt that may stay with its decode worker
+    local_prefill_tokens: int = 2048  # with auto: the longest prompt that may stay with its decode worker
     store_fallback: bool = True  # prompts whose KV cannot be stored are computed where they are decoded
     prefill_fallback: bool = True  # and so are all while every prefill worker is lost
     max_queue: int = 1024

@@ -40,19 +40,6 @@ def test_a_queue_outweighs_a_running_sequence():
     assert decided(running=1, queued=50) == Decision(True, Why.CHEAPER)
 
 
-def test_on_shared_cores_the_split_is_in_the_way_of_running_sequences_too():
-    """A prefill of 50 ms and a hand-off of 10 for the split, and as long for each who waits otherwise."""
-    apart = Situation(50, num_running=1)
-    shared = replace(apart, shares_cores=True)
-    assert COSTS.split_s(apart) == pytest.approx(0.06)
-    assert COSTS.split_s(shared) == pytest.approx(0.06 + 0.025)
-    slower = replace(COSTS, split_s_per_token=1.5e-3)  # as where it has half of the cores
-    for running, is_local in ((2, True), (3, False)):  # many of them are slowed less than they would wait
-        here = replace(shared, num_running=running)
-        assert decide(here, slower, MIN_MEASURED, 64).is_local is is_local
-    assert not decide(replace(apart, num_running=2), slower, MIN_MEASURED, 64).is_local
-
-
 def test_prompts_in_line_at_the_decode_worker_are_worth_the_hand_off():
     assert decided(queued_there=9) == Decision(True, Why.CHEAPER)
     assert decided(queued_there=11) == Decision(False, Why.CHEAPER)
@@ -80,7 +67,6 @@ SITUATIONS = st.builds(
     local_queue=st.integers(0, 5000),
     num_running=st.integers(0, 50),
     cached=st.builds(Cached, st.integers(0, 500), st.integers(0, 500)),
-    shares_cores=st.booleans(),
 )
 MEASURED = st.builds(Costs, SECONDS, SECONDS, SECONDS)
 
@@ -92,6 +78,15 @@ def test_the_side_whose_predicted_cost_is_higher_is_never_chosen(here, costs):
     assert (local_s <= split_s) if chosen.is_local else (split_s <= local_s)
 
 
+@given(SITUATIONS, MEASURED, st.integers(0, MIN_MEASURED))
+def test_on_shared_cores_a_prompt_stays_unless_it_may_not(here, costs, measured):
+    shared = replace(here, shares_cores=True)
+    assert decide(shared, costs, measured, 10_000) == Decision(True, Why.SHARED)
+    assert decide(shared, costs, measured, 0) == Decision(False, Why.LONG)
+    wanted = replace(shared, cached=Cached(wanted=16))
+    assert decide(wanted, costs, measured, 10_000) == Decision(False, Why.CACHEABLE)
+
+
 @given(SITUATIONS, MEASURED, st.integers(1, 5000))
 def test_a_predicted_cost_grows_with_what_is_queued_on_its_side_and_with_nothing_else(here, costs, more):
     behind_prefill = replace(here, prefill_queue=here.prefill_queue + more)
@@ -100,11 +95,7 @@ def test_a_predicted_cost_grows_with_what_is_queued_on_its_side_and_with_nothing
     assert costs.split_s(behind_prefill) > costs.split_s(here)
     assert costs.local_s(behind_prefill) == costs.local_s(here)
     assert min(costs.local_s(behind_local), costs.local_s(busier)) > costs.local_s(here)
-    assert costs.split_s(behind_local) == costs.split_s(here)
-    if here.shares_cores:
-        assert costs.split_s(busier) > costs.split_s(here)
-    else:
-        assert costs.split_s(busier) == costs.split_s(here)
+    assert costs.split_s(behind_local) == costs.split_s(busier) == costs.split_s(here)
 
 
 @given(SITUATIONS, MEASURED, st.integers(0, 500))
