@@ -17,10 +17,9 @@ from tandem.engine.batch import SequenceRows
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import Sampler
 from tandem.profiling.spans import span
-from tandem.token_cost import TokenCost
+from tandem.token_cost import LEAST_CHUNK_TOKENS, TokenCost
 
-STALL_S = 0.03  # about so long a chunk may keep running sequences waiting,
-LEAST_TOKENS = 64  # unless that is fewer: smaller forwards take longer for each token
+STALL_S = 0.03  # about so long a chunk of more than `LEAST_CHUNK_TOKENS` may keep running sequences waiting
 
 
 class LocalPrefill:
@@ -76,7 +75,7 @@ class LocalPrefill:
     def _room(self, is_alone: bool) -> int:
         if is_alone:
             return self._chunk_tokens
-        return self._cost.tokens_within(STALL_S, LEAST_TOKENS, self._chunk_tokens)
+        return self._cost.tokens_within(STALL_S, LEAST_CHUNK_TOKENS, self._chunk_tokens)
 
     @staticmethod
     def _rows(sequence: DecodeSequence, num_tokens: int) -> SequenceRows:

@@ -9,9 +9,9 @@ Neither side computes what the store has, which both restore, nor a decode worke
     local: (tokens queued before it at the decode worker + own · (1 + sequences that run there and wait
            meanwhile)) · s per token
 
-Where both workers share their cores, there is nothing to compare. With n sequences running, the split takes
-half of their cores for twice as long: they lose n · own · s, as they do while it is computed between their
-steps, and the prompt itself another own · s and the hand-off.
+Where both workers share their cores, there is nothing to compare as long as prompts can be computed between
+steps in chunks that nobody notices. With n sequences running, the split takes half of their cores for twice
+as long: they lose n · own · s, as they do otherwise, and the prompt itself another own · s and the hand-off.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from enum import Enum
 
 from router.decode_loads import DecodeLoads
 from tandem.request import Timings
+from tandem.token_cost import LEAST_CHUNK_TOKENS
 
 ALPHA = 0.2  # weight of the newest measurement
 MIN_MEASURED = 3  # requests of the split way before anything is compared
+UNNOTICED_S = 0.06  # that the shortest chunk between two steps may take on shared cores
 
 
 class Why(Enum):
@@ -35,8 +37,8 @@ class Why(Enum):
     CACHEABLE = (
         "cacheable"  # its beginning is nowhere yet, and only the split leaves it in the store for others
     )
-    SHARED = "shared"  # by both workers: the cores, of which the split has no more to offer
     UNMEASURED = "unmeasured"  # nothing to compare yet
+    SHARED = "shared"  # by both workers: the cores, of which the split has no more to offer
     CHEAPER = "cheaper"  # this way
     CACHED = "cached"  # cheaper this way for what is cached there, and otherwise not
     STORE_DOWN = "store-down"  # there is no other way
@@ -112,9 +114,17 @@ class Costs:
         return tokens * self.split_s_per_token + self.handoff_s
 
     def local_s(self, situation: Situation) -> float:
-        per_token = self.local_s_per_token or self.split_s_per_token
         own_tokens = situation.cached.left_at_decode(situation.tokens)
-        return (situation.local_queue + own_tokens * (1 + situation.num_running)) * per_token
+        return (situation.local_queue + own_tokens * (1 + situation.num_running)) * self._local_token_s
+
+    @property
+    def stall_s(self) -> float:
+        """That running sequences wait for a chunk of a prompt between their steps, at the least."""
+        return LEAST_CHUNK_TOKENS * self._local_token_s
+
+    @property
+    def _local_token_s(self) -> float:
+        return self.local_s_per_token or self.split_s_per_token
 
     def prefer_local(self, situation: Situation) -> bool:
         return self.local_s(situation) < self.split_s(situation)
@@ -126,10 +136,10 @@ def decide(situation: Situation, costs: Costs, num_measured: int, most_tokens: i
         return Decision(False, Why.LONG)
     if situation.cached.is_nowhere:
         return Decision(False, Why.CACHEABLE)
-    if situation.shares_cores:
-        return Decision(True, Why.SHARED)
     if num_measured < MIN_MEASURED:
         return Decision(False, Why.UNMEASURED)
+    if situation.shares_cores and costs.stall_s <= UNNOTICED_S:
+        return Decision(True, Why.SHARED)
     is_local = costs.prefer_local(situation)
     without = costs.prefer_local(replace(situation, cached=NOTHING))
     return Decision(is_local, Why.CHEAPER if is_local == without else Why.CACHED)

@@ -9,10 +9,10 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from decode_worker.local_prefill import LEAST_TOKENS, STALL_S, LocalPrefill
+from decode_worker.local_prefill import STALL_S, LocalPrefill
 from tandem.errors import DeadlineExceeded
 from tandem.request import FinishReason
-from tandem.token_cost import TokenCost
+from tandem.token_cost import LEAST_CHUNK_TOKENS, TokenCost
 from tests.decode_worker.rig import decoding, make_order, tokens_of
 from tests.serving import NAN, Gate, greedy, prompt_of, until
 
@@ -123,7 +123,7 @@ async def test_who_joins_during_a_chunk_waits_for_no_other():
         (0.0, False, 256),  # nothing is known yet
         (STALL_S / 100, False, 100),
         (STALL_S / 1000, False, 256),
-        (STALL_S / 2, False, LEAST_TOKENS),
+        (STALL_S / 2, False, LEAST_CHUNK_TOKENS),
         (STALL_S / 2, True, 256),
     ],
     ids=["unknown", "as long as others may wait", "fast", "slow", "nobody waits"],

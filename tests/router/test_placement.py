@@ -122,9 +122,10 @@ def test_the_split_learns_from_its_own_line():
     ("prefill", "decode", "is_local"), [("", "", False), ("a", "b", False), ("b", "b", True)]
 )
 def test_a_split_between_workers_that_share_their_cores_brings_nothing(prefill, decode, is_local):
-    """Four sequences run there: 250 ms of somebody's time locally, 60 in a split."""
+    """Four sequences run there: 125 ms of somebody's time locally, 35 in a split."""
     router = Placed(prefill_cores=prefill, decode_cores=decode)
     router.measured(handoff_s=0.01)
+    router.costs.split_s_per_token = 0.0005
     for number in range(4):
         router.placement.computed(router.place(f"r{number}", prompt(50, 100 * number)))
     assert router.place("last", prompt(50, 900)).decision.is_local is is_local
