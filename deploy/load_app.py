@@ -83,6 +83,10 @@ VLlmSteps = Annotated[
         min=64,
     ),
 ]
+Limits = Annotated[
+    list[str] | None,
+    typer.Option("--limits", help="Only within these: loose, middle, tight. May be repeated."),
+]
 Speculating = Annotated[
     bool, typer.Option("--speculation", help="Ourselves with a draft, too; with --shape raw.")
 ]
@@ -154,6 +158,7 @@ def goodput(
     shape: GoodputShape = "111m",
     vllm_python: o.VLlmPython = None,
     vllm_steps: VLlmSteps = None,
+    limits: Limits = None,
     speculation: Speculating = False,
     num_requests: Requests = 40,
     trials: Trials = 1,
@@ -165,8 +170,10 @@ def goodput(
     from bench.goodput.run import Comparison, run
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what sleeps must not outlive us
-    steps = tuple(vllm_steps or ())
-    comparison = Comparison(shape, vllm_python, steps, speculation, num_requests, trials, minutes, out)
+    steps, wanted = tuple(vllm_steps or ()), tuple(limits or ())
+    comparison = Comparison(
+        shape, vllm_python, steps, speculation, num_requests, trials, minutes, out, wanted
+    )
     document = run(comparison, json_output)
     if json_output:
         print(json.dumps(document))

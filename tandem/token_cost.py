@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LEAST_CHUNK_TOKENS = 64  # of a prompt between two steps of others: shorter forwards take longer for each token
+LEAST_CHUNK_TOKENS = 64  # of a prompt between steps of others: in shorter ones each token takes longer
 KEEP = 0.9  # of what is known, with each new forward: contexts grow, machines get busier and quieter
 
 

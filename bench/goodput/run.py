@@ -81,6 +81,7 @@ class Comparison:
     trials: int
     minutes: float
     out: Path
+    limits: Sequence[str] = ()  # names of those to search within; none: all
 
 
 def run(comparison: Comparison, as_json: bool) -> dict[str, Any]:
@@ -138,7 +139,12 @@ def _load(comparison: Comparison) -> Load:
         raise ConfigError(
             "random weights have no draft that agrees with them: --speculation needs --shape raw"
         )
-    return LOADS[comparison.shape]
+    load, wanted = LOADS[comparison.shape], comparison.limits
+    if unknown := [name for name in wanted if name not in load.limits]:
+        raise ConfigError(f"there are limits named {', '.join(load.limits)}, none named {', '.join(unknown)}")
+    return replace(
+        load, limits={name: slo for name, slo in load.limits.items() if name in wanted or not wanted}
+    )
 
 
 def _options(comparison: Comparison, load: Load) -> Options:

@@ -268,6 +268,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         goodput.run(comparison, as_json=False)
     with pytest.raises(ConfigError, match="--speculation needs --shape raw"):
         goodput.run(replace(comparison, shape="111m", with_speculation=True), as_json=False)
+    with pytest.raises(ConfigError, match="named loose, middle, tight, none named strict"):
+        goodput.run(replace(comparison, shape="raw", limits=("loose", "strict")), as_json=False)
     with pytest.raises(ConfigError, match="No module named 'vllm'"):
         goodput.run(replace(comparison, shape="raw", vllm_python=Path(sys.executable)), as_json=False)
 
@@ -277,11 +279,12 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
 def test_our_service_beside_the_stand_in(python: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(shapes, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
-    monkeypatch.setitem(goodput.LOADS, "tiny", Load(8.0, {"loose": Slo(ttft_ms=5000, itl_ms=250)}))
+    limits = {"loose": Slo(ttft_ms=5000, itl_ms=250), "tight": Slo(ttft_ms=1, itl_ms=1)}
+    monkeypatch.setitem(goodput.LOADS, "tiny", Load(8.0, limits))
     monkeypatch.setattr(goodput, "INPUT_TOKENS", "mix:8*4,40")
     monkeypatch.setattr(goodput, "OUTPUT_TOKENS", 4)
     monkeypatch.setattr("bench.serve.search.MAX_DOUBLINGS", 1)
-    comparison = Comparison("tiny", python, (FAST,), False, 6, 1, 1.0, tmp_path / "out")
+    comparison = Comparison("tiny", python, (FAST,), False, 6, 1, 1.0, tmp_path / "out", ("loose",))
     document = goodput.run(comparison, as_json=False)
     assert [(row["system"], row["rate"]) for row in document["rows"]] == [
         ("Tandem", 16.0),
