@@ -59,13 +59,8 @@ class Session:
         """Take the router's orders until it hangs up."""
         try:
             async for request in requests:
-                match request.WhichOneof("command"):
-                    case "start":
-                        self._start(request.start)
-                    case "prefetch":
-                        self._prefetch(request.prefetch)
-                    case "cancel":
-                        self._cancel((request.cancel.request_id, request.cancel.epoch))
+                for order in request.orders or (request,):
+                    self._obey(order)
         finally:
             self.outbox.close()
 
@@ -74,6 +69,15 @@ class Session:
             self._worker.cancel(sequence)
         for key in self._prefetched:
             self._worker.cancel_prefetch(key)
+
+    def _obey(self, order: pb.DecodeRequest) -> None:
+        match order.WhichOneof("command"):
+            case "start":
+                self._start(order.start)
+            case "prefetch":
+                self._prefetch(order.prefetch)
+            case "cancel":
+                self._cancel((order.cancel.request_id, order.cancel.epoch))
 
     def _start(self, order: pb.StartDecode) -> None:
         key = (order.work.request_id, order.work.epoch)

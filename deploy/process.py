@@ -20,7 +20,7 @@ import threading
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
-from deploy.allocator import keep_pages
+from deploy.allocator import keep_objects, keep_pages
 from tandem import event_loop, log
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
@@ -42,6 +42,7 @@ async def run_router(config: ClusterConfig, leave: asyncio.Event) -> None:
     await router.start(add_services=[store.add_to], audits=store.audits, collectors=[store.metrics()])
     await store.announce(router.internal_address)
     await http.start(router)
+    keep_objects()
     _say(port=router.port, http_port=http.port, internal=router.internal_address)
     await leave.wait()
     await router.stop()
@@ -66,6 +67,7 @@ async def run_worker(
         from decode_worker.server import DecodeServer
 
         server = await DecodeServer.start(config, worker_id, router)
+    keep_objects()
     _say(kernels=server.kernels)
     await leave.wait()
     await server.stop()

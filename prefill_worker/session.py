@@ -61,15 +61,12 @@ class PrefillSession:
         self._wake = asyncio.Event()
         self._is_closed = False
 
-    async def read(self, orders: AsyncIterator[pb.StreamPrefillRequest]) -> None:
+    async def read(self, requests: AsyncIterator[pb.StreamPrefillRequest]) -> None:
         """Take the router's orders until it hangs up."""
         try:
-            async for order in orders:
-                match order.WhichOneof("command"):
-                    case "start":
-                        self._start(order.start)
-                    case "cancel":
-                        self._cancel((order.cancel.request_id, order.cancel.epoch))
+            async for request in requests:
+                for order in request.orders or (request,):
+                    self._obey(order)
         finally:
             self._is_closed = True
             self._wake.set()
@@ -91,6 +88,13 @@ class PrefillSession:
     def close(self) -> None:
         for job in self._jobs.values():
             self._worker.cancel(job)
+
+    def _obey(self, order: pb.StreamPrefillRequest) -> None:
+        match order.WhichOneof("command"):
+            case "start":
+                self._start(order.start)
+            case "cancel":
+                self._cancel((order.cancel.request_id, order.cancel.epoch))
 
     def _start(self, order: pb.Work) -> None:
         key = (order.request_id, order.epoch)

@@ -41,7 +41,9 @@ class DecodeLink:
     ) -> None:
         self._channel = plane.channel(info.address)
         stub: Any = worker_pb2_grpc.DecodeServiceStub(self._channel)
-        self._stream = WorkerStream(stub.Decode, _decode_news, no_decode, on_broken)
+        self._stream = WorkerStream(
+            stub.Decode, _decode_news, no_decode, on_broken, takes_bundles=info.takes_bundles
+        )
         self._stream.send(pb.DecodeRequest(open=pb.OpenSession(router_id=router_id)))
 
     async def decode(self, work: Work, handle: kv_pb2.KvHandle | None, on_news: OnDecode) -> OutputDelta:

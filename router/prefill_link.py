@@ -35,7 +35,9 @@ class PrefillLink:
     def __init__(self, info: WorkerInfo, plane: InternalPlane, on_broken: Callable[[], None]) -> None:
         self._channel = plane.channel(info.address)
         stub: Any = worker_pb2_grpc.PrefillServiceStub(self._channel)
-        self._stream = WorkerStream(stub.StreamPrefill, _news, no_prefill, on_broken)
+        self._stream = WorkerStream(
+            stub.StreamPrefill, _news, no_prefill, on_broken, takes_bundles=info.takes_bundles
+        )
 
     async def prefill(self, work: Work, on_news: OnPrefill) -> None:
         """Tell `on_news`, of a long prompt, that its KV is on its way; the first token; unless that was the

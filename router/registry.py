@@ -55,6 +55,7 @@ class WorkerInfo:
     num_blocks: int
     block_bytes: int
     streams_prefill: bool = False  # a prefill worker that takes all prompts over one stream
+    takes_bundles: bool = False  # several orders in one message
     cores: str = ""  # the name of those that it shares with others who say the same
 
     @classmethod
@@ -75,6 +76,7 @@ class WorkerInfo:
             num_blocks=message.num_blocks,
             block_bytes=message.block_bytes,
             streams_prefill=message.streams_prefill,
+            takes_bundles=message.takes_bundles,
             cores=message.cores,
         )
 
@@ -89,6 +91,7 @@ class WorkerInfo:
             num_blocks=self.num_blocks,
             block_bytes=self.block_bytes,
             streams_prefill=self.streams_prefill,
+            takes_bundles=self.takes_bundles,
             cores=self.cores,
         )
 

@@ -14,6 +14,7 @@ from tandem.errors import TandemError
 
 log = logging.getLogger(__name__)
 
+MOST_BUNDLED_BYTES = 256 << 10  # but for the last order, which may be as large as any
 Key = tuple[str, int]  # request id and attempt
 News = TypeVar("News")
 
@@ -60,7 +61,8 @@ class _Listener(Generic[News]):
 
 class WorkerStream(Generic[News]):
     """`read` tells what an event means. Once the stream is lost, whatever the reason, every attempt on it
-    fails with what `lost` makes, and `on_broken` hears of it."""
+    fails with what `lost` makes, and `on_broken` hears of it. With `takes_bundles` orders that were given
+    while another was written leave in one message: sending one takes longer than all the rest of it."""
 
     def __init__(
         self,
@@ -68,7 +70,10 @@ class WorkerStream(Generic[News]):
         read: Callable[[Any], Heard[News]],
         lost: Callable[[], TandemError],
         on_broken: Callable[[], None],
+        *,
+        takes_bundles: bool = False,
     ) -> None:
+        self._takes_bundles = takes_bundles
         self._open_call = open_call
         self._read = read
         self._lost = lost
@@ -124,7 +129,17 @@ class WorkerStream(Generic[News]):
     async def _send(self, call: Any) -> None:
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):  # the reading side says why
             while True:
-                await call.write(await self._orders.get())
+                await call.write(self._bundled(await self._orders.get()))
+
+    def _bundled(self, first: Any) -> Any:
+        """The order, with those behind it."""
+        if not self._takes_bundles or self._orders.empty():
+            return first
+        orders, num_bytes = [first], first.ByteSize()
+        while num_bytes < MOST_BUNDLED_BYTES and not self._orders.empty():
+            orders.append(self._orders.get_nowait())
+            num_bytes += orders[-1].ByteSize()
+        return type(first)(orders=orders)
 
     def _deliver(self, event: Any) -> None:
         listener = self._listeners.get((event.request_id, event.epoch))

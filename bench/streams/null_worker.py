@@ -38,11 +38,10 @@ class NullPrefill(worker_pb2_grpc.PrefillServiceServicer):
         self, request_iterator: AsyncIterator[pb.StreamPrefillRequest], context: Any
     ) -> AsyncIterator[pb.StreamPrefillResponse]:
         async for request in request_iterator:
-            if request.HasField("start"):
-                work = request.start
-                for progress in _prefilled(work):
-                    event = pb.PromptEvent(request_id=work.request_id, epoch=work.epoch, progress=progress)
-                    yield pb.StreamPrefillResponse(events=[event])
+            for order in request.orders or (request,):
+                for progress in _prefilled(order.start) if order.HasField("start") else ():
+                    named = {"request_id": order.start.request_id, "epoch": order.start.epoch}
+                    yield pb.StreamPrefillResponse(events=[pb.PromptEvent(**named, progress=progress)])
 
 
 def _prefilled(work: pb.Work) -> tuple[pb.PrefillResponse, pb.PrefillResponse]:
@@ -98,16 +97,22 @@ class NullDecode(worker_pb2_grpc.DecodeServiceServicer):
         sequences: dict[tuple[str, int], _Sequence],
         started: list[pb.SequenceEvent],
     ) -> None:
-        async for request in requests:
-            match request.WhichOneof("command"):
+        async for order in _orders(requests):
+            match order.WhichOneof("command"):
                 case "start":
-                    work = request.start.work
+                    work = order.start.work
                     given = len(work.token_ids) - work.num_prompt_tokens
                     sequence = _Sequence(work.request_id, work.epoch, work.sampling.max_tokens - given)
                     sequences[sequence.request_id, sequence.epoch] = sequence
                     started.append(_event(sequence, started=pb.DecodeStarted()))
                 case "cancel":
-                    sequences.pop((request.cancel.request_id, request.cancel.epoch), None)
+                    sequences.pop((order.cancel.request_id, order.cancel.epoch), None)
+
+
+async def _orders(requests: AsyncIterator[pb.DecodeRequest]) -> AsyncIterator[pb.DecodeRequest]:
+    async for request in requests:
+        for order in request.orders or (request,):
+            yield order
 
 
 def _event(sequence: _Sequence, **what: Any) -> pb.SequenceEvent:
@@ -152,6 +157,7 @@ async def _start(
         num_blocks=NUM_BLOCKS,
         block_bytes=1,
         streams_prefill=role == pb.WORKER_ROLE_PREFILL,
+        takes_bundles=True,
     )
     await host.start(info, add, WorkerLoad, Ledger(name, "blocks", NUM_BLOCKS).audit)
     return host

@@ -66,7 +66,9 @@ class RelayServicer:
 
 async def _send(call: Any, orders: asyncio.Queue[Any]) -> None:
     while True:
-        await call.write(await orders.get())
+        first = await orders.get()
+        several = [first, *(orders.get_nowait() for _ in range(orders.qsize()))]
+        await call.write(type(first)(orders=several) if several[1:] else first)
 
 
 def _work(request_id: str, asked: pb.GenerationInput) -> worker_pb2.Work:

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
-from deploy.allocator import keep_pages
+from deploy.allocator import keep_objects, keep_pages
 from tandem import log
 from tandem.audit import fetch_audit
 from tandem.config import ClusterConfig
@@ -67,6 +67,7 @@ class RouterReplica:
         )
         await self._store.announce(self._router.internal_address)
         await self._http.start(self._router)
+        keep_objects()
 
     async def addresses(self) -> dict[str, str]:
         """Where it listens: for gRPC and HTTP clients, for workers; and the node's own address."""
@@ -116,6 +117,7 @@ class WorkerReplica:
         address = asyncio.create_task(self._find_router())
         self._server = await _start(role, self._settings, worker_id, address)
         self._router_address = await address
+        keep_objects()
 
     async def check_health(self) -> None:
         """Raises if the gRPC server does not answer, or if the router lives elsewhere now."""

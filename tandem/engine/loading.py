@@ -47,6 +47,7 @@ class Engine:
             block_size=self.pool.block_size,
             num_blocks=self.num_blocks,
             block_bytes=self.block_bytes,
+            takes_bundles=True,
             cores=cores,
         )
 

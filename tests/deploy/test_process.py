@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import sys
-from unittest.mock import MagicMock
+from unittest.mock import AsyncMock, MagicMock
 
 import uvloop
 
@@ -29,3 +29,15 @@ def test_a_process_of_the_service_runs_on_uvloop(monkeypatch):
     assert loops == [uvloop.Loop]
     process.main()  # whoever started it has gone and says nothing
     assert loops == [uvloop.Loop]
+
+
+async def test_a_worker_that_is_ready_keeps_what_it_has_loaded(monkeypatch):
+    told, leave = [], asyncio.Event()
+    leave.set()
+    server = MagicMock(kernels="", stop=AsyncMock(), start=AsyncMock())
+    server.start.return_value = server
+    monkeypatch.setattr("decode_worker.server.DecodeServer", server)
+    monkeypatch.setattr(process, "keep_objects", lambda: told.append("kept"))
+    monkeypatch.setattr(process, "_say", lambda **facts: told.append("said"))
+    await process.run_worker("decode", ClusterConfig(), leave, "decode-0", asyncio.Future())
+    assert told == ["kept", "said"]

@@ -263,6 +263,7 @@ async def test_many_prompts_outlive_their_prefill_worker(monkeypatch, streams):
 
     async def as_version(host, info, *others):
         info.streams_prefill = streams and info.streams_prefill
+        info.takes_bundles = streams
         await start(host, info, *others)
 
     monkeypatch.setattr(WorkerHost, "start", as_version)

@@ -175,6 +175,7 @@ class StreamPrefillRequest(_message.Message):
 
     START_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    ORDERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def start(self) -> Global___Work:
         """Compute a prompt."""
@@ -183,15 +184,20 @@ class StreamPrefillRequest(_message.Message):
     def cancel(self) -> Global___CancelPrefill:
         """Stop working on a prompt."""
 
+    @_builtins.property
+    def orders(self) -> _containers.RepeatedCompositeFieldContainer[Global___StreamPrefillRequest]:
+        """Several orders, one after the other, instead of a command. They hold none themselves."""
+
     def __init__(
         self,
         *,
         start: Global___Work | None = ...,
         cancel: Global___CancelPrefill | None = ...,
+        orders: _abc.Iterable[Global___StreamPrefillRequest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "orders", b"orders", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "cancel"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
@@ -425,6 +431,7 @@ class DecodeRequest(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     PREFETCH_FIELD_NUMBER: _builtins.int
+    ORDERS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def open(self) -> Global___OpenSession:
         """First message of a stream."""
@@ -441,6 +448,10 @@ class DecodeRequest(_message.Message):
     def prefetch(self) -> Global___PrefetchKv:
         """Fetch KV of a prompt that is still being computed."""
 
+    @_builtins.property
+    def orders(self) -> _containers.RepeatedCompositeFieldContainer[Global___DecodeRequest]:
+        """Several orders, one after the other, instead of a command. They hold none themselves."""
+
     def __init__(
         self,
         *,
@@ -448,10 +459,11 @@ class DecodeRequest(_message.Message):
         start: Global___StartDecode | None = ...,
         cancel: Global___CancelDecode | None = ...,
         prefetch: Global___PrefetchKv | None = ...,
+        orders: _abc.Iterable[Global___DecodeRequest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "open", b"open", "prefetch", b"prefetch", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "open", b"open", "prefetch", b"prefetch", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "open", b"open", "orders", b"orders", "prefetch", b"prefetch", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["open", "start", "cancel", "prefetch"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
@@ -747,6 +759,7 @@ class WorkerInfo(_message.Message):
     BLOCK_BYTES_FIELD_NUMBER: _builtins.int
     STREAMS_PREFILL_FIELD_NUMBER: _builtins.int
     CORES_FIELD_NUMBER: _builtins.int
+    TAKES_BUNDLES_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Stable name."""
     incarnation: _builtins.str
@@ -767,6 +780,8 @@ class WorkerInfo(_message.Message):
     """A prefill worker that answers StreamPrefill; of older ones prompts are asked one by one."""
     cores: _builtins.str
     """Names the cores that it shares: workers that say the same compute in each other's way. Empty: its own."""
+    takes_bundles: _builtins.bool
+    """It understands several orders in one message; of older ones each is sent by itself."""
     def __init__(
         self,
         *,
@@ -780,10 +795,11 @@ class WorkerInfo(_message.Message):
         block_bytes: _builtins.int = ...,
         streams_prefill: _builtins.bool = ...,
         cores: _builtins.str = ...,
+        takes_bundles: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_bytes", b"block_bytes", "block_size", b"block_size", "cores", b"cores", "fingerprint", b"fingerprint", "incarnation", b"incarnation", "num_blocks", b"num_blocks", "role", b"role", "streams_prefill", b"streams_prefill", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_bytes", b"block_bytes", "block_size", b"block_size", "cores", b"cores", "fingerprint", b"fingerprint", "incarnation", b"incarnation", "num_blocks", b"num_blocks", "role", b"role", "streams_prefill", b"streams_prefill", "takes_bundles", b"takes_bundles", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
