@@ -83,7 +83,7 @@ VLlmSteps = Annotated[
         min=64,
     ),
 ]
-Limits = Annotated[
+NamedLimits = Annotated[
     list[str] | None,
     typer.Option("--limits", help="Only within these: loose, middle, tight. May be repeated."),
 ]
@@ -158,7 +158,7 @@ def goodput(
     shape: GoodputShape = "111m",
     vllm_python: o.VLlmPython = None,
     vllm_steps: VLlmSteps = None,
-    limits: Limits = None,
+    limits: NamedLimits = None,
     speculation: Speculating = False,
     num_requests: Requests = 40,
     trials: Trials = 1,

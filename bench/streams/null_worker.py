@@ -38,10 +38,10 @@ class NullPrefill(worker_pb2_grpc.PrefillServiceServicer):
         self, request_iterator: AsyncIterator[pb.StreamPrefillRequest], context: Any
     ) -> AsyncIterator[pb.StreamPrefillResponse]:
         async for request in request_iterator:
-            for order in request.orders or (request,):
-                for progress in _prefilled(order.start) if order.HasField("start") else ():
-                    named = {"request_id": order.start.request_id, "epoch": order.start.epoch}
-                    yield pb.StreamPrefillResponse(events=[pb.PromptEvent(**named, progress=progress)])
+            for work in (order.start for order in request.orders or (request,) if order.HasField("start")):
+                for progress in _prefilled(work):
+                    event = pb.PromptEvent(request_id=work.request_id, epoch=work.epoch, progress=progress)
+                    yield pb.StreamPrefillResponse(events=[event])
 
 
 def _prefilled(work: pb.Work) -> tuple[pb.PrefillResponse, pb.PrefillResponse]:
