@@ -45,7 +45,7 @@ class HandoffContext:
     cache: PagedCache
     pool: BlockPool
     form: Format
-    overlap_bytes: int = 0  # chunks with so much KV leave before they are computed; 0: none do
+    overlap_bytes: int = 0  # chunks with so much KV leave while they are computed; 0: none do
     draft_cache: PagedCache | None = None
     prefixes: PrefixCache | None = None
 
