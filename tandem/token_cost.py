@@ -28,9 +28,10 @@ class TokenCost:
         """0 before the first forward."""
         if not self._sums:
             return 0.0
-        seen = min(self._sums, key=lambda num_cores: abs(num_cores - self.num_cores))
+        num_cores, known = self.num_cores, tuple(self._sums)  # the step thread may change both meanwhile
+        seen = min(known, key=lambda each: abs(each - num_cores))
         squares, products = self._sums[seen]
-        return products / squares * seen / self.num_cores
+        return products / squares * seen / num_cores
 
     def tokens_within(self, seconds: float, least: int, most: int) -> int:
         """Of a forward that takes about so long, from `least` to `most`; `most` before the first forward."""

@@ -87,6 +87,18 @@ class Gate:
         self._tickets.release(1000)
 
 
+class BatchGate(Gate):
+    """The same for forwards; `sizes` are their rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __call__(self, call, batch):
+        self.sizes.append(batch.num_rows)
+        return super().__call__(call, batch)
+
+
 @functools.cache
 def greedy(prompt: tuple[int, ...], num_tokens: int) -> tuple[int, ...]:
     """What the model alone continues the prompt with: a full forward for every token."""

@@ -14,7 +14,7 @@ from tandem.errors import DeadlineExceeded
 from tandem.request import FinishReason
 from tandem.token_cost import LEAST_CHUNK_TOKENS, TokenCost
 from tests.decode_worker.rig import decoding, make_order, tokens_of
-from tests.serving import NAN, Gate, greedy, prompt_of, until
+from tests.serving import NAN, BatchGate, Gate, greedy, prompt_of, until
 
 
 @dataclass(eq=False)
@@ -80,13 +80,8 @@ def test_any_mix_of_prompts_and_sequences(lengths, chunk, data):
 
 
 async def test_running_sequences_get_a_step_between_two_chunks():
-    sizes, gate = [], Gate()
-
-    def forward(call, batch):
-        sizes.append(batch.num_rows)
-        return gate(call, batch)
-
-    async with decoding(forward=forward, prefill_tokens=8) as rig:
+    gate = BatchGate()
+    async with decoding(forward=gate, prefill_tokens=8) as rig:
         await rig.start(make_order("running", max_tokens=30))
         await rig.client.started("running")
         await until(lambda: gate.entered == 1)
@@ -95,18 +90,13 @@ async def test_running_sequences_get_a_step_between_two_chunks():
         gate.open()
         assert tokens_of(await rig.client.rest("prompt")) == greedy(prompt_of(30), 3)
         await rig.client.rest("running")
-    first = sizes.index(8)
-    assert sizes[first : first + 8] == [8, 1, 8, 1, 8, 1, 6, 2]
+    first = gate.sizes.index(8)
+    assert gate.sizes[first : first + 8] == [8, 1, 8, 1, 8, 1, 6, 2]
 
 
 async def test_who_joins_during_a_chunk_waits_for_no_other():
-    sizes, gate = [], Gate()
-
-    def forward(call, batch):
-        sizes.append(batch.num_rows)
-        return gate(call, batch)
-
-    async with decoding(forward=forward, prefill_tokens=8) as rig:
+    gate = BatchGate()
+    async with decoding(forward=gate, prefill_tokens=8) as rig:
         rig.worker.start(order("prompt", 30, max_tokens=3), None, rig.client.emit)
         await until(lambda: gate.entered == 1)
         await rig.start(make_order("joins", max_tokens=3))
@@ -114,7 +104,7 @@ async def test_who_joins_during_a_chunk_waits_for_no_other():
         gate.open()
         await rig.client.rest("joins")
         await rig.client.rest("prompt")
-    assert sizes[:3] == [8, 1, 8]
+    assert gate.sizes[:3] == [8, 1, 8]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tandem.errors import InvalidRequest, Unavailable
 from tandem.request import FinishReason
 from tests.checkpoints import EOS
 from tests.decode_worker.rig import Client, decoding, make_order, store_kv, text_of, tokens_of
-from tests.serving import BLOCK_SIZE, NAN, Gate, Meddler, greedy, prompt_of, tokenizer, until
+from tests.serving import BLOCK_SIZE, NAN, BatchGate, Gate, Meddler, greedy, prompt_of, tokenizer, until
 
 # --- what comes out -------------------------------------------------------------------------------
 
@@ -76,13 +76,8 @@ async def test_sequences_join_and_leave_at_any_step():
 
 
 async def test_no_more_than_max_batch_run_and_the_others_wait_their_turn():
-    sizes, gate = [], Gate()
-
-    def forward(call, batch):
-        sizes.append(batch.num_rows)
-        return gate(call, batch)
-
-    async with decoding(forward=forward, max_batch=2) as rig:
+    gate = BatchGate()
+    async with decoding(forward=gate, max_batch=2) as rig:
         for index in range(5):
             await rig.start(make_order(f"r{index}", max_tokens=4))
             await rig.client.started(f"r{index}")
@@ -90,8 +85,8 @@ async def test_no_more_than_max_batch_run_and_the_others_wait_their_turn():
         gate.open()
         for index in range(5):
             assert await rig.client.tokens(f"r{index}", 3) == greedy(prompt_of(20), 4)[1:]
-        assert max(sizes) == 2
-        assert sum(sizes) == 15
+        assert max(gate.sizes) == 2
+        assert sum(gate.sizes) == 15
 
 
 async def test_one_message_per_client_and_step():

@@ -80,6 +80,15 @@ def worker(path):
         process.communicate()
 
 
+def in_a_step_thread(compute) -> None:
+    """It names the thread and changes how many torch has, which this one must not."""
+    before = torch.get_num_threads()
+    thread = threading.Thread(target=compute)
+    thread.start()
+    thread.join()
+    torch.set_num_threads(before)
+
+
 def test_two_workers_share_the_cores(tmp_path):
     path = tmp_path / "cores"
     with worker(path) as prefill, worker(path) as decode:
@@ -118,11 +127,7 @@ def test_a_forward_is_the_same_on_any_cores(tmp_path):
                 found.append((shared.num_cores, team, logits.clone()))
             shared.rest()
 
-    before = torch.get_num_threads()
-    thread = threading.Thread(target=compute)
-    thread.start()
-    thread.join()
-    torch.set_num_threads(before)
+    in_a_step_thread(compute)
     assert [count for count, _, _ in found] == [len(ALL), len(ALL) - len(ALL) // 2, len(ALL)]
     assert found[0][1] is found[2][1]
     assert all(torch.equal(logits, found[0][2]) for _, _, logits in found)
@@ -157,9 +162,5 @@ def test_threads_that_are_in_place_are_left_alone(tmp_path, monkeypatch):
         os.sched_setaffinity(0, ALL[:1])  # as another worker would
         shared.take()
 
-    before = torch.get_num_threads()
-    thread = threading.Thread(target=compute)
-    thread.start()
-    thread.join()
-    torch.set_num_threads(before)
+    in_a_step_thread(compute)
     assert moved == [set(ALL)]

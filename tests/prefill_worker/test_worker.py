@@ -19,6 +19,7 @@ from tests.prefill_worker.rig import Rig, prefilling
 from tests.serving import (
     BLOCK_SIZE,
     NAN,
+    BatchGate,
     Gate,
     Meddler,
     greedy,
@@ -122,35 +123,23 @@ async def test_a_burst_of_prompts_is_computed_in_one_batch():
 )
 async def test_a_long_prompt_takes_turns_with_short_ones_until_it_is_late(patience, expected, monkeypatch):
     monkeypatch.setattr(runner, "PATIENCE", patience)
-    sizes = []
-
-    def forward(call, batch):
-        sizes.append(batch.num_rows)
-        return gate(call, batch)
-
-    gate = Gate()
-    async with prefilling(forward=forward, **LONG) as rig:
+    gate = BatchGate()
+    async with prefilling(forward=gate, **LONG) as rig:
         long = rig.submit("long", prompt_of(100))
         await until(lambda: gate.entered == 1)
         shorts = [rig.submit(f"s{i}", prompt_of(length)) for i, length in enumerate((20, 8, 3))]
         gate.open()
         for prompt in (*shorts, long):
             await rig.completes(prompt)
-        assert sizes == expected
+        assert gate.sizes == expected
 
 
 async def test_a_slow_machine_takes_prompts_in_smaller_pieces(monkeypatch):
     """So that a short prompt that comes meanwhile does not wait for all of a long one."""
     monkeypatch.setattr(runner, "LEAST_TOKENS", 40)
-    sizes = []
-
-    def forward(call, batch):
-        sizes.append(batch.num_rows)
-        return gate(call, batch)
-
-    gate = Gate()
+    gate = BatchGate()
     gate.let()
-    async with prefilling(forward=forward, max_wait_s=0.0) as rig:
+    async with prefilling(forward=gate, max_wait_s=0.0) as rig:
         await rig.completes(rig.submit("first", prompt_of(100)))  # nothing is known of it before
         rig.worker._runner.cost.observe(1000, 1000 * runner.CHUNK_S / 50)
         long = rig.submit("long", prompt_of(100))
@@ -159,8 +148,8 @@ async def test_a_slow_machine_takes_prompts_in_smaller_pieces(monkeypatch):
         gate.open()
         assert await rig.completes(short) == greedy(prompt_of(8), 1)
         assert await rig.completes(long) == greedy(prompt_of(100), 1)
-    assert (sizes[0], sizes[2], sum(sizes)) == (100, 8, 208)
-    assert 40 <= sizes[1] <= 60
+    assert (gate.sizes[0], gate.sizes[2], sum(gate.sizes)) == (100, 8, 208)
+    assert 40 <= gate.sizes[1] <= 60
 
 
 async def test_two_long_prompts_share_the_worker_with_a_short_one():
