@@ -17,16 +17,14 @@ pauses, longer each time (race.py).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from statistics import fmean
 
-import numpy as np
-
-from decode_worker.lookahead import StepOutcome, limit
+from decode_worker.lookahead import PATIENCE, StepOutcome, limit
 from decode_worker.probe import Probe
 from decode_worker.race import Race
 from decode_worker.sequence import DecodeSequence
-from decode_worker.step_costs import MAX_ACCEPTANCE, Division, Floats, StepCosts
+from decode_worker.step_costs import MAX_ACCEPTANCE, Division, StepCosts
 
 PRIOR_ACCEPTANCE = 0.7
 MEMORY = 64.0  # draft tokens of a sequence that count; older ones fade
@@ -39,7 +37,7 @@ CALIBRATE_AT = (6, 12)  # these are plain ones: they show what plain decoding co
 PAUSE = 128  # plain steps after drafting has lost the race; doubles each time
 MAX_PAUSE = 4096
 PLAN_STEPS = 16  # a division of the rows is used for so many, while the batch stays the same
-PLAIN_PLAN_STEPS = 64  # and one without draft tokens: there is less to learn meanwhile
+PLAIN_PLAN_STEPS = 256  # and one without draft tokens: there is less to learn meanwhile
 FORGET = 0.003  # of the distance to the prior rate, per plain step
 READ_MARGIN = 2.0  # reading is to win back so many times what it costs: requests may end before their limit
 
@@ -60,6 +58,7 @@ class AutoLookahead:
         has_confidence: bool = False,
     ) -> None:
         self.worth = 0.0
+        self.patience = PATIENCE
         self.acceptance = PRIOR_ACCEPTANCE
         self._costs = costs
         self._most = most
@@ -67,8 +66,10 @@ class AutoLookahead:
         self._has_confidence = has_confidence  # the draft
         self._accepted: dict[DecodeSequence, tuple[float, float]] = {}  # accepted, judged; both fade
         self._is_drafting = False
-        self._plan: dict[DecodeSequence, int] = {}
+        self._planned: list[DecodeSequence] = []
+        self._plan: list[int] = []  # draft tokens of each
         self._plan_age = 0
+        self._is_asked = False  # some of them ask for a number
         self._num_drafting = 0
         self._race = Race()
         self._pause, self._pause_left = PAUSE, 0
@@ -77,12 +78,16 @@ class AutoLookahead:
     def counts(self, sequences: Sequence[DecodeSequence]) -> list[int]:
         """Draft tokens per sequence; those that a request asks for by number are its own choice."""
         plan_steps = PLAN_STEPS if self._is_drafting else PLAIN_PLAN_STEPS
-        if self._plan_age >= plan_steps or self._plan.keys() != set(sequences):
-            self._plan, self._plan_age = dict(zip(sequences, self._divide(sequences), strict=True)), 0
+        if self._plan_age >= plan_steps or self._planned != sequences:
+            self._planned, self._plan, self._plan_age = list(sequences), self._divide(sequences), 0
+            self._is_asked = any(s.work.speculation.num_assistant_tokens is not None for s in sequences)
         self._plan_age += 1
+        if not (self._is_drafting or self._is_asked):
+            return self._probed(sequences)
         self._num_drafting += self._is_drafting
         is_plain = self._num_drafting % CALIBRATE_EVERY in CALIBRATE_AT
-        counts = [self._limited(s, 0 if is_plain else self._plan[s]) for s in sequences]
+        planned = [0] * len(sequences) if is_plain else self._plan
+        counts = [self._limited(s, count) for s, count in zip(sequences, planned, strict=True)]
         return counts if any(counts) or self._is_drafting else self._probed(sequences)
 
     def observe(self, outcome: StepOutcome) -> None:
@@ -91,9 +96,20 @@ class AutoLookahead:
         if is_drafting:
             self._learn_acceptance(outcome)
             self._probe.has_drafted()
-        num_tokens = sum(len(advance.tokens) for advance in outcome.advances)
-        self._race.note(len(outcome.advances), is_drafting, num_tokens, outcome.draft_s + outcome.verify_s)
-        self._pause_left -= not is_drafting
+        else:
+            self._pass_by(outcome.num_steps)
+        if outcome.draft_s and not is_drafting:
+            return  # the draft was asked and is still reading: neither kind of step
+        seconds = outcome.draft_s + outcome.verify_s
+        self._race.note(len(outcome.advances), is_drafting, outcome.num_tokens, seconds)
+
+    def _pass_by(self, num_steps: int) -> None:
+        """Plain steps: a low acceptance rate is forgotten slowly, as the next text may be an easier one."""
+        self._pause_left -= num_steps
+        if not self._is_drafting:
+            self._plan_age += num_steps - 1
+            self._probe.pass_by(num_steps)
+            self.acceptance += num_steps * FORGET * max(PRIOR_ACCEPTANCE - self.acceptance, 0.0)
 
     def _learn_acceptance(self, outcome: StepOutcome) -> None:
         for sequence, advance in zip(outcome.sequences, outcome.advances, strict=True):
@@ -123,12 +139,11 @@ class AutoLookahead:
         return self._has_confidence and sequence.goes_by_confidence
 
     def _probed(self, sequences: Sequence[DecodeSequence]) -> list[int]:
-        """Now and then one token for a sequence of which the draft has little to read, the newest of those.
-
-        A low acceptance rate is forgotten slowly meanwhile: the next text may be an easier one.
-        """
-        self.acceptance += FORGET * max(PRIOR_ACCEPTANCE - self.acceptance, 0.0)
-        counts, unread = [0] * len(sequences), [self._unread(s) for s in sequences]
+        """Now and then one token for the newest of the sequences of which the draft has least to read."""
+        counts = [0] * len(sequences)
+        if not self._probe.is_near:
+            return counts
+        unread = [self._unread(s) for s in sequences]
         chosen = min(reversed(range(len(sequences))), key=unread.__getitem__)
         if self._probe.is_due(self._costs.read_s(unread[chosen]), self._costs.plain_s(len(sequences))):
             counts[chosen] = limit(sequences[chosen], 1, self._most)
@@ -141,26 +156,27 @@ class AutoLookahead:
 
     def _divide(self, sequences: Sequence[DecodeSequence]) -> list[int]:
         """Draft tokens per sequence that bring the most per second; none if plain decoding does."""
-        rates, best = self._best(sequences)
-        needed = STOP_GAIN if self._is_drafting else START_GAIN
         if self._is_drafting and (self._race.gain or 1.0) < STOP_GAIN:
             self._pause_left, self._pause = self._pause, min(2 * self._pause, MAX_PAUSE)
             self._race = Race()
+        was_drafting, self._is_drafting = self._is_drafting, False
+        self.worth, self.patience = 0.0, PATIENCE
         if self._pause_left > 0:
-            needed = math.inf
-        was_drafting, self._is_drafting = self._is_drafting, best.gain > needed
-        self.worth = 0.0
+            return [0] * len(sequences)
+        rates, best = self._best(sequences)
+        self._is_drafting = best.gain > (STOP_GAIN if was_drafting else START_GAIN)
         if not self._is_drafting:
             return [0] * len(sequences)
         if self._has_confidence:
-            self.worth = self._costs.worth(best, float(rates[rates > 0].mean()))
+            self.worth = self._costs.worth(best, fmean(rate for rate in rates if rate > 0))
+        self.patience = 1  # plain steps among drafting ones are looked at one by one
         if not was_drafting:
             self._probe.restart()
-        return list(map(int, best.counts))
+        return best.counts
 
-    def _best(self, sequences: Sequence[DecodeSequence]) -> tuple[Floats, Division]:
+    def _best(self, sequences: Sequence[DecodeSequence]) -> tuple[list[float], Division]:
         """Acceptance rates [sequences] and what to make of them; 0 for those not worth reading."""
-        rates = np.array([self._rate(s) for s in sequences])
+        rates = [self._rate(s) for s in sequences]
         best = self._costs.best(rates, self._most)
         unread = [self._unread(s) for s in sequences]
         if best.gain > 1 and any(unread):
@@ -168,6 +184,6 @@ class AutoLookahead:
             needed = [READ_MARGIN * self._costs.read_s(num_tokens) / won_s for num_tokens in unread]
             is_dear = [tokens > s.num_tokens_left for tokens, s in zip(needed, sequences, strict=True)]
             if any(is_dear):
-                rates[is_dear] = 0.0
+                rates = [0.0 if dear else rate for rate, dear in zip(rates, is_dear, strict=True)]
                 best = self._costs.best(rates, self._most)
         return rates, best

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 FADE = 0.99  # weight of the past in the live gain, per step
 MIN_JUDGED = 200  # draft tokens before anybody is alarmed
-CHECK_EVERY = 256  # steps
+CHECK_EVERY = 1024  # steps
 ALARM_EVERY_S = 600.0
 
 
@@ -34,35 +34,48 @@ class Earnings:
         """Tokens per second of late over those of plain decoding; 1 while nothing is known."""
         return self._plain_s / self._spent_s if self._spent_s > 0 else 1.0
 
+    def plain_s(self, num_sequences: int) -> float:
+        """Seconds of a plain step; 0 where costs are not known."""
+        return self._costs.plain_s(num_sequences) if self._costs else 0.0
+
     def report(self) -> SpeculationReport:
         return SpeculationReport(self.usage, self.gain, self.num_failures, self.alarm)
 
     def observe(self, outcome: StepOutcome, draft_s: float) -> None:
-        """One step; `draft_s` is all the time the draft took. Also told to each request of the step."""
-        count, num_tokens = len(outcome.advances), sum(len(advance.tokens) for advance in outcome.advances)
-        plain_step_s = self._costs.plain_s(count) if self._costs else outcome.verify_s
+        """A step; `draft_s` is all the time the draft took. If it was asked, requests are told, too; their
+        plain steps are counted as they come (plain_run.py)."""
+        count, num_steps = len(outcome.advances), outcome.num_steps
+        plain_step_s = self.plain_s(count) or outcome.verify_s
+        verify_s = num_steps * outcome.verify_s
+        plain_s = num_steps * plain_step_s * outcome.num_tokens / count
+        if draft_s:
+            self._count_drafting(outcome, draft_s, plain_step_s)
+            self.usage.spend(draft_s, verify_s, plain_s)
+        else:
+            self.usage.count_plain(num_steps * count, verify_s, plain_s)
+        fade = FADE**num_steps
+        self._plain_s = fade * self._plain_s + plain_s
+        self._spent_s = fade * self._spent_s + draft_s + verify_s
+        is_due = self.usage.num_steps % CHECK_EVERY < num_steps * count
+        if self._costs and is_due and self.usage.num_drafted >= MIN_JUDGED:
+            self._check(self._costs)
+
+    def _count_drafting(self, outcome: StepOutcome, draft_s: float, plain_step_s: float) -> None:
         for sequence, advance in zip(outcome.sequences, outcome.advances, strict=True):
             for usage in (sequence.speculated, self.usage):
                 usage.count(advance.num_drafted, advance.num_accepted, advance.is_tau_stop)
             sequence.speculated.spend(draft_s, outcome.verify_s, plain_step_s * len(advance.tokens))
-        plain_s = plain_step_s * num_tokens / count
-        self.usage.spend(draft_s, outcome.verify_s, plain_s)
-        self._plain_s = FADE * self._plain_s + plain_s
-        self._spent_s = FADE * self._spent_s + draft_s + outcome.verify_s
-        is_due = self.usage.num_steps % CHECK_EVERY < count
-        if self._costs and is_due and self.usage.num_drafted >= MIN_JUDGED:
-            self._check(self._costs)
 
     def _check(self, costs: StepCosts) -> None:
         """Whether drafting can pay for a lone sequence, where it is worth the most."""
         usage = self.usage
         judged = usage.num_accepted + usage.num_rollbacks
         acceptance = usage.num_accepted / judged if judged else 0.0
-        needed, best = costs.needed_acceptance(1, self._most), costs.best_gain(acceptance, 1, self._most)
-        depth = max(usage.num_drafted / max(sum(usage.drafted_at[:1]), 1), 1.0)
-        if best > 1:
+        if costs.best_gain(acceptance, 1, self._most) > 1:
             self.alarm = ""
             return
+        needed = costs.needed_acceptance(1, self._most)
+        depth = max(usage.num_drafted / max(sum(usage.drafted_at[:1]), 1), 1.0)
         share = f"{acceptance:.0%} of its tokens are accepted, {needed:.0%} are needed"
         if needed >= 1:
             self.alarm = "the draft cannot pay: it costs too much beside the target at any acceptance"

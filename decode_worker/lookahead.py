@@ -10,44 +10,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from decode_worker.decoder import Advance
 from decode_worker.sequence import DecodeSequence
 from tandem.config import SpeculationConfig
 
+PATIENCE = 16
 
-@dataclass(frozen=True)
+
+@dataclass(slots=True)
 class StepOutcome:
-    """What one step drafted, what stood, and how long its parts took."""
+    """What one step drafted, what stood, and how long its parts took. Plain steps of the same sequences may
+    be told as one, with their mean time."""
 
     sequences: Sequence[DecodeSequence]
     advances: Sequence[Advance]
     draft_s: float  # without what the draft had to catch up on
     verify_s: float
+    num_steps: int = 1
+    num_tokens: int = field(init=False, default=0)
+    num_rows: int = field(init=False, default=0)  # of the verifying forward
+    num_drafting: int = field(init=False, default=0)  # sequences that the draft was asked about
+    depth: int = field(init=False, default=0)  # forwards of the draft
 
-    @cached_property
-    def num_rows(self) -> int:
-        """Of the verifying forward."""
-        return len(self.advances) + sum(advance.num_drafted for advance in self.advances)
-
-    @cached_property
-    def num_drafting(self) -> int:
-        """Sequences that the draft was asked about."""
-        return sum(advance.num_guessed > 0 for advance in self.advances)
-
-    @cached_property
-    def depth(self) -> int:
-        """Forwards of the draft."""
-        return max(advance.num_guessed for advance in self.advances)
+    def __post_init__(self) -> None:
+        for advance in self.advances:
+            self.num_tokens += len(advance.tokens)
+            self.num_rows += 1 + advance.num_drafted
+            if num_guessed := advance.num_guessed:
+                self.num_drafting += 1
+                self.depth = max(self.depth, num_guessed)
 
 
 class Lookahead(Protocol):
     """Chooses k for a step, and learns from it. Owned by the step thread."""
 
     worth: float  # the chance of being right so far with which one more draft token pays; 0: k alone decides
+    patience: int  # plain steps of the same sequences before it wants to be asked, and told, again
 
     def counts(self, sequences: Sequence[DecodeSequence]) -> list[int]:
         """Draft tokens per sequence."""
@@ -72,6 +73,7 @@ class ConstantLookahead:
     """The configured number for everybody."""
 
     worth = 0.0
+    patience = PATIENCE
 
     def __init__(self, config: SpeculationConfig) -> None:
         self._wanted = config.num_assistant_tokens
@@ -91,6 +93,7 @@ class HeuristicLookahead:
     """As `num_assistant_tokens_schedule="heuristic"` of transformers, for each sequence by itself."""
 
     worth = 0.0
+    patience = PATIENCE
 
     def __init__(self, config: SpeculationConfig) -> None:
         self._first = config.num_assistant_tokens

@@ -19,10 +19,18 @@ class Probe:
         self._after = FIRST_AFTER
         self._num_plain = self._num_tries = 0
 
+    def pass_by(self, num_steps: int) -> None:
+        """So many plain steps more."""
+        self._num_plain += num_steps
+
+    @property
+    def is_near(self) -> bool:
+        """Whether enough have passed."""
+        return self._num_plain >= self._after
+
     def is_due(self, read_s: float, plain_s: float) -> bool:
-        """One more step of `plain_s`: whether to draft in it, if the draft has to read for `read_s` first."""
-        self._num_plain += 1
-        if self._num_plain < self._after or read_s > READ_SHARE * self._num_plain * plain_s:
+        """Whether to draft in this step; the draft has to read for `read_s`, a plain step takes `plain_s`."""
+        if read_s > READ_SHARE * self._num_plain * plain_s:
             return False
         self._num_tries += 1
         if self._num_tries == MOST_TRIES:

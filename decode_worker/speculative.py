@@ -23,6 +23,7 @@ from decode_worker.decoder import Advance, PlainDecoder, draws_of
 from decode_worker.drafts.draft import Draft, Proposal
 from decode_worker.earnings import Earnings
 from decode_worker.lookahead import Lookahead, StepOutcome
+from decode_worker.plain_run import PlainRun
 from decode_worker.sequence import DecodeSequence
 from decode_worker.step_costs import StepCosts
 from decode_worker.verification import drafted_rows, verify, verify_chosen
@@ -48,6 +49,7 @@ class SpeculativeDecoder:
         self._lookahead = lookahead
         self._costs = costs
         self._failures_in_a_row = 0
+        self._run: PlainRun | None = None
         self.earnings = Earnings(costs, MAX_ASSISTANT_TOKENS)
 
     @property
@@ -56,10 +58,14 @@ class SpeculativeDecoder:
         return self.earnings.usage
 
     def step(self, sequences: Sequence[DecodeSequence]) -> list[Advance]:
+        if self._run is not None and self._run.goes_on_with(sequences):
+            return self._run.step()
+        self._end_run()
         began_s, caught_up_s = time.perf_counter(), self._draft.catch_up_s
         counts = self._lookahead.counts(sequences)
         if self._failures_in_a_row >= MAX_FAILURES or not any(counts):
-            return self._step_plainly(sequences)
+            self._run = PlainRun(self._plain, sequences, self._lookahead.patience, self.earnings)
+            return self._run.step()
         proposals = self._propose(sequences, counts)
         drafted_s = time.perf_counter()
         advances = self._verify(sequences, proposals)
@@ -73,17 +79,18 @@ class SpeculativeDecoder:
             self._draft.settle(sequence)
 
     def leave(self, sequence: DecodeSequence) -> None:
+        self._end_run()
         self._draft.leave(sequence)
         self._lookahead.leave(sequence)
 
     def report(self) -> SpeculationReport:
         return self.earnings.report()
 
-    def _step_plainly(self, sequences: Sequence[DecodeSequence]) -> list[Advance]:
-        began_s = time.perf_counter()
-        advances = self._plain.step(sequences)
-        self._learn(StepOutcome(sequences, advances, 0.0, time.perf_counter() - began_s), 0.0)
-        return advances
+    def _end_run(self) -> None:
+        """Learn from plain steps that nothing was learnt from yet."""
+        run, self._run = self._run, None
+        if run is not None and run.num_steps:
+            self._learn(run.outcome(), 0.0)
 
     def _propose(self, sequences: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
         """Guesses that are safe to verify; none if the draft fails."""

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-
-import numpy as np
-import numpy.typing as npt
 
 from decode_worker.lookahead import StepOutcome
 from tandem.engine.costs import FOLLOW, MAX_SURPRISE, ForwardCosts, LiveCosts
 
 LEAST = 0.1  # of a guess of one token is its forward at least, whatever noise says
 MAX_ACCEPTANCE = 0.98  # a rate of 1 would promise too much of the places far ahead
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +32,7 @@ class DraftCosts:
 class Division:
     """How many tokens each sequence drafts, and tokens per second over those of plain decoding."""
 
-    counts: npt.NDArray[np.int64]  # [sequences]
+    counts: list[int]  # [sequences]
     gain: float
 
 
@@ -68,30 +64,50 @@ class StepCosts:
         self._draft.observe(count, forward_s * change)
         self._draft_start_s *= 1 + FOLLOW * (min(max(change, 1 / MAX_SURPRISE), MAX_SURPRISE) - 1)
 
-    def best(self, rates: Floats, most: int) -> Division:
+    def best(self, rates: Sequence[float], most: int) -> Division:
         """The division of draft tokens that brings the most, at acceptance `rates` [sequences] below 1.
 
-        Each greatest depth is tried by itself, because a deeper place costs one more forward of the draft.
+        Each greatest depth is tried by itself, because a deeper place costs one more forward of the draft,
+        until two in a row are not worth reaching. Arrays would be too small here to be worth their calls.
         """
-        depths = range(1, most + 1) if len(rates) > 1 else (most,)
-        return max((self._best_within(rates, depth) for depth in depths), key=lambda division: division.gain)
+        count = len(rates)
+        plain_s = self.plain_s(count)  # is followed more closely than others, which may seem to cost less
+        verify_s = [max(s, plain_s) for s in self._target.table(count + 1, count * (1 + most)).tolist()]
+        guess_s = self._draft.table(0, count).tolist() if self._draft else [0.0] * (count + 1)
+        best = Division([0] * count, 0.0)
+        for depth in range(1, most + 1) if count > 1 else (most,):
+            division = self._best_within(rates, depth, plain_s, verify_s, guess_s)
+            best = max(best, division, key=lambda division: division.gain)
+            if max(division.counts) < depth - 1:
+                break
+        return best
 
-    def _best_within(self, rates: Floats, most: int) -> Division:
-        """The most probable places are filled first, up to the number that brings the most per second."""
-        count, depths = len(rates), np.arange(1, most + 1)
-        stands = (rates[None] ** depths[:, None]).ravel()  # place 1 of all sequences, then place 2, …
-        order = np.argsort(-stands, kind="stable")
-        tokens = count + np.cumsum(stands[order])
-        verify_s = self._target.table(count + 1, count + len(order))
-        seconds = verify_s + self._draft_seconds(order // count, count, most)
-        taken = int((tokens / seconds).argmax())
-        counts = np.bincount(order[: taken + 1] % count, minlength=count)
-        return Division(counts, float(tokens[taken] / seconds[taken] * self.plain_s(count) / count))
+    def _best_within(
+        self, rates: Sequence[float], most: int, plain_s: float, verify_s: list[float], guess_s: list[float]
+    ) -> Division:
+        """The most probable places are filled first, up to the number that brings the most per second.
+
+        `verify_s` by draft tokens, from one on; `guess_s`, a forward of the draft, by rows, from none on.
+        """
+        count, tokens, draft_s = len(rates), float(len(rates)), self._draft_start_s
+        rows = [0] * (most + 1)  # of the forward at each depth
+        places = sorted((-(rate**d), d, i) for d in range(1, most + 1) for i, rate in enumerate(rates))
+        per_s, taken = 0.0, 0
+        for number, (stands, depth, _) in enumerate(places):
+            tokens -= stands
+            draft_s += guess_s[rows[depth] + 1] - guess_s[rows[depth]]
+            rows[depth] += 1
+            if tokens > per_s * (verify_s[number] + draft_s):
+                per_s, taken = tokens / (verify_s[number] + draft_s), number + 1
+        counts = [0] * count
+        for _, _, index in places[:taken]:
+            counts[index] += 1
+        return Division(counts, per_s * plain_s / count)
 
     def worth(self, division: Division, rate: float) -> float:
         """The chance of being right so far with which a sequence of this division gains by one more token, if
         that stands with probability `rate`: what its forward and its row cost over what a token costs."""
-        count, rows = len(division.counts), len(division.counts) + int(division.counts.sum())
+        count, rows = len(division.counts), len(division.counts) + sum(division.counts)
         token_s = self.plain_s(count) / (count * division.gain)
         row_s = (self._target.at(rows + count) - self._target.at(rows)) / count
         draft_s = self._draft.at(count) / count if self._draft else 0.0
@@ -99,7 +115,7 @@ class StepCosts:
 
     def best_gain(self, acceptance: float, num_sequences: int, most: int) -> float:
         """Tokens per second over plain decoding at the best number of draft tokens; 1 where none pays."""
-        rates = np.full(num_sequences, min(acceptance, MAX_ACCEPTANCE))
+        rates = [min(acceptance, MAX_ACCEPTANCE)] * num_sequences
         return max(1.0, self.best(rates, most).gain)
 
     def needed_acceptance(self, num_sequences: int, most: int) -> float:
@@ -112,12 +128,3 @@ class StepCosts:
             else:
                 low = middle
         return high if high < 1.0 else 1.0
-
-    def _draft_seconds(self, places: npt.NDArray[np.int64], num_sequences: int, most: int) -> Floats:
-        """Seconds of drafting when the first n of these places are filled: a start, one forward per depth."""
-        if self._draft is None:
-            return np.zeros(len(places))
-        forward_s = self._draft.table(0, num_sequences)
-        filled = np.cumsum(places[:, None] == np.arange(most), axis=0)  # [n, depth]: rows of each forward
-        seconds: Floats = self._draft_start_s + forward_s[filled].sum(1)
-        return seconds

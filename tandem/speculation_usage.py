@@ -60,6 +60,12 @@ class SpeculationUsage:
         for position in range(num_accepted):
             self.accepted_at[position] += 1
 
+    def count_plain(self, num_steps: int, verify_s: float, plain_s: float) -> None:
+        """Steps without a draft, and their time as `spend` takes it."""
+        self.num_steps += num_steps
+        self.verify_s += verify_s
+        self.plain_s += plain_s
+
     def spend(self, draft_s: float, verify_s: float, plain_s: float) -> None:
         """The time of a step, and what its tokens would have taken plainly."""
         self.draft_s += draft_s

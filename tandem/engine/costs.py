@@ -35,24 +35,29 @@ class ForwardCosts:
 class LiveCosts:
     """Start-up costs that follow what forwards take now: contexts grow, neighbours come and go.
 
-    A timed forward moves the entries it lies between by its distance from them, and all others a little.
+    A timed forward moves the entries it lies between by its distance from them, and all others a little. Both
+    are asked in every step, so that neither may take longer with more entries.
     """
 
     def __init__(self, costs: ForwardCosts) -> None:
         self._rows = costs.rows
-        self._seconds = list(costs.seconds)
+        self._relative = list(costs.seconds)  # to `_scale`, which moves all of them at once
+        self._scale = 1.0
+        self._shares: dict[int, tuple[tuple[int, float], ...]] = {}  # by rows, as they were asked for
 
     def at(self, num_rows: int) -> float:
         """Seconds of a forward of this many rows; none for no rows."""
         if num_rows <= 0:
             return 0.0
-        seconds = sum(share * self._seconds[index] for index, share in self._shares(num_rows).items())
-        return seconds * max(num_rows / self._rows[-1], 1.0)
+        seconds = 0.0
+        for index, share in self._shares_of(num_rows):
+            seconds += share * self._relative[index]
+        return self._scale * seconds * max(num_rows / self._rows[-1], 1.0)
 
     def table(self, first: int, last: int) -> npt.NDArray[np.float64]:
         """Seconds of `first` to `last` rows, both included."""
         num_rows = np.arange(first, last + 1)
-        seconds = np.interp(num_rows, self._rows, self._seconds)
+        seconds = self._scale * np.interp(num_rows, self._rows, self._relative)
         seconds *= np.maximum(num_rows / self._rows[-1], 1.0)
         return np.where(num_rows > 0, seconds, 0.0)
 
@@ -62,19 +67,26 @@ class LiveCosts:
         if expected_s <= 0 or seconds <= 0:
             return
         change = min(max(seconds / expected_s, 1 / MAX_SURPRISE), MAX_SURPRISE) - 1
-        shares = self._shares(num_rows)
-        for index in range(len(self._seconds)):
-            self._seconds[index] *= 1 + change * max(FOLLOW * shares.get(index, 0.0), FOLLOW_ALL)
+        drift = 1 + change * FOLLOW_ALL
+        self._scale *= drift
+        for index, share in self._shares_of(num_rows):
+            if FOLLOW * share > FOLLOW_ALL:
+                self._relative[index] *= (1 + change * FOLLOW * share) / drift
 
-    def _shares(self, num_rows: int) -> dict[int, float]:
-        """By index: how much each entry says of a forward of this many rows, 1 in all."""
+    def _shares_of(self, num_rows: int) -> tuple[tuple[int, float], ...]:
+        """(index, share) pairs: how much entries say of a forward of this many rows, 1 in all."""
+        if num_rows not in self._shares:
+            self._shares[num_rows] = self._find_shares(num_rows)
+        return self._shares[num_rows]
+
+    def _find_shares(self, num_rows: int) -> tuple[tuple[int, float], ...]:
         rows, index = self._rows, bisect_left(self._rows, num_rows)
         if index == len(rows):
-            return {index - 1: 1.0}
+            return ((index - 1, 1.0),)
         if index == 0 or rows[index] == num_rows:
-            return {index: 1.0}
+            return ((index, 1.0),)
         share = (num_rows - rows[index - 1]) / (rows[index] - rows[index - 1])
-        return {index - 1: 1 - share, index: share}
+        return (index - 1, 1 - share), (index, share)
 
 
 def measure_costs(model: ModelRunner, rows: Sequence[int] = ROWS, depth: int = 0) -> ForwardCosts:

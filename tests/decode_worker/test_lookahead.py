@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,6 +55,12 @@ def tell(lookahead: object, *outcomes: tuple[Sequence, int, int]) -> None:
     lookahead.observe(StepOutcome([s for s, _, _ in outcomes], advances, 0.1, 1.0))  # type: ignore[attr-defined]
 
 
+def is_due(probe: Probe, read_s: float) -> bool:
+    """After one more plain step of a second."""
+    probe.pass_by(1)
+    return probe.is_near and probe.is_due(read_s, 1.0)
+
+
 def test_a_cheap_draft_beside_a_flat_target_drafts_far() -> None:
     assert auto(8, FLAT, CHEAP).counts([Sequence()])[0] >= 3
 
@@ -77,7 +82,7 @@ def test_a_draft_that_knows_how_sure_it_is_goes_as_far_as_that_pays() -> None:
 def test_one_more_token_is_worth_its_forward_and_its_row() -> None:
     """By hand: two sequences, rows of 0.2 s each, a forward of the draft 0.3 s, tokens of 0.5 s each."""
     costs = costs_of(ForwardCosts((1, 64), (1.0, 13.6)), ForwardCosts((1, 64), (0.3, 0.3)))
-    division = Division(np.array([2, 1]), gain=costs.plain_s(2) / (2 * 0.5))
+    division = Division([2, 1], gain=costs.plain_s(2) / (2 * 0.5))
     assert costs.worth(division, 0.8) == pytest.approx((0.15 + 0.2) / (0.5 * 0.8))
     assert costs.worth(division, 0.1) == 1.0
 
@@ -194,7 +199,7 @@ def test_plain_decoding_is_probed_ever_less_often_by_one_sequence() -> None:
         if any(counts):
             steps.append(step)
             assert counts == [0, 1]
-            tell(lookahead, (running[0], 0, 0), (running[1], 1, 0))
+        tell(lookahead, (running[0], 0, 0), (running[1], counts[1], 0))
     assert len(steps) == 3
     assert steps[1] - steps[0] > steps[0]
 
@@ -215,17 +220,19 @@ def test_a_prompt_is_read_where_drafting_wins_its_time_back() -> None:
 
 def test_a_probe_goes_to_a_sequence_that_the_draft_has_read() -> None:
     unread = {(new := Sequence()): 64}
-    lookahead = AutoLookahead(8, costs_of(FLAT, FLAT), lambda s: unread.get(s, 0))
-    probed = [lookahead.counts([Sequence(), new]) for _ in range(2 * FIRST_AFTER)]
+    lookahead, probed = AutoLookahead(8, costs_of(FLAT, FLAT), lambda s: unread.get(s, 0)), []
+    for _ in range(2 * FIRST_AFTER):
+        probed.append(lookahead.counts([Sequence(), new]))
+        tell(lookahead, (Sequence(), 0, 0), (new, 0, 0))
     assert [1, 0] in probed
     assert [0, 1] not in probed
 
 
 def test_a_probe_waits_until_reading_is_a_small_part_of_the_time() -> None:
     probe, read_s = Probe(), 100.0
-    waited = next(step for step in range(1, 10**6) if probe.is_due(read_s, 1.0))
+    waited = next(step for step in range(1, 10**6) if is_due(probe, read_s))
     assert waited == read_s / READ_SHARE
-    tries = [probe.is_due(0.0, 1.0) for _ in range(3 * MOST_TRIES)]  # whatever the draft does
+    tries = [is_due(probe, 0.0) for _ in range(3 * MOST_TRIES)]  # whatever the draft does
     assert tries == [True] * (MOST_TRIES - 1) + [False] * (2 * MOST_TRIES + 1)
 
 
@@ -241,12 +248,26 @@ def test_no_constant_number_is_expected_to_bring_more(
     """The best division of the rows is at least as good as the same number for everybody."""
     target = ForwardCosts((1, 64), (1.0, 1 + 63 * slope))
     costs = costs_of(target, ForwardCosts((1, 64), (draft, draft)), start_s)
-    best, count = max(1.0, costs.best(np.array(alphas), 8).gain), len(alphas)
+    best, count = max(1.0, costs.best(alphas, 8).gain), len(alphas)
     plain = count / LiveCosts(target).at(count)
     for depth in range(9):
         tokens = sum(sum(alpha**d for d in range(depth + 1)) for alpha in alphas)
         seconds = LiveCosts(target).at(count * (1 + depth)) + depth * draft + (start_s if depth else 0)
         assert tokens / seconds / plain <= best * (1 + 1e-9)
+
+
+def test_a_draft_that_is_always_wrong_never_pays_whatever_costs_seem_to_be() -> None:
+    """Plain steps are seen more often than others: one of four rows may seem dearer than one of five."""
+    costs = costs_of(ForwardCosts((4, 5, 64), (2.0, 1.0, 1.0)), None)
+    assert costs.best([0.0] * 4, 8).gain == 1.0
+
+
+def test_steps_in_which_the_draft_only_reads_are_no_plain_ones_to_race_against() -> None:
+    lookahead, running = auto(8, FLAT, CHEAP), [Sequence(left=10**6)]
+    lookahead.observe(StepOutcome(running, [Advance([SampledToken(1)])], 9.0, 1.0))  # read for nine seconds
+    assert lookahead._race._sides[0][0] == 0
+    lookahead.observe(StepOutcome(running, [Advance([SampledToken(1)])], 0.0, 1.0))
+    assert lookahead._race._sides[0][0] == 1
 
 
 def test_the_heuristic_is_that_of_transformers() -> None:

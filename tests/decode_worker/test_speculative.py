@@ -15,7 +15,7 @@ from decode_worker.drafts.draft import Proposal
 from decode_worker.drafts.model import ModelDraft
 from decode_worker.drafts.ngram import NgramDraft
 from decode_worker.drafts.shared import SharedDraft
-from decode_worker.lookahead import ConstantLookahead
+from decode_worker.lookahead import PATIENCE, ConstantLookahead
 from decode_worker.sequence import DecodeSequence
 from decode_worker.speculative import MAX_FAILURES, SpeculativeDecoder
 from kvstore.key import KvHandle
@@ -296,6 +296,21 @@ def test_a_step_without_draft_tokens_is_a_plain_one(target, other) -> None:
     assert draft.num_calls == 0
     assert decoder.stats.num_steps > 0
     assert decoder.stats.verify_s > 0
+
+
+def test_plain_steps_are_learnt_from_together_and_counted_one_by_one(target, other) -> None:
+    decoder = speculative(target, ModelDraft(other))
+    running, asked = sequences(target, GREEDY, SpeculationPolicy.OFF), []
+    counts = decoder._lookahead.counts
+    decoder._lookahead.counts = lambda some: asked.append(len(some)) or counts(some)
+    before = running[0].output.num_tokens
+    run(decoder, list(running))
+    num_steps = running[0].output.num_tokens - before
+    assert len(asked) == -(-num_steps // PATIENCE) < num_steps  # they all end together
+    assert [s.speculated.num_steps for s in running] == [num_steps] * len(running)
+    assert decoder.stats.num_steps == num_steps * len(running)
+    told = sum(s.speculated.verify_s / len(running) for s in running)
+    assert decoder.stats.verify_s == pytest.approx(told)
 
 
 class StubbornDraft:
