@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -41,6 +42,7 @@ BITS = {"fp16": 16.0, "int8": 8.0, "nf4": 4.5}  # per linear weight, scales incl
 OPENVINO_BITS = {"as stored": 16, "int8": 8, "int4": 4}
 CACHE_GB = 2
 BASE = "Tandem fp16"
+REST_S = 0.3  # after each turn: threads of some runtimes go on spinning for 0.2 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,8 +177,9 @@ def _profile(everybody: Mapping[str, Arm], folder: Path, prompt_tokens: int, voc
 def _cell(
     everybody: Mapping[str, Arm], prompt_tokens: int, batch: int, vocab: int, rounds: int
 ) -> Iterator[Row]:
-    prompts = _prompts(batch, prompt_tokens, vocab)
-    times = interleave({name: partial(arm, prompts) for name, arm in everybody.items()}, rounds)
+    asked = [_prompts(batch, prompt_tokens, vocab, number) for number in range(1 + rounds)]
+    arms = {name: _in_turn(arm, asked) for name, arm in everybody.items()}
+    times = interleave(arms, rounds, after=partial(time.sleep, REST_S))
     rates = {
         name: [_rates(phases, batch, prompt_tokens) for phases in found] for name, found in times.items()
     }
@@ -193,9 +196,15 @@ def _cell(
         )
 
 
-def _prompts(batch: int, length: int, vocab: int) -> list[Tokens]:
+def _in_turn(arm: Arm, asked: Sequence[Sequence[Tokens]]) -> Callable[[], Phases]:
+    """Other prompts in each round, so that nobody has their KV; the same ones for everybody."""
+    rounds = iter(asked)
+    return lambda: arm(next(rounds))
+
+
+def _prompts(batch: int, length: int, vocab: int, number: int = 0) -> list[Tokens]:
     """Random tokens: with random weights one text is as good as another."""
-    generator = torch.Generator().manual_seed(batch)
+    generator = torch.Generator().manual_seed(1000 * batch + number)
     ids = torch.randint(3, vocab, (batch, length), generator=generator)
     return [tuple(row) for row in ids.tolist()]
 
