@@ -87,6 +87,10 @@ NamedLimits = Annotated[
     list[str] | None,
     typer.Option("--limits", help="Only within these: loose, middle, tight. May be repeated."),
 ]
+Quantized = Annotated[
+    list[str] | None,
+    typer.Option("--quantization", help="Ourselves with such weights (int8, nf4, …), too. May be repeated."),
+]
 Speculating = Annotated[
     bool, typer.Option("--speculation", help="Ourselves with a draft, too; with --shape raw.")
 ]
@@ -159,6 +163,7 @@ def goodput(
     vllm_python: o.VLlmPython = None,
     vllm_steps: VLlmSteps = None,
     limits: NamedLimits = None,
+    quantization: Quantized = None,
     speculation: Speculating = False,
     num_requests: Requests = 40,
     trials: Trials = 1,
@@ -170,9 +175,17 @@ def goodput(
     from bench.goodput.run import Comparison, run
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what sleeps must not outlive us
-    steps, wanted = tuple(vllm_steps or ()), tuple(limits or ())
     comparison = Comparison(
-        shape, vllm_python, steps, speculation, num_requests, trials, minutes, out, wanted
+        shape,
+        vllm_python,
+        tuple(vllm_steps or ()),
+        speculation,
+        num_requests,
+        trials,
+        minutes,
+        out,
+        tuple(limits or ()),
+        tuple(quantization or ()),
     )
     document = run(comparison, json_output)
     if json_output:

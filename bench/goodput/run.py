@@ -30,7 +30,7 @@ from bench.serve.session import LoadTest, Model, Options, Runs
 from bench.shapes import checkpoint
 from bench.vllm.peer import Settings
 from bench.vllm.server import SERVED_NAME
-from tandem.config import BUNDLED_MODELS
+from tandem.config import BUNDLED_MODELS, ModelConfig
 from tandem.errors import ConfigError
 from tandem.geometry import ModelGeometry
 
@@ -82,6 +82,7 @@ class Comparison:
     minutes: float
     out: Path
     limits: Sequence[str] = ()  # names of those to search within; none: all
+    quantizations: Sequence[str] = ()  # of one more of ours each
 
 
 def run(comparison: Comparison, as_json: bool) -> dict[str, Any]:
@@ -142,6 +143,8 @@ def _load(comparison: Comparison) -> Load:
     load, wanted = LOADS[comparison.shape], comparison.limits
     if unknown := [name for name in wanted if name not in load.limits]:
         raise ConfigError(f"there are limits named {', '.join(load.limits)}, none named {', '.join(unknown)}")
+    for name in comparison.quantizations:
+        ModelConfig(quantization=name)  # says what there is
     return replace(
         load, limits={name: slo for name, slo in load.limits.items() if name in wanted or not wanted}
     )
@@ -160,7 +163,10 @@ def _options(comparison: Comparison, load: Load) -> Options:
 
 def _systems(comparison: Comparison, path: Path, stack: ExitStack) -> dict[str, System]:
     """Ourselves and, where a Python has it, vLLM. Raises `ConfigError` if that cannot run."""
-    systems = {BASE: tandem(path, {"draft": "none"})}
+    plainly = {"draft": "none"}
+    systems = {BASE: tandem(path, plainly)}
+    for name in comparison.quantizations:
+        systems[f"{BASE}, {name} weights"] = tandem(path, plainly, name)
     if comparison.with_speculation:
         draft = {"draft": "model", "draft_path": str(BUNDLED_MODELS / "draft")}
         systems[f"{BASE}, speculating"] = tandem(path, draft)

@@ -20,10 +20,11 @@ from bench.vllm.server import SERVED_NAME, VLlmServer, starting
 System = Callable[[], AbstractContextManager[HttpTarget]]  # awake until the block ends
 
 
-def tandem(path: Path, speculation: Mapping[str, Any]) -> System:
-    """The embedded service as it is by default: both workers share all cores, prompts go where it pays."""
-    values = {"model": {"path": str(path), "name": SERVED_NAME}, "speculation": speculation}
-    return partial(_tandem, values)
+def tandem(path: Path, speculation: Mapping[str, Any], quantization: str = "none") -> System:
+    """The embedded service as it is by default but for its weights: both workers share all cores, prompts go
+    where it pays."""
+    model = {"path": str(path), "name": SERVED_NAME, "quantization": quantization}
+    return partial(_tandem, {"model": model, "speculation": speculation})
 
 
 @contextmanager

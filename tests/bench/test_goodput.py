@@ -270,6 +270,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         goodput.run(replace(comparison, shape="111m", with_speculation=True), as_json=False)
     with pytest.raises(ConfigError, match="named loose, middle, tight, none named strict"):
         goodput.run(replace(comparison, shape="raw", limits=("loose", "strict")), as_json=False)
+    with pytest.raises(ConfigError, match="quantization must be one of none, int8"):
+        goodput.run(replace(comparison, shape="raw", quantizations=("int8", "int3")), as_json=False)
     with pytest.raises(ConfigError, match="No module named 'vllm'"):
         goodput.run(replace(comparison, shape="raw", vllm_python=Path(sys.executable)), as_json=False)
 
@@ -284,10 +286,13 @@ def test_our_service_beside_the_stand_in(python: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(goodput, "INPUT_TOKENS", "mix:8*4,40")
     monkeypatch.setattr(goodput, "OUTPUT_TOKENS", 4)
     monkeypatch.setattr("bench.serve.search.MAX_DOUBLINGS", 1)
-    comparison = Comparison("tiny", python, (FAST,), False, 6, 1, 1.0, tmp_path / "out", ("loose",))
+    comparison = Comparison(
+        "tiny", python, (FAST,), False, 6, 1, 1.0, tmp_path / "out", ("loose",), ("int8",)
+    )
     document = goodput.run(comparison, as_json=False)
     assert [(row["system"], row["rate"]) for row in document["rows"]] == [
         ("Tandem", 16.0),
+        ("Tandem, int8 weights", 16.0),
         ("vLLM", None),
         (f"vLLM, steps of {FAST} tokens", 16.0),
     ]
