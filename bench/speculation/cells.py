@@ -25,6 +25,7 @@ NGRAM = Setup(draft="ngram")
 SELF = tuple(Setup(draft="self", draft_precision=precision) for precision in ("nf4", "int8", "int4"))
 QSPEC = tuple(Setup(draft="qspec", target_precision=precision) for precision in ("nf4", "int4"))
 QUANTIZED_DRAFTS = tuple(Setup(draft_precision=precision) for precision in PRECISIONS[1:])
+INT8_DRAFT = Setup(draft_precision="int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Measured in turns, on `num_prompts` prompts, `batch` at a time."""
+    """Measured in turns, on `num_prompts` prompts, `batch` at a time; a batch's tail is smaller than it."""
 
     pair: str
     setup: Setup
@@ -50,6 +51,11 @@ class Group:
     sampling: str  # greedy | sampled
     cells: tuple[Cell, ...] = field(default=())
     num_prompts: int = 4
+
+    @classmethod
+    def filled(cls, pair: str, setup: Setup, batch: int, sampling: str, cells: tuple[Cell, ...]) -> Group:
+        """With prompts enough that the batch is full for most of the time."""
+        return cls(pair, setup, batch, sampling, cells, max(4, batch * (3 if batch <= 4 else 2)))
 
     @property
     def label(self) -> str:
@@ -73,25 +79,26 @@ def _headline(large: str, raw: str) -> Iterator[Group]:
     """Every k at batch 1, what pays at every batch, and thresholds."""
     thresholds = tuple(Cell(k, tau) for tau in TAU[1:] for k in (3, 5, 7))
     yield Group(large, MODEL, 1, "greedy", _at(*K, AUTO) + thresholds)
-    yield Group(large, MODEL, 4, "greedy", _at(1, 3, 5, AUTO))
-    yield Group(large, MODEL, 16, "greedy", _at(1, 3, AUTO), 16)
+    yield Group.filled(large, MODEL, 4, "greedy", _at(1, 3, 5, AUTO))
+    yield Group.filled(large, INT8_DRAFT, 4, "greedy", _at(1, AUTO))
+    yield Group.filled(large, MODEL, 16, "greedy", _at(1, 3, AUTO))
     for batch in (1, 4, 16):
-        yield Group(raw, MODEL, batch, "greedy", _at(1, 3, 5, AUTO), max(4, batch))
+        yield Group.filled(raw, MODEL, batch, "greedy", _at(1, 3, 5, AUTO))
     yield Group(large, MODEL, 1, "sampled", _at(1, 3, 5, AUTO))
-    yield Group(large, MODEL, 2, "greedy", _at(1, 3, 5, AUTO))
-    yield Group(large, MODEL, 8, "greedy", _at(1, 3, AUTO), 8)
+    yield Group.filled(large, MODEL, 2, "greedy", _at(1, 3, 5, AUTO))
+    yield Group.filled(large, MODEL, 8, "greedy", _at(1, 3, AUTO))
 
 
 def _variants(large: str) -> Iterator[Group]:
     """Other drafts and precisions, and sampling in a batch."""
     for setup in (NGRAM, *SELF, *QSPEC, *QUANTIZED_DRAFTS):
         yield Group(large, setup, 1, "greedy", _at(3, AUTO), 2)
-    yield Group(large, MODEL, 8, "sampled", _at(3, AUTO), 8)
+    yield Group.filled(large, MODEL, 8, "sampled", _at(3, AUTO))
 
 
 def _smaller_draft(pair: str) -> Iterator[Group]:
     for batch in (1, 4, 16):
-        yield Group(pair, MODEL, batch, "greedy", _at(3, 5, 7, AUTO), max(2, batch))
+        yield Group.filled(pair, MODEL, batch, "greedy", _at(3, 5, 7, AUTO))
 
 
 def everything(pairs: tuple[str, ...]) -> list[Group]:
@@ -99,4 +106,4 @@ def everything(pairs: tuple[str, ...]) -> list[Group]:
     setups = (MODEL, NGRAM, *SELF, *QSPEC, *QUANTIZED_DRAFTS)
     cells = tuple(Cell(k, tau) for k in (*K, AUTO) for tau in TAU)
     product = itertools.product(pairs, setups, BATCHES, ("greedy", "sampled"))
-    return [Group(*chosen, cells, max(4, chosen[2])) for chosen in product]
+    return [Group.filled(*chosen, cells) for chosen in product]

@@ -32,7 +32,7 @@ def goals(results: Results, large: str) -> list[Goal]:
 
 
 def _speedups(results: Results, large: str) -> Iterator[Goal]:
-    ours = [row for row in results.rows if is_default(row) and row.sampling == "greedy"]
+    ours = [row for row in results.rows if _has_whole_target(row) and row.sampling == "greedy"]
     for batch, wanted in BEST.items():
         rows = [row for row in ours if row.pair == large and row.batch == batch]
         yield from _goal(f"{large}, batch {batch}, best k", rows, wanted, is_best=True)
@@ -43,16 +43,17 @@ def _speedups(results: Results, large: str) -> Iterator[Goal]:
         yield from _goal(f"{pair}, k auto, worst batch", rows, NEVER_BELOW, is_best=False)
 
 
-def is_default(row: Row) -> bool:
-    """With the draft model, nothing quantized."""
-    return row.draft == "model" and row.draft_precision == row.target_precision == "none"
+def _has_whole_target(row: Row) -> bool:
+    """With the draft model in any precision, and a target that is not quantized: no token is another one."""
+    return row.draft == "model" and row.target_precision == "none"
 
 
 def _goal(what: str, rows: list[Row], wanted: float, is_best: bool) -> Iterator[Goal]:
     if rows:
         ranked = sorted(rows, key=lambda row: row.speedup.median)
         row = ranked[-1 if is_best else 0]
-        where = f"batch {row.batch}, k {row.k}, tau {row.tau:g}"
+        draft = "" if row.draft_precision == "none" else f", {row.draft_precision} draft"
+        where = f"batch {row.batch}, k {row.k}, tau {row.tau:g}{draft}"
         yield Goal(what, row.speedup.median, wanted, where, row.speedup.median >= wanted)
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from bench.plotting import COLORS, WIDE, label_axes, new_figure, require_matplotlib, save
 from bench.speculation.cells import TAU, TAU_OFF, K
-from bench.speculation.goals import is_default
 from bench.speculation.sweep import Row
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ def draw(folder: Path, rows: Sequence[Row]) -> Iterator[Path]:
     """Every plot for which there are rows of the default draft, per pair; yields the files."""
     require_matplotlib()
     for pair in dict.fromkeys(row.pair for row in rows):
-        ours = [row for row in rows if row.pair == pair and is_default(row)]
+        ours = [row for row in rows if row.pair == pair and _is_default(row)]
         greedy = [row for row in ours if row.sampling == "greedy"]
         name = pair.replace(", ", "-").replace(" ", "-")
         if ours:
@@ -30,6 +29,11 @@ def draw(folder: Path, rows: Sequence[Row]) -> Iterator[Path]:
             yield _speedup_by_k(folder / f"speedup-by-k-{name}.png", pair, greedy)
         if any(row.tau != TAU_OFF for row in greedy):
             yield _speedup_by_tau(folder / f"speedup-by-tau-{name}.png", pair, greedy)
+
+
+def _is_default(row: Row) -> bool:
+    """With the draft model, nothing quantized."""
+    return row.draft == "model" and row.draft_precision == row.target_precision == "none"
 
 
 def _acceptance(file: Path, pair: str, rows: Sequence[Row]) -> Path:

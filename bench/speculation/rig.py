@@ -6,6 +6,7 @@ The loop is the worker's own (decode_worker/worker.py) without queue, KV transfe
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
@@ -169,12 +170,11 @@ class Rig:
         sampling: SamplingParams,
         speculation: SpeculationParams = EXACT,
     ) -> Run:
-        """Decode prompts that were prefilled in this order, `batch` at a time."""
+        """Decode prompts that were prefilled in this order, `batch` at a time; as one ends, another joins."""
         work = [self._sequence(i, prompt, sampling, speculation) for i, prompt in enumerate(prompts)]
         run, before = Run(), _phases(decoder)
         began_s = time.perf_counter()
-        for first in range(0, len(work), batch):
-            _decode(decoder, work[first : first + batch], run)
+        _decode(decoder, work, batch, run)
         run.seconds = time.perf_counter() - began_s
         after = _phases(decoder)
         run.draft_s, run.verify_s = after.draft_s - before.draft_s, after.verify_s - before.verify_s
@@ -234,9 +234,13 @@ def _phases(decoder: Decoder) -> _Phases:
     return _Phases(decoder.stats.draft_s, decoder.stats.verify_s)
 
 
-def _decode(decoder: Decoder, running: list[DecodeSequence], run: Run) -> None:
+def _decode(decoder: Decoder, work: Sequence[DecodeSequence], batch: int, run: Run) -> None:
     """Until all have ended; each leaves as it does."""
-    while running:
+    waiting = deque(work)
+    running: list[DecodeSequence] = []
+    while waiting or running:
+        while waiting and len(running) < batch:
+            running.append(waiting.popleft())
         with span("decode step"):
             advances = decoder.step(running)
             run.count(advances)

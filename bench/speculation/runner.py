@@ -27,8 +27,9 @@ from tandem.errors import ConfigError
 from tandem.sampling import SamplingParams
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 128
-MAX_BATCH = 16
-CANDIDATES = 48  # prompts, of which those are used whose greedy continuation does not end in a loop
+MAX_PROMPTS = 32  # of a group
+BATCH = 16  # in which steady prompts are looked for
+CANDIDATES = 64  # prompts, of which those are used whose greedy continuation does not end in a loop
 RAW = "raw"
 RIGS_KEPT = 3
 
@@ -88,7 +89,7 @@ class Benchmark:
         total = sum(sweep.num_runs(group, self._options.rounds) for group in groups)
         with Meter("acceptance", total) as meter:
             self._measure_models(meter)
-            asked = self._steady_prompts()
+            asked = self._steady_prompts(max((group.num_prompts for group in groups), default=1))
             for pair in (self._options.large, RAW):
                 self._measure_peers(pair, asked, meter)
             for group in groups:
@@ -117,7 +118,7 @@ class Benchmark:
 
     def _load(self, pair: str, setup: Setup) -> Rig:
         tokens = PROMPT_TOKENS + OUTPUT_TOKENS
-        return Rig(self.results.pairs[pair], setup, MAX_BATCH, tokens, self._options.threads)
+        return Rig(self.results.pairs[pair], setup, MAX_PROMPTS, tokens, self._options.threads)
 
     def _skip(self, what: str, why: str) -> None:
         self.results.skipped.append(Skipped(what, why))
@@ -134,15 +135,15 @@ class Benchmark:
         meter.say("quality")
         self.results.quality = precision.measure(BUNDLED.target, texts, self._skip)
 
-    def _steady_prompts(self) -> list[Tokens]:
-        """Prompts whose greedy continuation does not end in a loop."""
+    def _steady_prompts(self, count: int) -> list[Tokens]:
+        """At least so many prompts whose greedy continuation does not end in a loop."""
         asked = prompts(self._data, CANDIDATES, PROMPT_TOKENS)
         sampling = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
-        outputs = self._rig(RAW, Setup()).outputs(asked, MAX_BATCH, sampling)
+        outputs = self._rig(RAW, Setup()).outputs(asked, BATCH, sampling)
         texts = [prompt + output for prompt, output in zip(asked, outputs, strict=True)]
         steady, looping = agreement.by_looping(texts, PROMPT_TOKENS)
         self.results.looping_share = len(looping) / len(texts)
-        if len(steady) < MAX_BATCH:
+        if len(steady) < count:
             raise ConfigError(f"only {len(steady)} of {CANDIDATES} continuations do not loop")
         return [text[:PROMPT_TOKENS] for text in steady]
 

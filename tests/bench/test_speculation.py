@@ -113,6 +113,17 @@ def test_prompts_can_be_decoded_again_and_measuring_costs_leaves_them_alone(stra
     assert rig.outputs(PROMPTS, 3, GREEDY) == first
 
 
+def test_where_one_sequence_ends_the_next_joins(stranger, monkeypatch) -> None:
+    rig, sizes = rig_of(stranger), []
+    rig.prefill(PROMPTS)
+    stop = rig.run(rig.plain, PROMPTS, 4, GREEDY).outputs[0][2]
+    step = rig.plain.step
+    monkeypatch.setattr(rig.plain, "step", lambda running: sizes.append(len(running)) or step(running))
+    rig.run(rig.plain, PROMPTS, 2, replace(GREEDY, stop_token_ids=(stop,)))
+    assert sizes[:4] == [2] * 4  # one was over after three
+    assert sizes == sorted(sizes, reverse=True)
+
+
 def test_unsure_drafts_stop_early_and_are_counted(stranger) -> None:
     rig = rig_of(stranger)
     rig.prefill(PROMPTS)
@@ -237,9 +248,11 @@ def results_of(*rows: Row) -> Results:
 def test_goals_take_the_best_k_and_the_worst_batch() -> None:
     fast = replace(ROW, k="5", speedup=Spread(2.2, 2.0, 2.3))
     batch = replace(ROW, k="auto", batch=16, speedup=Spread(0.95, 0.9, 1.0))
-    quantized = replace(ROW, draft_precision="nf4", speedup=Spread(9.0, 9.0, 9.0))
-    found = {goal.what: goal for goal in goals(results_of(ROW, fast, batch, quantized), "111m")}
-    assert found["111m, batch 1, best k"].measured == 2.2
+    other = replace(ROW, target_precision="nf4", speedup=Spread(9.0, 9.0, 9.0))  # has other tokens
+    small = replace(ROW, draft_precision="int8", speedup=Spread(2.3, 2.2, 2.4))
+    found = {goal.what: goal for goal in goals(results_of(ROW, fast, batch, other, small), "111m")}
+    assert found["111m, batch 1, best k"].measured == 2.3
+    assert found["111m, batch 1, best k"].where.endswith("int8 draft")
     assert found["111m, batch 1, best k"].holds
     assert not found["111m, k auto, worst batch"].holds
     assert not any(what.startswith("raw") for what in found)
