@@ -9,7 +9,7 @@ from __future__ import annotations
 FIRST_AFTER = 32  # plain steps
 MOST_AFTER = 1024
 MOST_TRIES = 8  # steps in which a draft may read before it guesses
-READ_SHARE = 0.02  # of the time of those plain steps
+READ_SHARE = 0.01  # of the time of those plain steps
 
 
 class Probe:
