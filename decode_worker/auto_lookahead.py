@@ -164,11 +164,12 @@ class AutoLookahead:
         if self._pause_left > 0:
             return [0] * len(sequences)
         rates, best = self._best(sequences)
-        self._is_drafting = best.gain > (STOP_GAIN if was_drafting else START_GAIN)
+        hopeful = [rate for rate in rates if rate > 0]
+        self._is_drafting = bool(hopeful) and best.gain > (STOP_GAIN if was_drafting else START_GAIN)
         if not self._is_drafting:
             return [0] * len(sequences)
         if self._has_confidence:
-            self.worth = self._costs.worth(best, fmean(rate for rate in rates if rate > 0))
+            self.worth = self._costs.worth(best, fmean(hopeful))
         self.patience = 1  # plain steps among drafting ones are looked at one by one
         if not was_drafting:
             self._probe.restart()

@@ -15,6 +15,7 @@ FADE = 0.99  # weight of the past in the live gain, per step
 MIN_JUDGED = 200  # draft tokens before anybody is alarmed
 CHECK_EVERY = 1024  # steps
 ALARM_EVERY_S = 600.0
+SELDOM = 2.0  # a draft that agrees less often than needed by this or its depth is taken for another model's
 
 
 class Earnings:
@@ -75,11 +76,11 @@ class Earnings:
             self.alarm = ""
             return
         needed = costs.needed_acceptance(1, self._most)
-        depth = max(usage.num_drafted / max(sum(usage.drafted_at[:1]), 1), 1.0)
+        depth = usage.num_drafted / max(usage.drafted_at[0], 1)
         share = f"{acceptance:.0%} of its tokens are accepted, {needed:.0%} are needed"
         if needed >= 1:
             self.alarm = "the draft cannot pay: it costs too much beside the target at any acceptance"
-        elif acceptance * depth <= needed:
+        elif acceptance * max(depth, SELDOM) <= needed:
             self.alarm = f"the draft hardly ever agrees ({share}): is it meant for this target?"
         else:
             self.alarm = f"the draft cannot pay: {share}"

@@ -17,7 +17,7 @@ from decode_worker.decoder import Advance
 from decode_worker.sequence import DecodeSequence
 from tandem.config import SpeculationConfig
 
-PATIENCE = 16
+PATIENCE = 16  # plain steps, where drafting does not pay or nobody wants it
 
 
 @dataclass(slots=True)

@@ -35,8 +35,8 @@ class ForwardCosts:
 class LiveCosts:
     """Start-up costs that follow what forwards take now: contexts grow, neighbours come and go.
 
-    A timed forward moves the entries it lies between by its distance from them, and all others a little. Both
-    are asked in every step, so that neither may take longer with more entries.
+    A timed forward moves the entries it lies between by its distance from them, and all others a little. What
+    asking and telling takes does not grow with the entries: both happen in nearly every step.
     """
 
     def __init__(self, costs: ForwardCosts) -> None:
