@@ -1,9 +1,10 @@
 """What would run a checkpoint's forward on this machine, found out without loading torch.
 
-`native`: own C++ kernels (Llama family, float32 activations and KV on a CPU). `lean`: the same architectures
-by torch, with KV of any dtype. `transformers`: its own modules, for everything else. Their KV differs in the
-last bits, so all workers of a service use one; `settle` fixes it before they start. Where prefill and decode
-hold KV in different dtypes nothing is exact to the last bit, and each side takes what suits it.
+`native`: own C++ kernels (Llama family, float32 activations on a CPU, KV in float32 or float16). `lean`: the
+same architectures by torch, with KV of any dtype. `transformers`: its own modules, for everything else. Their
+KV differs in the last bits, so all workers of a service use one; `settle` fixes it before they start. Where
+prefill and decode hold KV in different dtypes nothing is exact to the last bit, and each side takes what
+suits it.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def choose(
     if wanted == "lean":
         return wanted, "asked for"
     try:
-        if kv_dtype != "float32":
-            raise build.NotNativeError(f"they hold KV in float32, not in {kv_dtype}")
+        if kv_dtype not in build.KV_DTYPES:
+            raise build.NotNativeError(f"they hold KV in {' or '.join(build.KV_DTYPES)}, not in {kv_dtype}")
         isa = build.instruction_set()
         if config.geometry.head_dim % VECTOR:
             raise build.NotNativeError(f"head_dim {config.geometry.head_dim} is no multiple of {VECTOR}")

@@ -17,6 +17,7 @@ from tandem.engine.batch import Guess, SequenceRows
 from tandem.engine.decoder import Batch, Decoder, load_decoder
 from tandem.engine.draw import Drafted, Draw
 from tandem.engine.linear import LinearChoice
+from tandem.engine.native.build import KV_DTYPES
 from tandem.engine.native.decoder import NativeDecoder
 from tandem.engine.paged_cache import PagedCache
 from tandem.engine.sampler import choose, most_probable
@@ -91,8 +92,9 @@ class ModelRunner:
         for name in ("num_layers", "num_kv_heads", "head_dim"):
             if getattr(mine, name) != getattr(theirs, name):
                 raise ValueError(f"the models differ in {name}: they cannot share a cache")
-        if isinstance(self._model, NativeDecoder) and cache.dtype != self.cache.dtype:
-            raise ValueError(f"own kernels hold KV in {self.cache.dtype}, not in {cache.dtype}")
+        held = str(cache.dtype).removeprefix("torch.")
+        if isinstance(self._model, NativeDecoder) and held not in KV_DTYPES:
+            raise ValueError(f"own kernels hold KV in {' or '.join(KV_DTYPES)}, not in {held}")
         return ModelRunner(self._model, self.geometry, cache, self._linears)
 
     def called(self, label: str) -> ModelRunner:

@@ -154,8 +154,8 @@ def test_what_cannot_work_is_refused(settings, message):
         ClusterConfig.from_dict(settings)
 
 
-def test_own_kernels_say_that_they_hold_float32_only():
-    with pytest.raises(ConfigError, match="native cannot run here: they hold KV in float32, not in float16"):
+def test_own_kernels_say_what_they_hold():
+    with pytest.raises(ConfigError, match="they hold KV in float32 or float16, not in bfloat16"):
         ModelRunner.load(
-            tiny_llama(), implementation="native", kv_dtype="float16", num_blocks=2, block_size=BLOCK_SIZE
+            tiny_llama(), implementation="native", kv_dtype="bfloat16", num_blocks=2, block_size=BLOCK_SIZE
         )

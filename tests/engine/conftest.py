@@ -100,16 +100,25 @@ def make_runner(
     saved_model: Callable[..., tuple[torch.nn.Module, Path]],
 ) -> Callable[..., ModelRunner]:
     """`make_runner(name, linear=..., ...)` → a runner of 64 blocks of 16 tokens, made once."""
-    made: dict[tuple[str, str, bool, str], ModelRunner] = {}
+    made: dict[tuple[str, str, bool, str, str], ModelRunner] = {}
 
     def make(
-        name: str, linear: str = "auto", fp16_exact: bool = False, implementation: str = "auto"
+        name: str,
+        linear: str = "auto",
+        fp16_exact: bool = False,
+        implementation: str = "auto",
+        kv_dtype: str = "auto",
     ) -> ModelRunner:
-        key = (name, linear, fp16_exact, implementation)
+        key = (name, linear, fp16_exact, implementation, kv_dtype)
         if key not in made:
             path = saved_model(name, fp16_exact)[1]
             made[key] = ModelRunner.load(
-                path, linear=linear, num_blocks=64, block_size=16, implementation=implementation
+                path,
+                linear=linear,
+                num_blocks=64,
+                block_size=16,
+                implementation=implementation,
+                kv_dtype=kv_dtype,
             )
         return made[key]
 

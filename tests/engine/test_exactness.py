@@ -15,17 +15,22 @@ BLOCKS = 10  # per sequence of at most 160 tokens
 
 LEAN = ("llama2-auto", "llama3-auto", "llama3-fp32", "llama3-plain", "llama-linear-auto", "mistral-auto")
 LEAN += ("qwen2-auto", "qwen3-fp32", "olmo-auto", "olmo2-auto")
+HALVES = ("llama3-auto", "llama-linear-auto", "mistral-auto", "olmo2-auto")  # as which KV is held
 TRANSFORMERS = ("llama2-auto", "llama3-auto", "llama3-fp32", "llama3-plain", "mistral-auto", "gemma2-auto")
 
 
 @pytest.fixture(
     scope="module",
     params=[f"{name}-{own}" for own in ("native", "lean") for name in LEAN]
+    + [f"{name}-native:float16" for name in HALVES]
     + [f"{name}-transformers" for name in TRANSFORMERS],
 )
 def runner(request, make_runner):
-    name, linear, implementation = request.param.rsplit("-", 2)
-    return make_runner(name, linear=linear, fp16_exact=True, implementation=implementation)
+    name, linear, how = request.param.rsplit("-", 2)
+    implementation, _, kv_dtype = how.partition(":")
+    return make_runner(
+        name, linear=linear, fp16_exact=True, implementation=implementation, kv_dtype=kv_dtype or "auto"
+    )
 
 
 def table(index):
@@ -56,7 +61,7 @@ SHIFTS = (0, 77)
 sequence = st.tuples(st.sampled_from(SHIFTS), st.integers(0, 140), st.integers(1, 4), st.booleans())
 
 
-@settings(max_examples=6, deadline=None)  # times 33 models, kernels and implementations
+@settings(max_examples=6, deadline=None)  # times 37 models, kernels and implementations
 @given(st.lists(sequence, min_size=1, max_size=5))
 def test_batched_rows_equal_lone_decode(runner, alone, batch):
     """Decode rows, verify rows and prompts of a random ragged batch, bit by bit."""

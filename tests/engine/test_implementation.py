@@ -29,7 +29,9 @@ def test_auto_becomes_what_runs_here(saved_model, monkeypatch):
     assert settled(gemma) == "transformers"
     assert settled(llama, implementation="lean") == "lean"
     halves = CacheConfig(prefill_dtype="float16", decode_dtype="float16")
-    assert settled(llama, halves) == "lean"  # own kernels hold KV in float32
+    assert settled(llama, halves) == "native"
+    narrow = CacheConfig(prefill_dtype="bfloat16", decode_dtype="bfloat16")
+    assert settled(llama, narrow) == "lean"  # own kernels hold KV in floats or halves
     assert settled(llama, CacheConfig(decode_dtype="bfloat16")) == "auto"  # each side takes its own
     monkeypatch.setenv("TANDEM_NATIVE", "off")
     assert settled(llama) == "lean"

@@ -22,6 +22,7 @@ from tandem.engine.paged_cache import PagedCache
 from tandem.engine.rng import Stream
 from tandem.engine.sampler import NO_TOKEN, choose
 from tandem.errors import ConfigError
+from tests.engine.conftest import build_model
 
 PROMPT = torch.randint(3, 160, (60,), generator=torch.Generator().manual_seed(5)).tolist()
 BEST = build.instruction_set()
@@ -82,13 +83,16 @@ def test_angles_are_what_they_are_and_not_torchs():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", ["llama3", "llama-linear", "mistral", "qwen3", "olmo", "olmo2"])
-def test_every_instruction_set_gives_the_same_bits(saved_model, monkeypatch, other_isa, name):
+def test_every_instruction_set_gives_the_same_bits(saved_model, monkeypatch, other_isa, name, kv_dtype):
     path = saved_model(name, True)[1]
     logits = []
     for isa in (other_isa, BEST):
         monkeypatch.setenv("TANDEM_NATIVE", isa)
-        runner = ModelRunner.load(path, num_blocks=8, block_size=16, implementation="native")
+        runner = ModelRunner.load(
+            path, num_blocks=8, block_size=16, implementation="native", kv_dtype=kv_dtype
+        )
         assert runner.implementation_reason == f"kernels for {isa}"
         prompt = 2 * PROMPT
         first = runner.forward(runner.batch([SequenceRows(prompt[:50], 0, range(4), 50)]))
@@ -105,6 +109,44 @@ def test_every_instruction_set_draws_the_same_tokens(other_isa):
     packed = library.pack_draws(draws)
     other, best = (library.choose(isa, logits, packed, masked=False) for isa in (other_isa, BEST))
     assert other == best
+
+
+@pytest.mark.slow
+def test_every_instruction_set_rounds_to_halves_as_torch_does(tmp_path, monkeypatch, other_isa):
+    """Values that are nothing but their bias: ties, numbers below the normal ones, too large ones, none."""
+    model = build_model("llama-linear")
+    few = [1.0, -0.1, 65519.0, 65520.0, -1e6, 6.1e-5, 6.0e-5, 5e-8, -2.9e-8, 2.98e-8, 1e-30, 2049.0, 2051.0]
+    bits = torch.randint(0, 2**31, (48 - len(few) - 2,), generator=torch.Generator().manual_seed(3))
+    values = torch.tensor([*few, math.inf, math.nan, *bits.int().view(torch.float32).tolist()])
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.zero_()
+        model.model.layers[0].self_attn.v_proj.bias.copy_(values)
+    model.save_pretrained(tmp_path)
+    for isa in (other_isa, BEST):
+        monkeypatch.setenv("TANDEM_NATIVE", isa)
+        runner = ModelRunner.load(tmp_path, num_blocks=2, block_size=16, kv_dtype="float16")
+        assert runner.implementation_reason == f"kernels for {isa}"
+        runner.forward(runner.batch([SequenceRows(PROMPT[:20], 0, [0, 1])]))
+        held = runner.cache.read_blocks([0])[0, 0, 1, 3].flatten()
+        assert torch.equal(held.isnan(), values.isnan())
+        assert torch.equal(held.nan_to_num(7.0, 8.0, 9.0), values.half().nan_to_num(7.0, 8.0, 9.0))
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral"])
+def test_halves_are_rounded_floats_and_attended_to_as_such(saved_model, name):
+    """Layer 0 has seen no attention yet; what comes of it is what torch makes of the same halves."""
+    path, rows = saved_model(name)[1], [SequenceRows(PROMPT, 0, range(4), len(PROMPT))]
+    caches, logits = [], []
+    for implementation, kv_dtype in (("native", "float32"), ("native", "float16"), ("lean", "float16")):
+        runner = ModelRunner.load(
+            path, num_blocks=4, block_size=16, implementation=implementation, kv_dtype=kv_dtype
+        )
+        logits.append(runner.forward(runner.batch(rows)))
+        caches.append(runner.cache.read_blocks(range(4), 0, 1))
+    whole, ours, torchs = logits
+    assert torch.equal(caches[0].half(), caches[1])
+    assert 0 < (whole - ours).abs().max() < 0.02
+    assert (ours - torchs).abs().max() < 0.1 * (whole - ours).abs().max()
 
 
 def test_an_extreme_row_is_not_hidden(make_runner):

@@ -169,4 +169,7 @@ class _Angles:
 
 
 def _addressed(cache: PagedCache) -> structs.Cache:
-    return structs.Cache(cache.address, cache.progress_address, cache.num_blocks + 1, cache.block_size)
+    is_half = cache.dtype == torch.float16
+    return structs.Cache(
+        cache.address, cache.progress_address, cache.num_blocks + 1, cache.block_size, is_half
+    )

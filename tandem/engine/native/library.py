@@ -21,7 +21,7 @@ from tandem.engine.quantization.formats import CODEBOOKS, INT8_MOST, QuantizedWe
 from tandem.errors import ConfigError
 
 PANEL = 16  # outputs that lie together
-ABI = 9
+ABI = 10
 FORMATS = {torch.float32: 0, torch.float16: 1}
 INT8, CODE4 = 2, 3
 PIECE_INPUTS = 4  # inputs whose codes lie together

@@ -82,4 +82,5 @@ class Cache(ctypes.Structure):
         ("layers_written", ctypes.c_void_p),
         ("num_blocks", ctypes.c_int64),
         ("block_size", ctypes.c_int32),
+        ("is_half", ctypes.c_int32),
     )

@@ -13,10 +13,11 @@
 
 namespace tandem {
 
-// Keys and values of one layer and one KV head of one sequence.
+// Keys and values of one layer and one KV head of one sequence, floats or halves.
+template <class T>
 struct Context {
-    const float* keys;      // block 0 of this head; a block is [block_size, dim]
-    const float* values;
+    const T* keys;          // block 0 of this head; a block is [block_size, dim]
+    const T* values;
     const int32_t* blocks;  // the sequence's block table
     int block_bits, dim;    // block_size = 1 << block_bits
     int last;               // position that is asked for
@@ -28,10 +29,10 @@ struct Context {
     int end_of_block(int position) const { return ((position >> block_bits) + 1) << block_bits; }
     // The same place in the next block, or the end.
     size_t offset_ahead(int position) const { return offset(std::min(position + (1 << block_bits), last)); }
-    const float* key_ahead(int position) const { return keys + offset_ahead(position); }
-    const float* value_ahead(int position) const { return values + offset_ahead(position); }
-    const float* key(int position) const { return keys + offset(position); }
-    const float* value(int position) const { return values + offset(position); }
+    const T* key_ahead(int position) const { return keys + offset_ahead(position); }
+    const T* value_ahead(int position) const { return values + offset_ahead(position); }
+    const T* key(int position) const { return keys + offset(position); }
+    const T* value(int position) const { return values + offset(position); }
 };
 
 constexpr int TILE_POSITIONS = 64;  // whose keys or values are read for all vectors before going on
@@ -41,7 +42,8 @@ constexpr int MAX_VECTORS = 32;
 // Tiles with chains enough to fill the multipliers, and few enough for the registers.
 #if TANDEM_AVX512
 using Queries8 = p16;  // 8 dimensions of two query vectors, and of a key for both
-inline Queries8 load_key(const float* p) { return load_twice(p); }
+template <class T>
+inline Queries8 load_key(const T* p) { return load_twice(p); }
 inline Queries8 load_queries(const float* p) { return load16(p); }
 inline void put_sums(const Queries8* acc, float* to, size_t stride) {
     sum4(acc[0], acc[1], acc[2], acc[3], to, to + stride);
@@ -50,7 +52,8 @@ constexpr int SCORE_TILE = 4, VALUE_TILE = 6;
 constexpr int value_panels(int) { return 4; }
 #else
 using Queries8 = f8;
-inline Queries8 load_key(const float* p) { return load(p); }
+template <class T>
+inline Queries8 load_key(const T* p) { return load(p); }
 inline Queries8 load_queries(const float* p) { return load(p); }
 inline void put_sums(const Queries8* acc, float* to, size_t) { sum4(acc[0], acc[1], acc[2], acc[3], to); }
 constexpr int SCORE_TILE = 3, VALUE_TILE = 2;
@@ -59,8 +62,9 @@ constexpr int value_panels(int vectors) { return vectors == 1 ? 4 : 2; }
 constexpr int ABREAST = sizeof(Queries8) / sizeof(f8);  // query vectors of a register
 
 // Tiles ask for the next block as they go: blocks lie anywhere, and the hardware's own prefetch ends with each.
-inline void ask_for(const float* p, int count) {
-    for (int i = 0; i < count; i += CACHE_LINE / int(sizeof(float))) __builtin_prefetch(p + i);
+template <class T>
+inline void ask_for(const T* p, int count) {
+    for (int i = 0; i < count; i += CACHE_LINE / int(sizeof(T))) __builtin_prefetch(p + i);
 }
 
 // What a member of the team works in: runs of scores, and queries as tiles take them.
@@ -77,16 +81,16 @@ struct Scratch {
 };
 
 // U registers of query vectors against the keys of positions [first, last).
-template <int U>
-__attribute__((noinline)) void score_tile(const Context& context, const float* queries, int first, int last,
+template <int U, class T>
+__attribute__((noinline)) void score_tile(const Context<T>& context, const float* queries, int first, int last,
                                           bool is_ahead, float* runs, size_t stride) {
     const int dim = context.dim;
     const bool is_whole = 1 << context.block_bits >= KEYS;
     for (int position = first; position < last;) {
         const int stop = std::min(last, std::max(position + KEYS, context.end_of_block(position)));
-        const float *key = context.key(position), *ahead = context.key_ahead(position);
+        const T *key = context.key(position), *ahead = context.key_ahead(position);
         for (; position < stop; position += KEYS, key += KEYS * dim, ahead += KEYS * dim) {
-            const float* keys[KEYS];  // those behind the last one lie in its block; nobody reads their scores
+            const T* keys[KEYS];  // those behind the last one lie in its block; nobody reads their scores
             unrolled<KEYS>([&](auto i) INLINE {
                 keys[i] = is_whole ? key + i * dim : context.key(std::min(position + i, last - 1));
             });
@@ -108,8 +112,8 @@ __attribute__((noinline)) void score_tile(const Context& context, const float* q
 }
 
 // `units` registers of query vectors, at most U.
-template <int U>
-inline void score(int units, const Context& context, const float* queries, int first, int last, bool is_ahead,
+template <int U, class T>
+inline void score(int units, const Context<T>& context, const float* queries, int first, int last, bool is_ahead,
                   float* runs, size_t stride) {
     if constexpr (U > 1)
         if (units < U) return score<U - 1>(units, context, queries, first, last, is_ahead, runs, stride);
@@ -117,8 +121,8 @@ inline void score(int units, const Context& context, const float* queries, int f
 }
 
 // V vectors' outputs of P panels of dimensions from `d` on, over positions [first, last).
-template <int V, int P>
-__attribute__((noinline)) void value_tile(const Context& context, const float* weights, size_t stride, int first,
+template <int V, int P, class T>
+__attribute__((noinline)) void value_tile(const Context<T>& context, const float* weights, size_t stride, int first,
                                           int last, bool is_ahead, int d, float* const* out) {
     p16 acc[V][P];
     unrolled<V>([&](auto v) INLINE {
@@ -126,8 +130,8 @@ __attribute__((noinline)) void value_tile(const Context& context, const float* w
     });
     for (int position = first; position < last;) {
         const int stop = std::min(last, context.end_of_block(position));
-        const float* value = context.value(position) + d;
-        const float* ahead = context.value_ahead(position) + d;
+        const T* value = context.value(position) + d;
+        const T* ahead = context.value_ahead(position) + d;
         for (; position < stop; position++, value += context.dim, ahead += context.dim) {
             if (is_ahead) ask_for(ahead, P * PANEL);
             p16 values[P];
@@ -144,8 +148,8 @@ __attribute__((noinline)) void value_tile(const Context& context, const float* w
 }
 
 // `vectors` of them, at most V, and all dimensions.
-template <int V>
-inline void add_values(int vectors, const Context& context, const float* weights, size_t stride, int first, int last,
+template <int V, class T>
+inline void add_values(int vectors, const Context<T>& context, const float* weights, size_t stride, int first, int last,
                        bool is_ahead, float* const* out) {
     if constexpr (V > 1)
         if (vectors < V) return add_values<V - 1>(vectors, context, weights, stride, first, last, is_ahead, out);
@@ -201,7 +205,8 @@ struct Queries {
 
 // Values of positions [first, last) to vectors [v, v + count). All of them see the same but for the ends, where each
 // row goes by itself: what is hidden from a row may be no number, and may not be touched.
-inline void add_visible(const Context& context, const Queries& queries, const Scratch& scratch, int first, int last,
+template <class T>
+inline void add_visible(const Context<T>& context, const Queries& queries, const Scratch& scratch, int first, int last,
                         int v, int count, bool is_ahead, float* const* out) {
     const int first_row = v / queries.group, last_row = (v + count - 1) / queries.group;
     const int from = std::max(first, queries.begin_of(last_row)), to = std::min(last, queries.end_of(first_row));
@@ -220,7 +225,8 @@ inline void add_visible(const Context& context, const Queries& queries, const Sc
     add_rows(std::max(from, to), last);
 }
 
-inline void attend(const Context& context, const Queries& queries, const Scratch& scratch) {
+template <class T>
+inline void attend(const Context<T>& context, const Queries& queries, const Scratch& scratch) {
     const int vectors = queries.rows * queries.group, dim = context.dim;
     const int begin = queries.begin_of(0), last = queries.end_of(queries.rows - 1);
     float* out[MAX_VECTORS];

@@ -126,7 +126,9 @@ class Forward {
             meet(member, PLACE);
             if (member == 0) __atomic_store_n(cache.layers_written, layer + 1, __ATOMIC_RELEASE);
             team.divide(int(work.size()), 1, [&](int first, int last) {
-                for (int i = first; i < last; i++) attend_some(l, layer, work[i], member);
+                for (int i = first; i < last; i++)
+                    cache.is_half ? attend_some<uint16_t>(l, layer, work[i], member)
+                                  : attend_some<float>(l, layer, work[i], member);
             });
             meet(member, ATTEND);
             for (int row = 0; row < b.rows; row += ROW_BLOCK) finish(l, row, block_rows(row), member);
@@ -233,10 +235,18 @@ class Forward {
         }
         const float scale = 1.0f / std::sqrt(float(m.dim));
         for (int i = 0; i < query; i++) q[i] *= scale;
-        const size_t slot = slot_of(row);
+        cache.is_half ? keep<uint16_t>(k, v, layer, slot_of(row)) : keep<float>(k, v, layer, slot_of(row));
+    }
+
+    // Keys and values of all heads of one row.
+    template <class T>
+    void keep(const float* k, const float* v, int layer, size_t slot) const {
         for (int h = 0; h < m.kv_heads; h++) {
-            std::copy_n(k + h * m.dim, m.dim, head_data(layer, 0, h) + slot * m.dim);
-            std::copy_n(v + h * m.dim, m.dim, head_data(layer, 1, h) + slot * m.dim);
+            T *keys = head_data<T>(layer, 0, h) + slot * m.dim, *values = head_data<T>(layer, 1, h) + slot * m.dim;
+            for (int i = 0; i < m.dim; i += LANES) {
+                store(keys + i, load(k + h * m.dim + i));
+                store(values + i, load(v + h * m.dim + i));
+            }
         }
     }
 
@@ -257,16 +267,18 @@ class Forward {
                position % cache.block_size;
     }
 
-    float* head_data(int layer, int which, int head) const {
+    template <class T>
+    T* head_data(int layer, int which, int head) const {
         size_t index = (size_t(layer) * 2 + which) * m.kv_heads + head;
-        return cache.data + index * cache.num_blocks * cache.block_size * m.dim;
+        return static_cast<T*>(cache.data) + index * cache.num_blocks * cache.block_size * m.dim;
     }
 
+    template <class T>
     void attend_some(const Layer& l, int layer, const Work& w, int member) {
         const int group = m.heads / m.kv_heads;
-        Context context{head_data(layer, 0, w.kv_head), head_data(layer, 1, w.kv_head),
-                        b.tables + b.first_blocks[w.sequence], __builtin_ctz(cache.block_size), m.dim,
-                        b.positions[w.row + w.rows - 1]};
+        Context<T> context{head_data<T>(layer, 0, w.kv_head), head_data<T>(layer, 1, w.kv_head),
+                           b.tables + b.first_blocks[w.sequence], __builtin_ctz(cache.block_size), m.dim,
+                           b.positions[w.row + w.rows - 1]};
         for (int first = 0; first < group; first += MAX_VECTORS) {  // a group larger than a tile goes in parts
             const size_t head = size_t(w.kv_head * group + first) * m.dim;
             Queries queries{w.rows, std::min(MAX_VECTORS, group - first), b.positions[w.row], l.window,
@@ -368,7 +380,7 @@ struct Engine {
 extern "C" {
 
 // Bumped with every change of a struct or function below.
-int32_t tandem_abi() { return 9; }
+int32_t tandem_abi() { return 10; }
 
 void* tandem_engine_new(int32_t threads) { return new tandem::Engine(threads); }
 void tandem_engine_delete(void* engine) { delete static_cast<tandem::Engine*>(engine); }

@@ -29,10 +29,11 @@ struct Model {
 };
 
 struct Cache {
-    float* data;  // [layers, 2, kv_heads, blocks, block_size, dim]
+    void* data;  // [layers, 2, kv_heads, blocks, block_size, dim], floats or halves
     int32_t* layers_written;  // for other threads: so many layers have the keys and values of all rows
     int64_t num_blocks;
     int32_t block_size;  // a power of two
+    int32_t is_half;
 };
 
 struct Batch {

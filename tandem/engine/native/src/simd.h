@@ -59,6 +59,10 @@ inline f8 load_bytes(const int8_t* p) {
 inline f8 load_half(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
 }
+inline void store(uint16_t* p, f8 a) {
+    const __m128i halves = _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), halves);
+}
 // Whole numbers that fit.
 inline __m128i words_of(f8 a) {
     const __m256i ints = _mm256_cvtps_epi32(a.v);
@@ -101,6 +105,18 @@ inline float half_to_float(uint16_t h) {
     return f;
 }
 inline f8 load_half(const uint16_t* p) { TANDEM_EACH(half_to_float(p[i])); }
+inline uint16_t float_to_half(float f) {
+    uint32_t bits;
+    std::memcpy(&bits, &f, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+    if (size > 0x7f800000) return uint16_t(sign | 0x7e00 | (size >> 13 & 0x1ff));  // no number
+    if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);                        // rounds to infinity
+    if (size < 0x38800000) return uint16_t(sign | uint32_t(std::nearbyint(std::ldexp(std::fabs(f), 24))));
+    return uint16_t(sign | (size + 0xfff + (size >> 13 & 1) - 0x38000000) >> 13);
+}
+inline void store(uint16_t* p, f8 a) {
+    for (int i = 0; i < LANES; i++) p[i] = float_to_half(a.v[i]);
+}
 inline f8 load_bytes(const int8_t* p) { TANDEM_EACH(float(p[i])); }
 template <class T>
 inline void store_ints(T* p, f8 a) {
@@ -116,6 +132,7 @@ inline void sum4(f8 a, f8 b, f8 c, f8 d, float* out) {
 
 #endif
 
+inline f8 load(const uint16_t* p) { return load_half(p); }
 inline f8 zero() { return set1(0.0f); }
 
 inline float sum(f8 a) {
@@ -176,6 +193,9 @@ template <>
 inline p16 every<p16>(float x) { return {_mm512_set1_ps(x)}; }
 inline p16 load_twice(const float* p) {
     return {_mm512_castpd_ps(_mm512_broadcast_f64x4(_mm256_castps_pd(_mm256_loadu_ps(p))))};
+}
+inline p16 load_twice(const uint16_t* p) {
+    return {_mm512_cvtph_ps(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 inline f8 low_half(p16 a) { return {_mm512_castps512_ps256(a.v)}; }
 inline f8 high_half(p16 a) { return {_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), 1))}; }
