@@ -5,6 +5,7 @@
 Each arm starts its service, warms it up, measures and stops it, so that neither runs beside the other: what
 Ray's own processes use is part of what Ray costs. Two figures: output tokens per second of eight streams at
 once, and time to first token of a lone request, from the call to the first chunk (TTFT, send-relative).
+Workers share the machine's cores in both, by the same setting (`cores.claims`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from bench.measure import Meter, Spread, console, flat, interleave, machine, table, write_csv, write_json
@@ -30,7 +32,7 @@ STREAMS = 8
 REPEATS = 5  # of the eight streams, in a round
 LONE_REQUESTS = 40  # in a round; p50 of fewer would say little
 WARM_UPS = 3
-THREADS = 2  # one of the prefill worker, one of the decode worker
+THREADS = 2  # that compute, of both workers together
 MODES = {"embedded": (), "ray": ("--ray",)}
 LEAST_THROUGHPUT, MOST_ADDED_TTFT_MS = 0.95, 5.0
 
@@ -95,8 +97,10 @@ def overhead(visits: Mapping[str, Sequence[Visit]]) -> Overhead:
 def run(rounds: int, out: Path, as_json: bool) -> dict[str, Any]:
     """Measure, print the table, write CSV and JSON; the document that was written."""
     prompts = prompts_of(BUNDLED_MODELS / "target", STREAMS)
-    with Meter("embedded and Ray in turns", rounds * len(MODES)) as meter:
-        arms = {mode: partial(visit, options, prompts) for mode, options in MODES.items()}
+    meter = Meter("embedded and Ray in turns", rounds * len(MODES))
+    with TemporaryDirectory(prefix="tandem-") as folder, meter:
+        settings = _settings(Path(folder))
+        arms = {mode: partial(visit, (*settings, *options), prompts) for mode, options in MODES.items()}
         visits = interleave(arms, rounds, warm_ups=0, after=meter.step)
     found, shown = overhead(visits), console(as_json)
     shown.print(
@@ -119,6 +123,13 @@ def run(rounds: int, out: Path, as_json: bool) -> dict[str, Any]:
     write_csv(out / "ray_overhead.csv", rows)
     write_json(out / "ray_overhead.json", content)
     return content
+
+
+def _settings(folder: Path) -> tuple[str, str]:
+    """Options that let workers share cores by a file in the folder, whoever starts them."""
+    file = folder / "config.yaml"
+    file.write_text(json.dumps({"cores": {"claims": str(folder / "claims")}}))
+    return "--config", str(file)
 
 
 def _text(visits: Sequence[Visit], name: str) -> str:
