@@ -99,7 +99,7 @@ def run(rounds: int, out: Path, as_json: bool) -> dict[str, Any]:
     prompts = prompts_of(BUNDLED_MODELS / "target", STREAMS)
     meter = Meter("embedded and Ray in turns", rounds * len(MODES))
     with TemporaryDirectory(prefix="tandem-") as folder, meter:
-        settings = _settings(Path(folder))
+        settings = shared_cores(Path(folder))
         arms = {mode: partial(visit, (*settings, *options), prompts) for mode, options in MODES.items()}
         visits = interleave(arms, rounds, warm_ups=0, after=meter.step)
     found, shown = overhead(visits), console(as_json)
@@ -125,7 +125,7 @@ def run(rounds: int, out: Path, as_json: bool) -> dict[str, Any]:
     return content
 
 
-def _settings(folder: Path) -> tuple[str, str]:
+def shared_cores(folder: Path) -> tuple[str, str]:
     """Options that let workers share cores by a file in the folder, whoever starts them."""
     file = folder / "config.yaml"
     file.write_text(json.dumps({"cores": {"claims": str(folder / "claims")}}))

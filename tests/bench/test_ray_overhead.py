@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
-from bench.ray_overhead import Visit, overhead
+import pytest
+import yaml
+
+from bench.ray_overhead import Visit, overhead, shared_cores
+from tandem.config import ClusterConfig
 
 
 def test_figures_are_taken_within_rounds():
@@ -21,3 +25,9 @@ def test_figures_are_taken_within_rounds():
 def test_a_round_without_its_pair_is_no_result():
     with pytest.raises(ValueError, match="longer"):
         overhead({"embedded": [Visit(5, 100, 10), Visit(5, 50, 20)], "ray": [Visit(20, 98, 11)]})
+
+
+def test_both_modes_share_cores_by_one_file(tmp_path):
+    option, file = shared_cores(tmp_path)
+    assert option == "--config"
+    assert ClusterConfig.from_dict(yaml.safe_load(Path(file).read_text())).cores.claims == tmp_path / "claims"
