@@ -25,7 +25,7 @@ NGRAM = Setup(draft="ngram")
 SELF = tuple(Setup(draft="self", draft_precision=precision) for precision in ("nf4", "int8", "int4"))
 QSPEC = tuple(Setup(draft="qspec", target_precision=precision) for precision in ("nf4", "int4"))
 QUANTIZED_DRAFTS = tuple(Setup(draft_precision=precision) for precision in PRECISIONS[1:])
-INT8_DRAFT = Setup(draft_precision="int8")
+INT8_DRAFT = QUANTIZED_DRAFTS[0]
 
 
 @dataclass(frozen=True, slots=True)

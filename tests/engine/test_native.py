@@ -149,6 +149,18 @@ def test_halves_are_rounded_floats_and_attended_to_as_such(saved_model, name):
     assert (ours - torchs).abs().max() < 0.1 * (whole - ours).abs().max()
 
 
+def test_one_model_runs_over_caches_of_both_dtypes(saved_model):
+    path, rows = saved_model("llama3")[1], [SequenceRows(PROMPT, 0, range(4), len(PROMPT))]
+    whole, half = (
+        ModelRunner.load(path, num_blocks=4, block_size=16, implementation="native", kv_dtype=kv_dtype)
+        for kv_dtype in ("float32", "float16")
+    )
+    over = whole.over(PagedCache(half.geometry, 4, 16, torch.float16))
+    assert torch.equal(over.forward(over.batch(rows)), half.forward(half.batch(rows)))
+    with pytest.raises(ValueError, match="KV in float32 or float16, not in bfloat16"):
+        whole.over(PagedCache(half.geometry, 4, 16, torch.bfloat16))
+
+
 def test_an_extreme_row_is_not_hidden(make_runner):
     """NaN and infinity in the cache reach the logits, where they are noticed, and no other sequence."""
     runner = make_runner("llama3", implementation="native")
