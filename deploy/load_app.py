@@ -83,6 +83,7 @@ VLlmSteps = Annotated[
         min=64,
     ),
 ]
+VLlmDefaults = Annotated[bool, typer.Option(help="vLLM with its own number of tokens a step, too.")]
 NamedLimits = Annotated[
     list[str] | None,
     typer.Option("--limits", help="Only within these: loose, middle, tight. May be repeated."),
@@ -162,6 +163,7 @@ def goodput(
     shape: GoodputShape = "111m",
     vllm_python: o.VLlmPython = None,
     vllm_steps: VLlmSteps = None,
+    vllm_defaults: VLlmDefaults = True,
     limits: NamedLimits = None,
     quantization: Quantized = None,
     speculation: Speculating = False,
@@ -178,7 +180,7 @@ def goodput(
     comparison = Comparison(
         shape,
         vllm_python,
-        tuple(vllm_steps or ()),
+        (*([None] if vllm_defaults else []), *(vllm_steps or ())),
         speculation,
         num_requests,
         trials,

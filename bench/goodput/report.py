@@ -22,7 +22,7 @@ class Row:
     itl_ms: float | None  # of the 99th percentile of a request's own gaps
     system: str
     rate: float | None  # the largest that held; None: not even one request after the other did
-    failing_rate: float | None  # the smallest that did not
+    failing_rate: float | None  # the smallest that did not; None: time was over before one failed
     good: float | None  # the share of requests within the limits at the rate that held
     goodput: float | None  # of these per second there, until the last answer: less than the rate if it lags
     ratio: float | None  # the first system's rate over this one's
@@ -30,13 +30,15 @@ class Row:
     client_late: bool  # in some run at that rate the load test itself was late to send
 
 
-def rows_of(found: Finds, limits: Mapping[str, Slo]) -> list[Row]:
-    """In the order in which they were found."""
-    first: dict[str, float | None] = {}
+def rows_of(found: Finds, limits: Mapping[str, Slo], systems: Sequence[str]) -> list[Row]:
+    """Limits by limits, in the systems' order: the first is the one that others are compared with."""
     rows = []
-    for (label, system), one in found.items():
-        slo, rate = limits[label], one.holding_rate
-        base = first.setdefault(label, rate)
+    for label, system in ((label, system) for label in limits for system in systems):
+        if (label, system) not in found:
+            continue
+        one, slo = found[label, system], limits[label]
+        rate = one.holding_rate
+        base = first.holding_rate if (first := found.get((label, systems[0]))) else None
         held = [trial for trial in one.trials if trial.rate == rate]
         rows.append(
             Row(

@@ -1,19 +1,22 @@
 """The largest rate each server holds within limits, limits by limits, all servers on the same cores in turns.
 
 1. vLLM's servers start and are put to sleep. Ours starts when it is its turn.
-2. For each pair of limits, the loosest first, each server in turn is searched for the largest Poisson rate at
-   which enough requests keep them (bench/serve/search.py). Rates that it has run before are not run again.
-3. What is found is written at once, so that whoever stops it has what was measured.
+2. For each pair of limits, the loosest first, all servers are searched side by side for the largest Poisson
+   rate at which enough requests keep them (bench/serve/search.py): one runs one trial of its own search, then
+   the next does, so that a slow hour of the machine is everybody's. Trials of before are not run again.
+3. When a search ends, what is found is written at once, so that whoever stops it has what was measured.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from bench.serve.arrivals import Arrival, Schedule
 from bench.serve.metrics import Slo
 from bench.serve.record import Outcome
 from bench.serve.search import Found
-from bench.serve.session import LoadTest, Model, Options, Runs
+from bench.serve.session import LoadTest, Model, Options, Run, Runs, search_rates
 from bench.shapes import checkpoint
 from bench.vllm.peer import Settings
 from bench.vllm.server import SERVED_NAME
@@ -75,7 +78,7 @@ class Comparison:
 
     shape: str
     vllm_python: Path | None
-    step_tokens: Sequence[int]  # of one more vLLM each: most that one of its steps computes
+    step_tokens: Sequence[int | None]  # of one vLLM each: most that a step of it computes; None: its default
     with_speculation: bool
     num_requests: int
     trials: int
@@ -95,35 +98,80 @@ def run(comparison: Comparison, as_json: bool) -> dict[str, Any]:
     content = head | {"rows": [], "trials": [], "skipped": list(load.limits)}
     with ExitStack() as stack:
         systems = _systems(comparison, path, stack)
-        for found in measure(systems, load, model, _options(comparison, load), deadline_s):
-            rows = rows_of(found, load.limits)
+
+        def write(found: Finds) -> None:
+            nonlocal rows, content
+            rows = rows_of(found, load.limits, list(systems))
             content = head | _results(rows, found, load)
             write_csv(comparison.out / "goodput.csv", content["rows"])
             write_json(comparison.out / "goodput.json", content)
+
+        try:
+            asyncio.run(measure(systems, load, model, _options(comparison, load), deadline_s, write))
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
     _show(comparison, rows, content["skipped"], console(as_json))
     return content
 
 
-def measure(
-    systems: Mapping[str, System], load: Load, model: Model, options: Options, deadline_s: float
-) -> Iterator[Finds]:
-    """After each search all that is found.
+async def measure(
+    systems: Mapping[str, System],
+    load: Load,
+    model: Model,
+    options: Options,
+    deadline_s: float,
+    note: Callable[[Finds], None],
+) -> None:
+    """All searches, in turns; `note` hears of all that is found whenever one ends.
 
-    No limits are begun after `deadline_s` on the monotonic clock, so that each has all systems.
+    From `deadline_s` on the monotonic clock on no rate is tried that was not begun, and no further limits.
+    SIGTERM cancels it: by the loop, as what a handler raises may be raised where nobody hears it.
     """
-    say = Console(stderr=True, highlight=False).print
+    measuring = asyncio.current_task()
+    assert measuring is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, measuring.cancel)
     runs: dict[str, Runs] = {name: {} for name in systems}
     found: dict[tuple[str, str], Found] = {}
+
+    def has_time() -> bool:
+        return time.monotonic() < deadline_s
+
     for label, slo in load.limits.items():
-        if time.monotonic() > deadline_s:
+        if not has_time():
             break
+        turn, limited = asyncio.Lock(), replace(options, slo=slo)  # the lock is had in the order of asking
+        searches = []  # tasks, so that they ask in the systems' order
         for name, awake in systems.items():
-            say(f"{len(found) + 1} of {len(load.limits) * len(systems)}: {name} within {label} limits")
-            with awake() as target:
-                test = LoadTest(target, model, replace(options, slo=slo))
-                found[label, name] = asyncio.run(test.search(runs[name]))
-            _check_answered(name, runs[name])
-            yield found
+            trial = partial(_in_turn, turn, awake, model, limited)
+            search = _search(name, label, trial, limited, runs[name], has_time)
+            searches.append(asyncio.create_task(search))
+        for ended in asyncio.as_completed(searches):
+            name, found[label, name] = await ended
+            note(found)
+
+
+async def _search(
+    name: str,
+    label: str,
+    trial: Callable[[float, int], Awaitable[Run]],
+    options: Options,
+    runs: Runs,
+    has_time: Callable[[], bool],
+) -> tuple[str, Found]:
+    found = await search_rates(options, trial, runs, has_time, f"{name}, {label} limits: ")
+    _check_answered(name, runs)
+    return name, found
+
+
+async def _in_turn(
+    turn: asyncio.Lock, awake: System, model: Model, options: Options, rate: float, number: int
+) -> Run:
+    """One trial, alone on the machine and warmed up."""
+    async with turn:
+        with awake() as target:
+            test = LoadTest(target, model, options)
+            await test.warm_up()
+            return await test.trial(rate, number)
 
 
 def _check_answered(name: str, runs: Runs) -> None:
@@ -157,6 +205,7 @@ def _options(comparison: Comparison, load: Load) -> Options:
         input_lengths=INPUT_TOKENS,
         output_lengths=str(OUTPUT_TOKENS),
         trials=comparison.trials,
+        warm_up=2,  # of each trial
         seed=SEED,
     )
 
@@ -172,11 +221,11 @@ def _systems(comparison: Comparison, path: Path, stack: ExitStack) -> dict[str, 
         systems[f"{BASE}, speculating"] = tandem(path, draft)
     if comparison.vllm_python is not None:
         plain = Settings(str(path), _num_cores(), MAX_SEQUENCES, max_tokens=MAX_INPUT_TOKENS + OUTPUT_TOKENS)
-        chunked = {
-            f"vLLM, steps of {count} tokens": replace(plain, step_tokens=count)
+        engines = {
+            f"vLLM, steps of {count} tokens" if count else "vLLM": replace(plain, step_tokens=count)
             for count in comparison.step_tokens
         }
-        systems |= vllm(comparison.vllm_python, {"vLLM": plain, **chunked}, stack)
+        systems |= vllm(comparison.vllm_python, engines, stack)
     return systems
 
 

@@ -1,7 +1,7 @@
 """Servers of one checkpoint over HTTP. At most one is awake: the others get no processor time.
 
-Ours starts within seconds, so it is started each time it is asked; vLLM's takes minutes, so it is put to
-sleep in between.
+Ours starts within seconds, so it is started for each trial; vLLM's takes minutes, so it is put to sleep in
+between.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ A rate holds if the mean attainment of its trials reaches the target. Trials dif
 no longer hold is stopped: a saturated service is not loaded further, and its backlog is not waited for.
 
 The answer is a bracket, not a point: the last rate that held and the first that did not, with the spread of
-the trials at the one that held (Student's t, 95 %).
+the trials at the one that held (Student's t, 95 %). When time is over it is as wide as it is then.
 """
 
 from __future__ import annotations
@@ -36,19 +36,29 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Where the search ended. `failing_rate` is None if no rate failed: then the client was the limit."""
+    """Where the search ended. No `failing_rate`, if none failed: the client or time was the limit."""
 
-    holding_rate: float | None  # None: not even the lowest rate held
+    holding_rate: float | None  # None: not even the lowest rate that was tried held
     failing_rate: float | None
     goodput_rps: float
     goodput_ci: tuple[float, float]
     trials: list[Trial]
 
 
+def always() -> bool:
+    """A search that has all the time it needs."""
+    return True
+
+
 async def search(
-    run: Callable[[float, int], Awaitable[Trial]], first_rate: float, attainment: float, num_trials: int
+    run: Callable[[float, int], Awaitable[Trial]],
+    first_rate: float,
+    attainment: float,
+    num_trials: int,
+    has_time: Callable[[], bool] = always,
 ) -> Found:
-    """Find the bracket. `run` is called with a rate and the number of the trial."""
+    """Find the bracket. `run` is called with a rate and the number of the trial; no further rate is tried
+    once `has_time` says no."""
     trials: list[Trial] = []
 
     async def holds(rate: float) -> bool:
@@ -60,8 +70,8 @@ async def search(
                 return False  # whatever the other trials would give
         return True
 
-    low, high = await _bracket(holds, lambda: trials[-1].most_in_flight > 1, first_rate)
-    while low is not None and high is not None and high / low > 1 + PRECISION:
+    low, high = await _bracket(holds, lambda: trials[-1].most_in_flight > 1, first_rate, has_time)
+    while low is not None and high is not None and high / low > 1 + PRECISION and has_time():
         middle = math.sqrt(low * high)
         low, high = (middle, high) if await holds(middle) else (low, middle)
     at_low = [trial.goodput_rps for trial in trials if trial.rate == low]
@@ -69,16 +79,21 @@ async def search(
 
 
 async def _bracket(
-    holds: Callable[[float], Awaitable[bool]], overlapped: Callable[[], bool], rate: float
+    holds: Callable[[float], Awaitable[bool]],
+    overlapped: Callable[[], bool],
+    rate: float,
+    has_time: Callable[[], bool],
 ) -> tuple[float | None, float | None]:
     """A rate that holds and one that does not, a factor of two apart; None for one that was not found."""
     if not await holds(rate):
-        while overlapped():
+        while overlapped() and has_time():
             rate /= 2
             if await holds(rate):
                 return rate, 2 * rate
         return None, rate
     for _ in range(MAX_DOUBLINGS):
+        if not has_time():
+            break
         rate *= 2
         if not await holds(rate):
             return rate / 2, rate

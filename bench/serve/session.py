@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from bench.serve.driver import Cancelling, Driver
 from bench.serve.metrics import Slo, summarize
 from bench.serve.record import Outcome, RequestRecord
 from bench.serve.scrape import Scraper
-from bench.serve.search import Found, Trial, search
+from bench.serve.search import Found, Trial, always, search
 from bench.serve.slo import Slos
 from bench.serve.target import Target
 from bench.serve.workload import (
@@ -152,7 +152,7 @@ class LoadTest:
 
     async def run(self) -> Run:
         """Warm up, then run once."""
-        await self._warm_up()
+        await self.warm_up()
         options = self.options
         requests = self._requests(options.num_requests, options.seed)
         with Meter("load test", _num_turns(requests)) as meter:
@@ -164,51 +164,18 @@ class LoadTest:
             return await self._once(requests, self._times(requests), options.seed, note)
 
     async def search(self, known: Runs | None = None) -> Found:
-        """The highest Poisson rate at which enough requests meet the limits. Raises `ConfigError`.
-
-        `known` are runs of before, with equal options but for the limits: none of them is repeated, and new
-        ones are added. One that was stopped says nothing of looser limits, so the loosest are searched first.
-        """
+        """`search_rates` of this target, warmed up once. Raises `ConfigError` without limits."""
         if self.options.limits == Slos():
             raise ConfigError("a search for the most goodput needs a limit, such as --slo ttft=500ms")
-        await self._warm_up()
-        runs = {} if known is None else known
+        await self.warm_up()
+        return await search_rates(self.options, self.trial, {} if known is None else known)
 
-        async def trial(rate: float, number: int) -> Trial:
-            run = runs.get((rate, number))
-            if run is None:
-                run = runs[rate, number] = await self._trial(rate, number)
-            return self._judged(rate, number, run)
-
-        return await search(trial, self.options.arrival.rate, self.options.attainment, self.options.trials)
-
-    async def _trial(self, rate: float, number: int) -> Run:
-        """One run at a rate; it is stopped if that can hold no more."""
+    async def trial(self, rate: float, number: int) -> Run:
+        """One run at a Poisson rate; it is stopped if that can hold no more."""
         seed = self.options.seed + number
         requests = self._requests(self.options.num_requests, seed)
         times = Schedule(Arrival.POISSON, rate).times(len(requests), seed)
         return await self._once(requests, times, seed, _Misses(self.options, _num_turns(requests)))
-
-    def _judged(self, rate: float, number: int, run: Run) -> Trial:
-        """What a run was by the limits of now."""
-        misses = _Misses(self.options, run.num_requests)
-        for record in run.records:
-            misses(record)
-        found = summarize(run.records, self.options.limits, ())
-        share = misses.attainment if misses.are_too_many else found["attainment"] or 0.0
-        trial = Trial(
-            rate=rate,
-            attainment=share,
-            goodput_rps=found["goodput_rps"] or 0.0,
-            client_bottleneck=found["client_bottleneck"],
-            most_in_flight=found["most_in_flight"],
-            stopped=misses.are_too_many,
-            errors=found["errors"],
-        )
-        so_far = ", stopped" if trial.stopped else ""
-        say = Console(stderr=True, highlight=False).print
-        say(f"{rate:.2f} requests/s, trial {number + 1}: {100 * share:.0f} % within the limits{so_far}")
-        return trial
 
     async def _once(
         self,
@@ -230,7 +197,8 @@ class LoadTest:
         summary = summarize(records, limits, lags_ms, is_closed=times is None)
         return Run(records, summary, scraper, _num_turns(requests))
 
-    async def _warm_up(self) -> None:
+    async def warm_up(self) -> None:
+        """A few requests whose times are forgotten."""
         requests = [replace(one, then=None) for one in self._requests(self.options.warm_up, WARM_UP_SEED)]
         await Driver(self._target).run(requests, None, 2)
 
@@ -277,6 +245,50 @@ class LoadTest:
                 return [request.at_s or 0.0 for request in requests]
             case _:
                 return schedule.times(len(requests), self.options.seed)
+
+
+async def search_rates(
+    options: Options,
+    run: Callable[[float, int], Awaitable[Run]],
+    known: Runs,
+    has_time: Callable[[], bool] = always,
+    name: str = "",
+) -> Found:
+    """The highest Poisson rate at which enough requests meet the limits.
+
+    `known` are runs of before, with equal options but for the limits: none of them is repeated, and new ones
+    are added. One that was stopped says nothing of looser limits, so the loosest are searched first. `name`
+    stands before what is said of each run.
+    """
+    say = Console(stderr=True, highlight=False).print
+
+    async def trial(rate: float, number: int) -> Trial:
+        if (rate, number) not in known:
+            known[rate, number] = await run(rate, number)
+        judged = _judged(options, rate, known[rate, number])
+        so_far = ", stopped" if judged.stopped else ""
+        share = f"{100 * judged.attainment:.0f} % within the limits{so_far}"
+        say(f"{name}{rate:.2f} requests/s, trial {number + 1}: {share}")
+        return judged
+
+    return await search(trial, options.arrival.rate, options.attainment, options.trials, has_time)
+
+
+def _judged(options: Options, rate: float, run: Run) -> Trial:
+    """What a run was by the limits of now."""
+    misses = _Misses(options, run.num_requests)
+    for record in run.records:
+        misses(record)
+    found = summarize(run.records, options.limits, ())
+    return Trial(
+        rate=rate,
+        attainment=misses.attainment if misses.are_too_many else found["attainment"] or 0.0,
+        goodput_rps=found["goodput_rps"] or 0.0,
+        client_bottleneck=found["client_bottleneck"],
+        most_in_flight=found["most_in_flight"],
+        stopped=misses.are_too_many,
+        errors=found["errors"],
+    )
 
 
 def _num_turns(requests: Sequence[LoadRequest]) -> int:

@@ -22,7 +22,7 @@ from bench import shapes
 from bench.goodput import run as goodput
 from bench.goodput.report import rows_of, sheet
 from bench.goodput.run import Comparison, Load
-from bench.goodput.systems import vllm
+from bench.goodput.systems import System, vllm
 from bench.serve.arrivals import Arrival, Schedule
 from bench.serve.driver import Driver
 from bench.serve.metrics import Slo
@@ -127,6 +127,16 @@ def wait_until(holds: Callable[[], bool], patience_s: float = 10) -> None:
         time.sleep(0.01)
 
 
+def noted(name: str, awake: System, turns: list[str]) -> System:
+    """The system, and a note of each turn it gets."""
+
+    def woken():
+        turns.append(name)
+        return awake()
+
+    return woken
+
+
 async def one_request(url: str):
     [record] = await Driver(HttpTarget(url, SERVED_NAME, with_ids=True)).run([LoadRequest([1, 2], 3)], [0.0])
     return record
@@ -182,8 +192,7 @@ def test_a_run_that_is_ended_takes_its_servers_along(python: Path, tmp_path: Pat
     with (tmp_path / "said").open("w") as said:
         options = ["--shape", "raw", "--vllm-python", str(python), "--out", str(tmp_path / "out")]
         run = subprocess.Popen([*command, *options], cwd=ROOT, stdout=said, stderr=said)
-        wait_until(lambda: "Tandem within" in (tmp_path / "said").read_text(), 60)
-        assert state_of(engine_of(python)) == "T"
+        wait_until(lambda: "Tandem, loose limits" in (tmp_path / "said").read_text(), 60)
         run.terminate()
         assert run.wait(60) != 0
     wait_until(lambda: state_of(engine_of(python)) in ("", "Z"))
@@ -208,10 +217,12 @@ def test_the_slow_server_holds_nothing_and_the_fast_one_what_it_can(python: Path
     options = Options(
         num_requests=10, arrival=arrival, input_lengths="8", output_lengths="2", trials=1, warm_up=1
     )
+    turns, found = [], {}
     with ExitStack() as stack:
-        systems = vllm(python, engines, stack)
-        *_, found = goodput.measure(systems, Load(4.0, LIMITS), model, options, math.inf)
-    rows = rows_of(found, LIMITS)
+        systems = {name: noted(name, awake, turns) for name, awake in vllm(python, engines, stack).items()}
+        asyncio.run(goodput.measure(systems, Load(4.0, LIMITS), model, options, math.inf, found.update))
+    assert turns[:4] == ["fast", "slow", "fast", "slow"]
+    rows = rows_of(found, LIMITS, list(engines))
     assert [(row.limits, row.system) for row in rows] == [
         (label, name) for label in LIMITS for name in engines
     ]
@@ -226,9 +237,8 @@ def test_the_slow_server_holds_nothing_and_the_fast_one_what_it_can(python: Path
 
 def test_nothing_is_begun_when_time_is_over(python: Path) -> None:
     options = Options(num_requests=2, arrival=Schedule(Arrival.POISSON, 4.0))
-    assert not list(
-        goodput.measure({"never": pytest.fail}, Load(1.0, LIMITS), Model("m", 9, 99), options, -math.inf)
-    )
+    never, model = {"never": pytest.fail}, Model("m", 9, 99)
+    asyncio.run(goodput.measure(never, Load(1.0, LIMITS), model, options, -math.inf, pytest.fail))
 
 
 def test_a_server_that_refuses_everything_is_an_error_and_no_slow_one(python: Path) -> None:
@@ -237,7 +247,7 @@ def test_a_server_that_refuses_everything_is_an_error_and_no_slow_one(python: Pa
     with ExitStack() as stack:
         systems = vllm(python, {"other": replace(SETTINGS, dtype="int3", step_tokens=FAST)}, stack)
         with pytest.raises(ConfigError, match="other answered no request: HTTP_500"):
-            list(goodput.measure(systems, Load(400.0, LIMITS), model, options, math.inf))
+            asyncio.run(goodput.measure(systems, Load(400.0, LIMITS), model, options, math.inf, pytest.fail))
 
 
 def test_rows_by_hand() -> None:
@@ -250,7 +260,13 @@ def test_rows_by_hand() -> None:
         ("loose", "theirs"): found(4.0),
         ("loose", "another"): found(None),
     }
-    ours, theirs, another = rows = rows_of(finds, LIMITS)
+    names = ["ours", "theirs", "another"]
+    ours, theirs, another = rows = rows_of(finds, LIMITS, names)
+    early = {key: one for key, one in finds.items() if key[1] != "ours"}
+    assert [(row.system, row.ratio) for row in rows_of(early, LIMITS, names)] == [
+        ("theirs", None),
+        ("another", None),
+    ]
     assert (ours.rate, ours.ratio, ours.good, ours.failed, ours.client_late) == (6.0, 1.0, 0.9, 2, True)
     assert (ours.goodput, another.goodput) == (1.0, None)
     assert (theirs.ratio, theirs.failing_rate, theirs.ttft_ms) == (1.5, 9.0, 200)
@@ -263,7 +279,7 @@ def test_rows_by_hand() -> None:
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
-    comparison = Comparison("1b", None, (), False, 2, 1, 1.0, tmp_path)
+    comparison = Comparison("1b", None, (None,), False, 2, 1, 1.0, tmp_path)
     with pytest.raises(ConfigError, match="limits for the shapes raw, 111m, none for 1b"):
         goodput.run(comparison, as_json=False)
     with pytest.raises(ConfigError, match="--speculation needs --shape raw"):
@@ -287,7 +303,7 @@ def test_our_service_beside_the_stand_in(python: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(goodput, "OUTPUT_TOKENS", 4)
     monkeypatch.setattr("bench.serve.search.MAX_DOUBLINGS", 1)
     comparison = Comparison(
-        "tiny", python, (FAST,), False, 6, 1, 1.0, tmp_path / "out", ("loose",), ("int8",)
+        "tiny", python, (None, FAST), False, 6, 1, 10.0, tmp_path / "out", ("loose",), ("int8",)
     )
     document = goodput.run(comparison, as_json=False)
     assert [(row["system"], row["rate"]) for row in document["rows"]] == [

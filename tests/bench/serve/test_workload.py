@@ -150,6 +150,17 @@ async def test_a_search_without_an_end_says_so() -> None:
     assert found.failing_rate is None
 
 
+async def test_a_search_without_time_has_a_wider_bracket() -> None:
+    async def run(rate: float, number: int) -> Trial:
+        ran.append(rate)
+        return Trial(rate, 1.0 if rate < 7 else 0.5, rate, False, 2)
+
+    for num_rates, wanted in ((1, (1, None)), (3, (4, None)), (4, (4, 8)), (5, (32**0.5, 8))):
+        ran: list[float] = []
+        found = await search(run, 1.0, 0.9, 1, lambda ran=ran, most=num_rates: len(ran) < most)
+        assert (found.holding_rate, found.failing_rate) == wanted
+
+
 async def test_a_rate_that_cannot_hold_any_more_is_left() -> None:
     ran = []
 
