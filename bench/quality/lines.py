@@ -32,7 +32,7 @@ def read_problems(path: Path, parse: Callable[[Mapping[str, Any]], P], what: str
 
 
 def read_csv(path: Path) -> Iterator[list[str]]:
-    """Rows of a CSV file without a header. Raises `ConfigError`."""
+    """Rows of a CSV file, its header included. Raises `ConfigError`."""
     yield from csv.reader(_text(path).splitlines(keepends=True))
 
 

@@ -58,8 +58,8 @@ class Mmlu:
 
 
 def mmlu(path: Path, examples: Path | None, shots: int, limit: int | None) -> Mmlu:
-    """CSV rows (question, choices, letter) as in the original, or JSONL with `question`, `choices` and
-    `answer` as a letter or an index. Raises `ConfigError`."""
+    """CSV rows (question, choices, answer) as in the original or below a header, or JSONL with `question`,
+    `choices` and `answer`, which is a letter or, from 0, an index. Raises `ConfigError`."""
     solved = _read(examples)[:shots] if examples else []
     shown = "".join(f"{question.shown()} {question.answer}\n\n" for question in solved)
     problems = [
@@ -79,9 +79,16 @@ def _read(path: Path) -> list[Question]:
     if path.suffix != ".csv":
         return read_problems(path, _of_json, "multiple-choice JSONL")
     found = []
+    num_columns = 0
     for number, row in enumerate(read_csv(path), 1):
+        num_columns = num_columns or len(row)
+        if number == 1 and row[:1] == ["question"] and row[-1:] == ["answer"]:
+            continue
         try:
-            found.append(_question(row[0], row[1:-1], row[-1].strip()))
+            if len(row) != num_columns:
+                raise ValueError(f"{len(row)} columns, and {num_columns} in the first row")
+            answer = row[-1].strip()
+            found.append(_question(row[0], row[1:-1], int(answer) if answer.isdecimal() else answer))
         except (ValueError, IndexError) as error:
             raise ConfigError(f"{path}:{number} is no row of MMLU's CSV ({error})") from error
     if not found:
@@ -90,11 +97,12 @@ def _read(path: Path) -> list[Question]:
 
 
 def _of_json(row: Mapping[str, Any]) -> Question:
-    answer = row["answer"]
-    return _question(row["question"], row["choices"], LETTERS[answer] if type(answer) is int else answer)
+    return _question(row["question"], row["choices"], row["answer"])
 
 
-def _question(text: str, choices: Sequence[str], answer: str) -> Question:
+def _question(text: str, choices: Sequence[str], answer: str | int) -> Question:
+    if isinstance(answer, int):
+        answer = LETTERS[answer]
     if not 2 <= len(choices) <= len(LETTERS) or answer not in LETTERS[: len(choices)] or len(answer) != 1:
         raise ValueError(f"{len(choices)} choices and the answer {answer!r}")
     return Question(text, choices, answer)
