@@ -90,12 +90,15 @@ def limits_of(name: str, options: dict[str, Any]) -> str:
 
 
 def _verdict(summary: dict[str, Any]) -> str:
-    if not summary["client_bottleneck"]:
-        return ""
-    return (
-        '<p class="warn">The client was late itself (99th percentile of its lag over 10 ms): '
-        "these latencies are not the service's alone.</p>"
-    )
+    warnings = []
+    if summary["client_bottleneck"]:
+        warnings.append(
+            "The client was late itself (99th percentile of its lag over 10 ms): "
+            "these latencies are not the service's alone."
+        )
+    if num_cut := summary.get("cut"):
+        warnings.append(f"{num_cut} requests were cut to the model's context: the file has longer ones.")
+    return "".join(f'<p class="warn">{warning}</p>' for warning in warnings)
 
 
 def _tiles(summary: dict[str, Any]) -> str:

@@ -98,6 +98,10 @@ def show(content: dict[str, Any], console: Console) -> None:
         )
     for reason, count in summary["errors_by_reason"].items():
         console.print(f"[yellow]{count} × {reason}[/]")
+    if summary.get("cut"):
+        console.print(
+            f"[yellow]{summary['cut']} requests were cut to the model's context: the file has longer ones[/]"
+        )
     if summary["client_bottleneck"]:
         console.print("[yellow]the client was the bottleneck: its own lag at p99 is over 10 ms[/]")
     if protocols := content.get("protocol"):

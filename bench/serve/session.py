@@ -195,6 +195,7 @@ class LoadTest:
         records = await driver.run(requests, times, self.options.concurrency)
         lags_ms, limits = driver.loop_lags_ms, self.options.limits
         summary = summarize(records, limits, lags_ms, is_closed=times is None)
+        summary["cut"] = sum(request.is_cut for request in requests)
         return Run(records, summary, scraper, _num_turns(requests))
 
     async def warm_up(self) -> None:

@@ -38,6 +38,7 @@ class LoadRequest:
     session: str = ""  # the conversation that it is a turn of
     then: LoadRequest | None = None  # the next turn: its prompt is only what is said anew
     think_s: float = 0.0  # from the end of the turn before
+    is_cut: bool = False  # to the model's context: the file has a longer prompt or output
 
     @property
     def num_turns(self) -> int:
@@ -160,15 +161,18 @@ def _mooncake(path: Path, vocab_size: int, max_context: int) -> Iterator[LoadReq
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}:{number}: not a Mooncake trace line ({error})") from error
         first_ms = timestamp_ms if first_ms is None else first_ms
+        asked = num_prompt, num_output
         num_output = min(num_output, max_context // 2)
         num_prompt = min(num_prompt, max_context - num_output)
+        is_cut = asked != (num_prompt, num_output)
         tokens: list[int] = []
         for hash_id in hash_ids[: -(-num_prompt // MOONCAKE_BLOCK)]:
             tokens += random.Random(f"block {hash_id}").choices(range(vocab_size), k=MOONCAKE_BLOCK)
         num_own = max(num_prompt - len(tokens), 0)  # what the ids do not cover is this line's alone
         tokens += random.Random(f"line {number}").choices(range(vocab_size), k=num_own)
         at_s = (timestamp_ms - first_ms) / 1e3
-        yield LoadRequest(tokens[:num_prompt], num_output, at_s, request_class=_class_of(row))
+        prompt = tokens[:num_prompt]
+        yield LoadRequest(prompt, num_output, at_s, request_class=_class_of(row), is_cut=is_cut)
 
 
 def read_sharegpt(path: Path, max_context: int) -> list[list[LoadRequest]]:

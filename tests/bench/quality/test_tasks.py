@@ -151,7 +151,7 @@ async def test_choices_are_those_of_the_likeliest_letter(tmp_path: Path) -> None
     below_header.write_text('question,A,B,C,D,answer\n"Two, or three?",2,3,5,7,1\n')
     (same,) = mmlu.mmlu(below_header, None, 5, None).problems
     assert (same.right, same.prompt) == (first.right, "Two, or three?\nA. 2\nB. 3\nC. 5\nD. 7\nAnswer:")
-    below_header.write_text('question,A,B,answer\nA comma, without quotes,2,3,1\n')
+    below_header.write_text("question,A,B,answer\nA comma, without quotes,2,3,1\n")
     with pytest.raises(ConfigError, match=r"header.csv:2 .* \(5 columns, and 4 in the first row\)"):
         mmlu.mmlu(below_header, None, 5, None)
     (only,) = mmlu.mmlu(lines, None, 5, None).problems

@@ -9,7 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from bench.serve import report
 from bench.serve.arrivals import Arrival, Schedule
 from bench.serve.conversation import RequestClass, Talk, of_classes, parse_class, synthetic
 from bench.serve.driver import NOT_SENT, Driver
@@ -137,6 +139,21 @@ async def test_a_search_stops_a_trial_that_cannot_hold_its_rate() -> None:
     assert found.holding_rate is None
     assert all(trial.stopped and trial.attainment == 0.8 for trial in found.trials)
     assert len(target.sent) < 5 * len(found.trials)
+
+
+async def test_requests_that_the_model_has_no_room_for_are_counted(tmp_path: Path, capsys) -> None:
+    trace = tmp_path / "trace.jsonl"
+    rows = [
+        {"timestamp": 0, "input_length": length, "output_length": 2, "hash_ids": [1]} for length in (5, 500)
+    ]
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    options = Options(num_requests=2, input=trace, arrival=Schedule(Arrival.TRACE), warm_up=0)
+    run = await LoadTest(Answering(), Model("m", 1000, 100), options).run()
+    content = report.document(run, options, "somewhere", "m")
+    report.save(tmp_path, content)
+    report.show(content, Console())
+    assert "1 requests were cut to the model's context" in (tmp_path / "serve.html").read_text()
+    assert "1 requests were cut to the model's context" in capsys.readouterr().out
 
 
 async def test_a_search_repeats_no_run_that_is_known(monkeypatch) -> None:

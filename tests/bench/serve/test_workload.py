@@ -37,6 +37,7 @@ def test_equal_blocks_of_a_mooncake_trace_are_equal_tokens(tmp_path: Path) -> No
     assert first.prompt[:1024] == second.prompt[:1024]
     assert first.prompt[1024:1030] != second.prompt[1024:1030]
     assert len(long.prompt) + long.max_tokens == CONTEXT
+    assert [r.is_cut for r in (first, second, third, long)] == [False, False, False, True]
     assert all(0 <= token < VOCAB for token in first.prompt)
     assert read_workload(tmp_path / "trace.jsonl", VOCAB, CONTEXT, 32)[0] == first
 
