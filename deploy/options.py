@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from tandem.config import POLICIES, QUANTIZATIONS
+from tandem.config import POLICIES
+from tandem.quantizations import EIGHT_BITS, QUANTIZATIONS
 
 Model = Annotated[
     str | None, typer.Option(help="Folder or hub id of a checkpoint; the bundled one by default.")
@@ -34,7 +35,10 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Dtype = Annotated[str, typer.Option(help="Precision of activations and KV: float32, bfloat16 or float16.")]
 Quantization = Annotated[
     str,
-    typer.Option(help=f"Linear weights: {', '.join(QUANTIZATIONS)}."),
+    typer.Option(
+        help=f"Linear weights: {', '.join(QUANTIZATIONS)}; with {EIGHT_BITS} behind it (int8{EIGHT_BITS}), "
+        "activations of eight bits, too."
+    ),
 ]
 DraftQuantization = Annotated[str, typer.Option(help="The same for the draft's, or for a self-draft's.")]
 Server = Annotated[

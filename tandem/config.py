@@ -33,20 +33,12 @@ from tandem.config_profile import ProfileConfig as ProfileConfig
 from tandem.config_values import build, check, check_positive
 from tandem.geometry import DTYPE_BYTES, KV_CODECS
 from tandem.kv_dtypes import KvDtypes
+from tandem.quantizations import EIGHT_BITS, FOUR_BITS, parse_quantization
 
 MIB = 1 << 20
 DRAFTS = ("none", "ngram", "model", "self", "qspec")
-FOUR_BITS = (
-    *("nf4", "nf4-dq", "fp4", "fp4-dq"),
-    *("int4", "int4-rotated", "int4-outliers", "int4-rotated-outliers"),
-)
-QUANTIZATIONS = ("none", "int8", *FOUR_BITS)
 IMPLEMENTATIONS = ("auto", "native", "lean", "transformers")
 BUNDLED_MODELS = Path(__file__).parent / "models"
-
-
-def _check_quantization(name: str) -> None:
-    check(name in QUANTIZATIONS, f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {name}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +49,7 @@ class ModelConfig:
     name: str = ""  # what clients call it; the folder's name by default
     dtype: str = "float32"  # of activations, and of KV unless `cache` says otherwise
     implementation: str = "auto"  # auto | native | lean | transformers (tandem.engine.implementation)
-    quantization: str = "none"  # of linear weights (tandem.engine.quantization); the output head stays whole
+    quantization: str = "none"  # of linear weights (tandem.quantizations); the output head stays whole
     linear: str = "auto"  # auto | fp32 | fp16: storage of linear weights on a CPU (tandem.engine.linear)
 
     def __post_init__(self) -> None:
@@ -69,7 +61,7 @@ class ModelConfig:
             self.implementation in IMPLEMENTATIONS,
             f"model implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {self.implementation}",
         )
-        _check_quantization(self.quantization)
+        parse_quantization(self.quantization)
         check(
             self.linear in ("auto", "fp32", "fp16"),
             f"model linear must be auto, fp32 or fp16, not {self.linear}",
@@ -156,10 +148,14 @@ class SpeculationConfig:
 
     def __post_init__(self) -> None:
         check(self.draft in DRAFTS, f"unknown draft {self.draft}; known: {', '.join(DRAFTS)}")
-        _check_quantization(self.draft_quantization)
+        parse_quantization(self.draft_quantization)
         check(
             self.draft != "self" or self.draft_quantization != "none",
             "a self-draft needs speculation.draft_quantization: unquantized it costs what the target costs",
+        )
+        check(
+            self.draft != "self" or not self.draft_quantization.endswith(EIGHT_BITS),
+            "a self-draft's activations are set by speculation.draft_activation_bits, not behind its format",
         )
         check(
             self.draft_quantization == "none" or self.draft in ("model", "self"),

@@ -15,12 +15,11 @@ from bench.inflate import Pair
 from bench.speculation.agreement import WINDOW_TOKENS, logits_of
 from bench.speculation.rig import BLOCK_SIZE
 from bench.speculation.text import Tokens
-from tandem.config import QUANTIZATIONS
 from tandem.engine.loading import DRAFT_ACTIVATION_BITS
 from tandem.engine.model_runner import ModelRunner
-from tandem.engine.storage import ACTIVATION_BITS
 from tandem.errors import ConfigError
 from tandem.geometry import num_blocks
+from tandem.quantizations import ACTIVATION_BITS, QUANTIZATIONS
 
 Skip = Callable[[str, str], None]  # what, and why it is not measured
 DRAFTED = ("int8", "nf4", "int4")  # precisions of drafts, of which the speed is measured too

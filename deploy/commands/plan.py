@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.models import resolve_model
-from tandem.config import QUANTIZATIONS, CacheConfig
+from tandem.config import CacheConfig
 from tandem.errors import ConfigError
 from tandem.geometry import DTYPE_BYTES, ModelGeometry, num_blocks
+from tandem.quantizations import parse_quantization
 
 BITS_PER_WEIGHT = {"int8": 8.0, "nf4": 4.5, "fp4": 4.5, "int4": 4.25}  # with the scales of their groups
 OUTLIER_BITS = 8 / 32  # more, where one input in 32 is kept in eight bits beside them
@@ -39,8 +40,7 @@ class Sides:
         if dtype not in DTYPE_BYTES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {dtype}")
         for name in (quantization, draft_quantization):
-            if name not in QUANTIZATIONS:
-                raise ConfigError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, not {name}")
+            parse_quantization(name)
         geometry = ModelGeometry.from_path(resolve_model(model))
         if draft is None:
             return cls(geometry, dtype, quantization)

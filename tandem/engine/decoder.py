@@ -20,7 +20,7 @@ from tandem.engine.linear import LinearChoice
 from tandem.engine.native.decoder import NativeDecoder
 from tandem.engine.paged_cache import PagedCache
 from tandem.engine.quantization.bitsandbytes import quantization_of
-from tandem.engine.storage import ACTIVATION_BITS, Storage
+from tandem.engine.storage import Storage
 from tandem.errors import ConfigError
 
 
@@ -77,8 +77,8 @@ def load_decoder(
 
 
 def _as_stored(storage: Storage, found: str | None, path: Path) -> Storage:
-    """A checkpoint that is quantized stays as it is; a draft of fewer bits may be made of it."""
-    if found is None or storage.activation_bits != ACTIVATION_BITS:
+    """A checkpoint that is quantized stays as it is; a draft in another format may be made of it."""
+    if found is None or storage.is_draft:
         return storage
     if storage.quantization.partition("-")[0] not in ("none", found):
         raise ConfigError(f"{path} is quantized in {found}; it cannot be served in {storage.quantization}")

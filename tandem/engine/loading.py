@@ -11,10 +11,10 @@ import torch
 from tandem.config import ClusterConfig
 from tandem.engine.block_pool import BlockPool
 from tandem.engine.model_runner import ModelRunner
-from tandem.engine.storage import ACTIVATION_BITS
 from tandem.errors import ConfigError
 from tandem.geometry import ModelGeometry
 from tandem.pb.worker.v1 import worker_pb2 as pb
+from tandem.quantizations import ACTIVATION_BITS, parse_quantization
 
 log = logging.getLogger(__name__)
 
@@ -117,16 +117,26 @@ def _load(
     num_blocks: int,
     kv_dtype: str,
     quantization: str,
-    activation_bits: int = ACTIVATION_BITS,
+    self_draft_bits: int = 0,
 ) -> ModelRunner:
-    return ModelRunner.load(
+    """`self_draft_bits` are those of its activations, if it is a draft by the target's weights. Raises
+    `ConfigError` where nothing computes with the activations that the quantization's name says."""
+    weights, bits = parse_quantization(quantization)
+    model = ModelRunner.load(
         path,
         dtype=config.model.dtype,
         kv_dtype=kv_dtype,
         linear=config.model.linear,
         implementation=config.model.implementation if path == config.model.path else "auto",
-        quantization=quantization,
-        activation_bits=activation_bits,
+        quantization=weights,
+        activation_bits=self_draft_bits or bits,
+        is_draft=bool(self_draft_bits),
         num_blocks=num_blocks,
         block_size=config.cache.block_size,
     )
+    if bits != ACTIVATION_BITS and model.implementation != "native":
+        raise ConfigError(
+            f"{quantization} needs our own kernels, and {path} runs by {model.implementation} here "
+            f"({model.implementation_reason}): take {weights}"
+        )
+    return model

@@ -21,9 +21,10 @@ from tandem.engine.native.build import KV_DTYPES
 from tandem.engine.native.decoder import NativeDecoder
 from tandem.engine.paged_cache import PagedCache
 from tandem.engine.sampler import choose, most_probable
-from tandem.engine.storage import ACTIVATION_BITS, Storage
+from tandem.engine.storage import Storage
 from tandem.geometry import ModelGeometry
 from tandem.profiling.spans import span
+from tandem.quantizations import ACTIVATION_BITS
 
 WARM_UP_TOKENS = 96
 P = ParamSpec("P")
@@ -69,6 +70,7 @@ class ModelRunner:
         linear: str = "auto",
         quantization: str = "none",
         activation_bits: int = ACTIVATION_BITS,
+        is_draft: bool = False,
         num_blocks: int,
         block_size: int,
         device: torch.device | str = "cpu",
@@ -79,7 +81,7 @@ class ModelRunner:
         torch_dtype: torch.dtype = getattr(torch, dtype)
         held: torch.dtype = torch_dtype if kv_dtype == "auto" else getattr(torch, kv_dtype)
         geometry = ModelGeometry.from_path(path)
-        storage = Storage(linear, quantization, activation_bits)
+        storage = Storage(linear, quantization, activation_bits, is_draft)
         with torch.inference_mode():
             model = load_decoder(path, torch_dtype, storage, device, implementation, held)
             cache = PagedCache(geometry, num_blocks, block_size, held, device)

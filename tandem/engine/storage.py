@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ACTIVATION_BITS = 16  # that quantized weights meet in our own kernels; other paths compute with float32
+from tandem.quantizations import ACTIVATION_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,5 +13,6 @@ class Storage:
 
     linear: str = "auto"
     quantization: str = "none"
-    activation_bits: int = ACTIVATION_BITS  # 8, 4: for drafts, by our own kernels only
+    activation_bits: int = ACTIVATION_BITS  # 8, and for drafts 4: by our own kernels only
+    is_draft: bool = False  # of a target's weights, which may be quantized already, in a format of its own
     is_given: bool = False  # the checkpoint is quantized: only what keeps its numbers may be done to them

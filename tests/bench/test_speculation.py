@@ -28,9 +28,9 @@ from bench.speculation.rig import Rig, Setup
 from bench.speculation.runner import Benchmark, Options, Results
 from bench.speculation.sweep import Row
 from bench.speculation.text import held_out, prompts, windows
-from tandem.config import FOUR_BITS
 from tandem.engine.model_runner import ModelRunner
 from tandem.errors import ConfigError
+from tandem.quantizations import FOUR_BITS
 from tandem.sampling import SamplingParams
 from tandem.speculation import SpeculationParams
 from tests.checkpoints import save_llama, tiny_llama

@@ -32,6 +32,7 @@ POLICIES = (SpeculationPolicy.EXACT, SpeculationPolicy.AUTO)
 PRECISIONS = [("none", "none"), ("none", "int8"), ("none", "nf4"), ("none", "fp4-dq"), ("none", "int4")]
 PRECISIONS += [("int8", "nf4"), ("nf4", "int8")]
 SETUPS = [("model", *pair) for pair in PRECISIONS]
+SETUPS += [("model", "int8-a8", "nf4-a8")]
 SETUPS += [("self", *pair) for pair in PRECISIONS[1:]]
 SETUPS += [("qspec", kind, "none") for kind in ("nf4", "fp4", "int4")] + [("ngram", "none", "none")]
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tandem.config import QUANTIZATIONS, ClusterConfig
+from tandem.config import ClusterConfig, ModelConfig, SpeculationConfig
 from tandem.engine.batch import SequenceRows
+from tandem.engine.loading import load_engine
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.native import build, library, probe
 from tandem.engine.native.arena import Arena
@@ -25,6 +26,8 @@ from tandem.engine.quantization.formats import (
 )
 from tandem.engine.quantization.modules import round_weights, swap_for_bitsandbytes
 from tandem.errors import ConfigError
+from tandem.fingerprint import model_fingerprint
+from tandem.quantizations import QUANTIZATIONS
 
 INTEGERS = tuple(kind for kind in QUANTIZATIONS if kind.startswith("int4"))
 KINDS = tuple(kind for kind in QUANTIZATIONS if kind != "none")
@@ -230,6 +233,26 @@ def test_the_report_names_format_and_width(saved_model):
     assert report["lm_head"].kernel == "native-fp32"
 
 
+@pytest.mark.parametrize("weights", ["int8", "nf4"])
+def test_a_quantization_may_name_the_width_of_activations(saved_model, weights):
+    path = saved_model("llama3")[1]
+
+    def load(quantization, **more):
+        model = ModelConfig(path=path, quantization=quantization, **more)
+        config = ClusterConfig(model=model, speculation=SpeculationConfig(draft="none"))
+        return load_engine(config, "test", 1 << 22, 1).model, model_fingerprint(config)
+
+    rows = [SequenceRows(list(range(3, 20)), 0, range(2), 17)]
+    (wide, wide_name), (narrow, narrow_name) = load(weights), load(f"{weights}-a8")
+    kernels = [m.linear_report()["model.layers.0.mlp.down_proj"].kernel for m in (wide, narrow)]
+    assert kernels == [f"native-{weights}-a16", f"native-{weights}-a8"]
+    assert wide_name != narrow_name  # workers of the two must not share KV
+    logits = [model.forward(model.batch(rows)) for model in (wide, narrow)]
+    assert 0 < (logits[0] - logits[1]).abs().max() < 0.1 * logits[0].abs().max()
+    with pytest.raises(ConfigError, match=f"{weights}-a8 needs our own kernels.*: take {weights}$"):
+        load(f"{weights}-a8", implementation="lean")
+
+
 def test_a_draft_of_four_bits_takes_the_faster_width_layer_by_layer(saved_model):
     path = saved_model("llama3")[1]
     runner = ModelRunner.load(path, num_blocks=2, block_size=16, quantization="int4-rotated")
@@ -265,6 +288,12 @@ def test_the_probe_takes_what_is_faster(monkeypatch):
     ("changes", "message"),
     [
         ({"model": {"quantization": "int3"}}, "quantization must be one of"),
+        ({"model": {"quantization": "none-a8"}}, "with -a8 behind it; not none-a8"),
+        ({"model": {"quantization": "int8-a4"}}, "not int8-a4"),
+        (
+            {"speculation": {"draft": "self", "draft_quantization": "nf4-a8"}},
+            "set by speculation.draft_activation_bits",
+        ),
         ({"speculation": {"draft": "self"}}, "a self-draft needs"),
         ({"speculation": {"draft": "ngram", "draft_quantization": "nf4"}}, "draft_quantization is for"),
         ({"speculation": {"draft": "qspec"}}, "draft qspec shares"),
@@ -391,6 +420,12 @@ def test_a_quantized_checkpoint_is_not_quantized_otherwise(quantized_checkpoint)
     folder = quantized_checkpoint("nf4")[1]
     with pytest.raises(ConfigError, match="is quantized in nf4; it cannot be served in int8"):
         ModelRunner.load(folder, num_blocks=2, block_size=16, quantization="int8")
+    with pytest.raises(ConfigError, match="is quantized in nf4; it cannot be served in int8"):
+        ModelRunner.load(folder, num_blocks=2, block_size=16, quantization="int8", activation_bits=8)
+    narrow = ModelRunner.load(folder, num_blocks=2, block_size=16, quantization="nf4", activation_bits=8)
+    assert "native-nf4-a8" in narrow.describe()
+    draft = ModelRunner.load(folder, num_blocks=2, block_size=16, quantization="int8", is_draft=True)
+    assert "native-int8" in draft.describe()
 
 
 def test_a_damaged_quantized_checkpoint_is_refused(quantized_checkpoint):

@@ -27,8 +27,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from tandem.config import QUANTIZATIONS
 from tandem.errors import ConfigError
+from tandem.quantizations import QUANTIZATIONS
 
 # Quantiles of the normal distribution, and 4-bit floats: the numbers bitsandbytes stores in its checkpoints.
 NF4 = (

@@ -1,0 +1,29 @@
+"""How linear weights may be quantized, by name: a format and, with `-a8` behind, activations of eight bits.
+
+Formats are in tandem/engine/quantization/formats.py. Activations have sixteen bits otherwise, which loses
+next to nothing; eight multiply faster where there are many rows, as in prompts.
+"""
+
+from __future__ import annotations
+
+from tandem.errors import ConfigError
+
+FOUR_BITS = (
+    *("nf4", "nf4-dq", "fp4", "fp4-dq"),
+    *("int4", "int4-rotated", "int4-outliers", "int4-rotated-outliers"),
+)
+QUANTIZATIONS = ("none", "int8", *FOUR_BITS)
+ACTIVATION_BITS = 16  # that quantized weights meet in our own kernels; other paths compute with float32
+EIGHT_BITS = "-a8"  # behind a format
+
+
+def parse_quantization(name: str) -> tuple[str, int]:
+    """The format of the weights, and the bits of activations. Raises `ConfigError` if there is none such."""
+    weights = name.removesuffix(EIGHT_BITS)
+    if weights not in QUANTIZATIONS or (weights == "none" and name != weights):
+        known = ", ".join(QUANTIZATIONS)
+        raise ConfigError(
+            f"quantization must be one of {known}, or one of these but none with {EIGHT_BITS} behind it; "
+            f"not {name}"
+        )
+    return weights, ACTIVATION_BITS if name == weights else 8
