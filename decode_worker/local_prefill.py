@@ -1,5 +1,8 @@
 """Prompts that come without KV are computed here, a chunk between two steps of the sequences that run.
 
+Who has the least left is next, so that short prompts do not wait for long ones, until a long one has let
+others by for as long as it takes.
+
 The router sends one where that costs less than the way over a prefill worker and the store. Chunks of a
 prompt have the same bits wherever they are cut and computed, so the tokens are the same. Owned by the step
 thread.
@@ -8,8 +11,8 @@ thread.
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from decode_worker.decoder import Advance, advance_by
 from decode_worker.sequence import DecodeSequence
@@ -22,34 +25,43 @@ from tandem.token_cost import LEAST_CHUNK_TOKENS, TokenCost
 STALL_S = 0.03  # about so long a chunk of more than `LEAST_CHUNK_TOKENS` may keep running sequences waiting
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """In the line, since when, and with how much to compute."""
+
+    num_tokens: int
+    since_s: float = field(default_factory=time.monotonic)
+
+
 class LocalPrefill:
-    """The line of such prompts, first come, first served. `chunk_tokens` bounds the rows of a forward; `cost`
-    learns from each, and tells how many of them others can wait for."""
+    """The line of such prompts. `chunk_tokens` bounds the rows of a forward; `cost` learns from each, and
+    tells how many of them others can wait for."""
 
     def __init__(self, model: ModelRunner, chunk_tokens: int, cost: TokenCost | None = None) -> None:
         self._model = model
         self._chunk_tokens = chunk_tokens
         self._cost = cost or TokenCost()
         self._sampler = Sampler()
-        self._line: deque[DecodeSequence] = deque()
+        self._line: dict[DecodeSequence, _Place] = {}  # as they came
 
     def __len__(self) -> int:
         return len(self._line)
 
     def join(self, sequence: DecodeSequence) -> None:
-        self._line.append(sequence)
+        self._line[sequence] = _Place(sequence.num_left)
 
     def leave(self, is_gone: Callable[[DecodeSequence], bool]) -> list[DecodeSequence]:
         """Take out the sequences that nobody waits for."""
         gone = [sequence for sequence in self._line if is_gone(sequence)]
-        self._line = deque(sequence for sequence in self._line if sequence not in gone)
+        for sequence in gone:
+            del self._line[sequence]
         return gone
 
     def next(self, *, is_alone: bool, num_cores: int = 1) -> dict[DecodeSequence, SequenceRows]:
         """The rows of the next forward; `is_alone` where no sequence waits for its next token."""
         self._cost.num_cores = num_cores
         chosen, room = {}, self._room(is_alone)
-        for sequence in self._line:
+        for sequence in sorted(self._line, key=self._turn):
             if room <= 0:
                 break
             chosen[sequence] = self._rows(sequence, min(sequence.num_left, room))
@@ -71,6 +83,15 @@ class LocalPrefill:
         for sequence in complete:
             sequence.num_computed -= 1  # `advance` counts the last token, whose successor it brings
         return list(zip(complete, map(advance_by, complete, sampled), strict=True))
+
+    def _turn(self, sequence: DecodeSequence) -> tuple[float, float]:
+        """First those whose patience is over, the oldest before others; then who has the least left."""
+        place = self._line[sequence]
+        waited_s = time.monotonic() - place.since_s
+        num_computed = place.num_tokens - sequence.num_left
+        if self._cost.is_patience_over(waited_s, place.num_tokens, num_computed):
+            return 0, place.since_s
+        return 1, sequence.num_left
 
     def _room(self, is_alone: bool) -> int:
         if is_alone:

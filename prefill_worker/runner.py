@@ -22,7 +22,6 @@ from tandem.token_cost import TokenCost
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 1.0  # times as long as a long prompt takes alone it lets others by
 CHUNK_S = 0.25  # about so long a chunk may take,
 LEAST_TOKENS = 256  # unless that is fewer: each forward reads all of the weights again
 
@@ -69,9 +68,8 @@ class PrefillRunner:
 
     def is_late(self, job: PrefillJob) -> bool:
         """Whether a long prompt has let others by for as long as it may."""
-        token_s = self.cost.per_token_s
-        waited_s = time.monotonic() - job.arrived_s - token_s * job.num_computed
-        return waited_s > PATIENCE * token_s * job.num_tokens > 0
+        waited_s = time.monotonic() - job.arrived_s
+        return self.cost.is_patience_over(waited_s, job.num_tokens, job.num_computed)
 
     def run(self, chunks: Sequence[Chunk]) -> list[SampledToken | BadLogits | None]:
         """Compute the chunks; one sampled token for each that completes its prompt, else None."""

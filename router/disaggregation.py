@@ -12,6 +12,7 @@ Neither side computes what the store has, which both restore, nor a decode worke
 Where both workers share their cores, there is nothing to compare as long as prompts can be computed between
 steps in chunks that nobody notices. With n sequences running, the split takes half of their cores for twice
 as long: they lose n · own · s, as they do otherwise, and the prompt itself another own · s and the hand-off.
+What nobody notices follows from `router.itl_limit_s`, the longest gap between tokens that is asked for.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from tandem.token_cost import LEAST_CHUNK_TOKENS
 
 ALPHA = 0.2  # weight of the newest measurement
 MIN_MEASURED = 3  # requests of the split way before anything is compared
-UNNOTICED_S = 0.06  # that the shortest chunk between two steps may take on shared cores
+UNNOTICED_S = 0.06  # that the shortest chunk and a step may take on shared cores where no limit is set,
+UNNOTICED_SHARE = 0.75  # and of the limit where one is: some gaps are longer than most
 
 
 class Why(Enum):
@@ -119,7 +121,8 @@ class Costs:
 
     @property
     def stall_s(self) -> float:
-        """That running sequences wait for a chunk of a prompt between their steps, at the least."""
+        """That running sequences wait for a chunk of a prompt between their steps, at the least. Steps are in
+        it, as far as they were in what prompts took."""
         return LEAST_CHUNK_TOKENS * self._local_token_s
 
     @property
@@ -130,15 +133,21 @@ class Costs:
         return self.local_s(situation) < self.split_s(situation)
 
 
-def decide(situation: Situation, costs: Costs, num_measured: int, most_tokens: int) -> Decision:
-    """At most `most_tokens` are computed on a decode worker."""
+def decide(
+    situation: Situation,
+    costs: Costs,
+    num_measured: int,
+    most_tokens: int,
+    unnoticed_s: float = UNNOTICED_S,
+) -> Decision:
+    """At most `most_tokens` are computed on a decode worker, where sequences may wait `unnoticed_s` at once."""
     if situation.cached.left_at_decode(situation.tokens) > most_tokens:
         return Decision(False, Why.LONG)
     if situation.cached.is_nowhere:
         return Decision(False, Why.CACHEABLE)
     if num_measured < MIN_MEASURED:
         return Decision(False, Why.UNMEASURED)
-    if situation.shares_cores and costs.stall_s <= UNNOTICED_S:
+    if situation.shares_cores and costs.stall_s <= unnoticed_s:
         return Decision(True, Why.SHARED)
     is_local = costs.prefer_local(situation)
     without = costs.prefer_local(replace(situation, cached=NOTHING))
@@ -146,11 +155,13 @@ def decide(situation: Situation, costs: Costs, num_measured: int, most_tokens: i
 
 
 class Disaggregation:
-    """Decides for one router, and learns. `mode` is always, auto or never."""
+    """Decides for one router, and learns. `mode` is always, auto or never; gaps between tokens should not be
+    longer than `itl_limit_s`, if that is not 0."""
 
-    def __init__(self, mode: str, most_tokens: int) -> None:
+    def __init__(self, mode: str, most_tokens: int, itl_limit_s: float = 0.0) -> None:
         self._fixed = {"always": SPLIT, "never": UNSPLIT}.get(mode)
         self._most_tokens = most_tokens
+        self._unnoticed_s = UNNOTICED_SHARE * itl_limit_s or UNNOTICED_S
         self._costs = Costs()
         self._num_measured = 0
         self.loads = DecodeLoads()
@@ -166,9 +177,10 @@ class Disaggregation:
     ) -> Decision:
         if self._fixed is not None:
             return self._fixed
-        there = self.loads.waiting_tokens(decode_worker), self.loads.num_running(decode_worker)
+        before = self.loads.tokens_before(decode_worker, cached.left_at_decode(tokens))
+        there = before, self.loads.num_running(decode_worker)
         situation = Situation(tokens, prefill_queue, *there, cached, shares_cores)
-        return decide(situation, self._costs, self._num_measured, self._most_tokens)
+        return decide(situation, self._costs, self._num_measured, self._most_tokens, self._unnoticed_s)
 
     def note(self, decision: Decision, tokens: int, timings: Timings) -> None:
         """A request that went this way has ended; its first token came after that many were computed, those

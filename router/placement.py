@@ -21,7 +21,9 @@ class Placement:
         self._admission = admission
         self._metrics = metrics
         self._routes = Routes(config)
-        self._disaggregation = Disaggregation(router.disaggregate, router.local_prefill_tokens)
+        self._disaggregation = Disaggregation(
+            router.disaggregate, router.local_prefill_tokens, router.itl_limit_s
+        )
         self._store_fallback = router.store_fallback
 
     def traits(self, request: Request) -> Traits:
@@ -42,10 +44,11 @@ class Placement:
             decision = plan.decision
         elif self._store_fallback and STORE in exclude:
             decision = STAY
+        loads, prompt_tokens = self._disaggregation.loads, 0
         if decision.is_local:
-            queue = self._disaggregation.loads.waiting_tokens(worker_id)
-        prompt_tokens = cached.left_at_decode(tokens) if decision.is_local else 0
-        self._disaggregation.loads.begin(worker_id, plan.attempt, prompt_tokens)
+            prompt_tokens = cached.left_at_decode(tokens)
+            queue = loads.tokens_before(worker_id, prompt_tokens)
+        loads.begin(worker_id, plan.attempt, prompt_tokens)
         self._metrics.note_placed(decision.name)
         placed = self._admission.place(plan, decision, queue, cached.at_decode)
         self._routes.note(traits, placed)

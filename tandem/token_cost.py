@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+PATIENCE = 1.0  # times as long as a prompt takes alone it lets shorter ones by
 LEAST_CHUNK_TOKENS = 64  # of a prompt between steps of others: in shorter ones each token takes longer
 KEEP = 0.9  # of what is known, with each new forward: contexts grow, machines get busier and quieter
 
@@ -32,6 +33,11 @@ class TokenCost:
         seen = min(known, key=lambda each: abs(each - num_cores))
         squares, products = self._sums[seen]
         return products / squares * seen / num_cores
+
+    def is_patience_over(self, waited_s: float, num_tokens: int, num_computed: int) -> bool:
+        """Whether a prompt of `num_tokens`, here for `waited_s`, has let others by for as long as it may."""
+        token_s = self.per_token_s
+        return waited_s - token_s * num_computed > PATIENCE * token_s * num_tokens > 0
 
     def tokens_within(self, seconds: float, least: int, most: int) -> int:
         """Of a forward that takes about so long, from `least` to `most`; `most` before the first forward."""

@@ -128,6 +128,22 @@ def test_a_chunk_is_what_others_can_wait_for(token_s, is_alone, wanted):
     assert sum(len(rows.token_ids) for rows in line.next(is_alone=is_alone).values()) == wanted
 
 
+@pytest.mark.parametrize("patience", [1e6, 1e-6])
+def test_who_has_the_least_left_is_next_until_a_long_prompt_is_late(patience, monkeypatch):
+    monkeypatch.setattr("tandem.token_cost.PATIENCE", patience)
+    cost = TokenCost()
+    cost.observe(100, 1e-9)  # so that any wait is longer than what is computed takes
+    line = LocalPrefill(None, 100, cost)
+    long, short, shorter = prompts = Prompt(1000), Prompt(150), Prompt(60)
+    for prompt in prompts:
+        line.join(prompt)
+    chosen = line.next(is_alone=True)
+    counts = {prompt: len(rows.token_ids) for prompt, rows in chosen.items()}
+    assert counts == ({shorter: 60, short: 40} if patience > 1 else {long: 100})
+    line.leave(lambda prompt: prompt is shorter)
+    assert len(line) == 2
+
+
 def test_a_chunk_on_fewer_cores_is_shorter():
     cost = TokenCost()
     cost.num_cores = 2

@@ -171,9 +171,9 @@ async def test_a_prompt_that_waits_at_the_decode_worker_speaks_for_the_split():
         with gate(cluster.decodes[0].worker._prompts, "step") as held:
             first = asyncio.create_task(complete(cluster, ask("x" * 60, **MORE)))
             await until(lambda: held.num_arrived)
-            assert loads.waiting_tokens("decode-0") == 60
-            second = asyncio.create_task(complete(cluster, ask("y" * 30, **MORE)))
+            assert loads.tokens_before("decode-0", 1000) == 60
+            second = asyncio.create_task(complete(cluster, ask("y" * 61, **MORE)))
             await until(lambda: loads._num_sequences["decode-0"] == 2)
         assert placement(await first) == "local/cheaper"
         assert placement(await second) == "split/cheaper", "60 tokens in line are more than the hand-off"
-        await until(lambda: not loads.waiting_tokens("decode-0"))
+        await until(lambda: not loads.tokens_before("decode-0", 1000))

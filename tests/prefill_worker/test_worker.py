@@ -122,7 +122,7 @@ async def test_a_burst_of_prompts_is_computed_in_one_batch():
     ("patience", "expected"), [(1e6, [32, 20, 32, 8, 32, 3, 4]), (1e-6, [32, 32, 32, 4, 20, 8, 3])]
 )
 async def test_a_long_prompt_takes_turns_with_short_ones_until_it_is_late(patience, expected, monkeypatch):
-    monkeypatch.setattr(runner, "PATIENCE", patience)
+    monkeypatch.setattr("tandem.token_cost.PATIENCE", patience)
     gate = BatchGate()
     async with prefilling(forward=gate, **LONG) as rig:
         long = rig.submit("long", prompt_of(100))

@@ -29,7 +29,8 @@ def test_agrees_with_a_list_in_any_order_of_ends(requests, random):
     for worker in WORKERS:
         here = [(tokens, state) for at, tokens, state in requests if at == worker and state != "ended"]
         waiting = [tokens for tokens, state in here if state == "runs" and tokens]
-        assert loads.waiting_tokens(worker) == sum(waiting)
+        for most in (1, 150, 300):
+            assert loads.tokens_before(worker, most) == sum(tokens for tokens in waiting if tokens <= most)
         assert loads.num_running(worker) == len(here) - len(waiting)
 
 
@@ -40,4 +41,4 @@ def test_nothing_is_left_of_requests_that_have_left(requests):
         loads.begin(worker, (f"r{number}", 1), tokens)
     for number, (worker, _, _) in enumerate(requests):
         loads.end(worker, (f"r{number}", 1))
-    assert not any((loads._num_sequences, loads._num_waiting, loads._waiting_tokens, loads._prompts))
+    assert not any((loads._num_sequences, loads._lines, loads._workers))

@@ -94,6 +94,19 @@ def test_on_shared_cores_a_prompt_stays_where_nobody_notices_it(here, costs):
     assert decide(wanted, costs, MIN_MEASURED, 10_000) == Decision(False, Why.CACHEABLE)
 
 
+@pytest.mark.parametrize(("limit_s", "is_local"), [(0.0, False), (0.1, False), (0.2, True), (1.0, True)])
+def test_what_nobody_notices_follows_from_the_limit_of_gaps(limit_s, is_local):
+    """64 tokens take 128 ms there. With ten sequences running the split costs less, on cores of its own."""
+    one = Disaggregation("auto", 1000, limit_s)
+    for _ in range(MIN_MEASURED):
+        one.note(Decision(False, Why.UNMEASURED), 100, Timings(prefill_ms=200, kv_read_ms=1))
+    for number in range(10):
+        one.loads.begin("d", (f"r{number}", 1))
+    found = one.decide(100, 0, "d", shares_cores=True)
+    assert found == (Decision(True, Why.SHARED) if is_local else Decision(False, Why.CHEAPER))
+    assert not one.decide(100, 0, "d").is_local
+
+
 @given(SITUATIONS, MEASURED, st.integers(1, 5000))
 def test_a_predicted_cost_grows_with_what_is_queued_on_its_side_and_with_nothing_else(here, costs, more):
     behind_prefill = replace(here, prefill_queue=here.prefill_queue + more)
@@ -165,10 +178,12 @@ def test_a_prompt_in_line_counts_until_it_is_computed():
     for _ in range(MIN_MEASURED):
         one.note(Decision(False, Why.UNMEASURED), 10, Timings(prefill_ms=10, kv_read_ms=30))
     one.loads.begin("d", ("r", 1), prompt_tokens=31)
-    assert not one.decide(10, 0, "d").is_local
-    assert one.decide(10, 0, "idle").is_local
+    assert not one.decide(31, 0, "d").is_local
+    assert one.decide(31, 0, "idle").is_local
+    assert one.decide(30, 0, "d").is_local, "it is shorter, and computed first"
     one.loads.computed(("r", 1))
-    assert one.decide(10, 0, "d").is_local, "one sequence runs, and waits for ten tokens"
+    assert one.decide(29, 0, "d").is_local, "one sequence runs, and waits for 29 tokens"
+    assert not one.decide(31, 0, "d").is_local
 
 
 @pytest.mark.parametrize(("mode", "name"), [("always", "split/always"), ("never", "local/never")])

@@ -78,6 +78,8 @@ def test_each_prompt_that_stays_is_queued_behind_those_that_stayed_before():
     assert (again.decision.is_local, again.queued_before) == (True, 40), "160 ms here, 180 there"
     longer = router.place("longer", prompt(60, 900))
     assert (longer.decision.is_local, longer.queued_before) == (False, 40), "260 ms here, 200 there"
+    shorter = router.place("shorter", prompt(20, 900))
+    assert (shorter.decision.is_local, shorter.queued_before) == (True, 0), "it is computed before the others"
 
 
 def test_a_queue_at_the_prefill_worker_holds_what_the_store_does_not():
