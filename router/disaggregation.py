@@ -140,7 +140,7 @@ def decide(
     most_tokens: int,
     unnoticed_s: float = UNNOTICED_S,
 ) -> Decision:
-    """At most `most_tokens` are computed on a decode worker, where sequences may wait `unnoticed_s` at once."""
+    """A decode worker computes at most `most_tokens`, and its sequences may wait `unnoticed_s` at once."""
     if situation.cached.left_at_decode(situation.tokens) > most_tokens:
         return Decision(False, Why.LONG)
     if situation.cached.is_nowhere:
