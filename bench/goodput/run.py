@@ -168,7 +168,7 @@ async def _in_turn(
 ) -> Run:
     """One trial, alone on the machine and warmed up."""
     async with turn:
-        with awake() as target:
+        with awake(options.slo) as target:
             test = LoadTest(target, model, options)
             await test.warm_up()
             return await test.trial(rate, number)

@@ -13,23 +13,27 @@ from pathlib import Path
 from typing import Any
 
 from bench.embedded import started
+from bench.serve.metrics import Slo
 from bench.serve.target import HttpTarget
 from bench.vllm.peer import Settings
 from bench.vllm.server import SERVED_NAME, VLlmServer, starting
 
-System = Callable[[], AbstractContextManager[HttpTarget]]  # awake until the block ends
+System = Callable[[Slo], AbstractContextManager[HttpTarget]]  # awake for such limits until the block ends
 
 
 def tandem(path: Path, speculation: Mapping[str, Any], quantization: str = "none") -> System:
-    """The embedded service as it is by default but for its weights: both workers share all cores, prompts go
-    where it pays."""
+    """The embedded service, told the limit of gaps, so that it computes prompts where that keeps to it.
+
+    Else it is as by default but for its weights: both workers share all cores.
+    """
     model = {"path": str(path), "name": SERVED_NAME, "quantization": quantization}
     return partial(_tandem, {"model": model, "speculation": speculation})
 
 
 @contextmanager
-def _tandem(values: Mapping[str, Any]) -> Iterator[HttpTarget]:
-    with started(values) as service:
+def _tandem(values: Mapping[str, Any], slo: Slo) -> Iterator[HttpTarget]:
+    placed = {"disaggregate": "auto", "itl_limit_s": (slo.itl_ms or 0.0) / 1e3}
+    with started({**values, "router": placed}) as service:
         yield HttpTarget(service.http_url, SERVED_NAME, with_ids=True)
 
 
@@ -43,7 +47,7 @@ def vllm(python: Path, engines: Mapping[str, Settings], stack: ExitStack) -> dic
 
 
 @contextmanager
-def _awake(server: VLlmServer) -> Iterator[HttpTarget]:
+def _awake(server: VLlmServer, _: Slo) -> Iterator[HttpTarget]:
     server.wake()
     try:
         yield HttpTarget(server.url, SERVED_NAME, with_ids=True)

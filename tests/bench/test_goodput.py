@@ -130,9 +130,9 @@ def wait_until(holds: Callable[[], bool], patience_s: float = 10) -> None:
 def noted(name: str, awake: System, turns: list[str]) -> System:
     """The system, and a note of each turn it gets."""
 
-    def woken():
+    def woken(slo: Slo):
         turns.append(name)
-        return awake()
+        return awake(slo)
 
     return woken
 
