@@ -6,6 +6,8 @@ with as many threads as there are cores. The service's tokens are counted where 
 while all sequences run: from the last one's first token until the first one's last. The client and the
 router have no cores of their own. Beside the rate stands what a client sees: the time to its first token,
 and the gaps between messages, which hold several tokens where steps are faster than messages are worth.
+The model is the bundled one, or that grown to a larger one's cost: what a token costs around the engine does
+not grow with it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from time import perf_counter
 from typing import Any
 
 from bench.embedded import serving
-from bench.inflate import BUNDLED
+from bench.inflate import BUNDLED, Pair, inflated_pair
 from bench.measure import Sheet, Spread, console, flat, interleave, machine, table, write_csv, write_json
 from bench.speculation import text
 from bench.speculation.rig import Rig, Setup
@@ -67,25 +69,26 @@ class Row:
         )
 
 
-def run(rounds: int, out: Path, as_json: bool) -> dict[str, Any]:
-    """Measure, show, write; returns the document."""
+def run(shape: str, rounds: int, out: Path, as_json: bool) -> dict[str, Any]:
+    """Measure, show, write; returns the document. Raises `ConfigError` for an unknown shape."""
     shown = console(as_json)
-    rows = measure(rounds)
-    shown.print(table(*sheet(rows)))
-    document = {"machine": machine(_num_cores()), "rows": [asdict(row) for row in rows]}
+    rows = measure(BUNDLED if shape == "raw" else inflated_pair(shape), rounds)
+    shown.print(table(*sheet(shape, rows)))
+    document = {"machine": machine(_num_cores()), "shape": shape, "rows": [asdict(row) for row in rows]}
     write_json(out / "overhead.json", document)
     write_csv(out / "overhead.csv", [flat(row) for row in rows])
     shown.print(f"\noverhead.json and overhead.csv are in {out}")
     return document
 
 
-def measure(rounds: int) -> list[Row]:
+def measure(pair: Pair, rounds: int) -> list[Row]:
     """Engine and service in turns, for each number of sequences."""
     most = max(BATCHES)
-    rig = Rig(BUNDLED, Setup(draft="none"), most, PROMPT_TOKENS + OUTPUT_TOKENS, _num_cores())
+    rig = Rig(pair, Setup(draft="none"), most, PROMPT_TOKENS + OUTPUT_TOKENS, _num_cores())
     prompts = text.prompts(text.held_out(BUNDLED.target), most, PROMPT_TOKENS)
     rig.prefill(prompts)
-    with serving({"speculation": {"draft": "none"}}) as address, asyncio.Runner() as runner:
+    settings = {"model": {"path": str(pair.target)}, "speculation": {"draft": "none"}}
+    with serving(settings) as address, asyncio.Runner() as runner:
         rows = []
         for batch in BATCHES:
             some, seen = prompts[:batch], list[Seen]()
@@ -145,7 +148,7 @@ async def _stream(client: TandemClient, prompt: text.Tokens) -> Arrivals:
     ]
 
 
-def sheet(rows: Sequence[Row]) -> Sheet:
+def sheet(shape: str, rows: Sequence[Row]) -> Sheet:
     """Medians over the rounds, and the range of the ratio."""
     cells = [
         (
@@ -158,6 +161,6 @@ def sheet(rows: Sequence[Row]) -> Sheet:
         )
         for row in rows
     ]
-    title = f"tokens/s, {PROMPT_TOKENS} in, {OUTPUT_TOKENS} out, bundled model, plain decoding"
+    title = f"tokens/s, {PROMPT_TOKENS} in, {OUTPUT_TOKENS} out, {shape} model, plain decoding"
     seen = ("TTFT, ms", "gaps, ms: p50, p99")
     return Sheet(title, ("sequences", "engine", "service", "service / engine", "range", *seen), cells, 1)

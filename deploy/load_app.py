@@ -74,6 +74,10 @@ Seconds = Annotated[float, typer.Option(help="Of arrivals in each cell.", min=1)
 GoodputShape = Annotated[
     str, typer.Option(help="Model of the comparison: raw (the bundled one) or 111m with random weights.")
 ]
+OverheadShape = Annotated[
+    str,
+    typer.Option(help="The bundled model as it is (raw), or grown to the cost of a larger one (111m, …)."),
+]
 VLlmSteps = Annotated[
     list[int] | None,
     typer.Option(
@@ -195,6 +199,7 @@ def goodput(
 
 
 def overhead(
+    shape: OverheadShape = "raw",
     rounds: o.Rounds = 5,
     out: o.Out = Path("bench-results/overhead"),
     json_output: o.Json = False,
@@ -202,7 +207,7 @@ def overhead(
     """Tokens per second through the whole service beside the engine's bare loop."""
     from bench.overhead import run
 
-    document = run(rounds, out, json_output)
+    document = run(shape, rounds, out, json_output)
     if json_output:
         print(json.dumps(document))
 

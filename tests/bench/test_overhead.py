@@ -27,13 +27,13 @@ def test_a_row_keeps_the_rounds_together():
     row = overhead.Row.of(2, [100.0, 100.0, 90.0], seen)
     assert (row.ratio.low, row.ratio.median, row.ratio.high) == (0.5, 0.8, 1.0)
     assert (row.ttft_ms.median, row.gap_ms.median, row.gap_p99_ms.high) == (20, 5, 9)
-    assert overhead.sheet([row]).rows[0][-2:] == ("20", "5.0, 9.0")
+    assert overhead.sheet("raw", [row]).rows[0][-2:] == ("20", "5.0, 9.0")
 
 
 @pytest.mark.long
 def test_engine_and_service_take_turns(tmp_path, monkeypatch):
     monkeypatch.setattr(overhead, "BATCHES", (1, 2))
-    document = overhead.run(1, tmp_path, as_json=True)
+    document = overhead.run("raw", 1, tmp_path, as_json=True)
     assert [row["batch"] for row in document["rows"]] == [1, 2]
     for row in document["rows"]:
         assert row["ratio"]["median"] == row["service"]["median"] / row["engine"]["median"]
