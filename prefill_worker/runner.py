@@ -71,8 +71,10 @@ class PrefillRunner:
         waited_s = time.monotonic() - job.arrived_s
         return self.cost.is_patience_over(waited_s, job.num_tokens, job.num_computed)
 
-    def run(self, chunks: Sequence[Chunk]) -> list[SampledToken | BadLogits | None]:
-        """Compute the chunks; one sampled token for each that completes its prompt, else None."""
+    def run(self, chunks: Sequence[Chunk], num_cores: int = 1) -> list[SampledToken | BadLogits | None]:
+        """Compute the chunks, with so many cores; one sampled token for each that completes its prompt, else
+        None."""
+        self.cost.num_cores = num_cores
         started_s = time.monotonic()
         batch = self._model.batch([self._rows(chunk) for chunk in chunks])
         logits = self._model.forward(batch)

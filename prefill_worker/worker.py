@@ -201,7 +201,7 @@ class PrefillWorker:
             return
         try:
             self._handoffs.begin(chunks)
-            tokens = self._runner.run(chunks)
+            tokens = self._runner.run(chunks, self._cores.num_cores)
         except Exception as error:
             self._fail([chunk.job for chunk in chunks], error)
             return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from prefill_worker.job import PrefillJob
@@ -97,3 +99,14 @@ def test_a_row_without_usable_logits_spoils_only_itself(model, pool):
     jobs = [make_job(pool, name, 20) for name in "abc"]
     found = PrefillRunner(Meddler(model, forward=spoil), BUDGET).run(whole(*jobs))
     assert [type(token) for token in found] == [SampledToken, BadLogits, SampledToken]
+
+
+def test_what_a_token_costs_is_learnt_for_each_number_of_cores(model, pool, monkeypatch):
+    runner = PrefillRunner(model, 1024)
+    clock = iter((0.0, 2.0, 10.0, 14.0))  # two seconds with two cores, four with one
+    monkeypatch.setattr("prefill_worker.runner.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for name, num_cores in (("two", 2), ("one", 1)):
+        runner.run(whole(make_job(pool, name, 40)), num_cores)
+        assert runner.cost.per_token_s == pytest.approx(0.1 / num_cores)
+    runner.cost.num_cores = 2
+    assert runner.cost.per_token_s == pytest.approx(0.05)
