@@ -16,13 +16,19 @@ from dataclasses import dataclass, field
 
 from decode_worker.decoder import Advance, advance_by
 from decode_worker.sequence import DecodeSequence
+from tandem.config import ClusterConfig
 from tandem.engine.batch import SequenceRows
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import Sampler
 from tandem.profiling.spans import span
 from tandem.token_cost import LEAST_CHUNK_TOKENS, TokenCost
 
-STALL_S = 0.03  # about so long a chunk of more than `LEAST_CHUNK_TOKENS` may keep running sequences waiting
+LEAST_STALL_S = 0.03
+
+
+def stall_of(config: ClusterConfig) -> float:
+    """About so many seconds running sequences may wait for a chunk of more than `LEAST_CHUNK_TOKENS`."""
+    return config.decode.stall_s or max(LEAST_STALL_S, config.router.itl_limit_s / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +41,18 @@ class _Place:
 
 class LocalPrefill:
     """The line of such prompts. `chunk_tokens` bounds the rows of a forward; `cost` learns from each, and
-    tells how many of them others can wait for."""
+    tells how many of them take `stall_s`, which running sequences wait for more than the least."""
 
-    def __init__(self, model: ModelRunner, chunk_tokens: int, cost: TokenCost | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelRunner,
+        chunk_tokens: int,
+        cost: TokenCost | None = None,
+        stall_s: float = LEAST_STALL_S,
+    ) -> None:
         self._model = model
         self._chunk_tokens = chunk_tokens
+        self._stall_s = stall_s or LEAST_STALL_S
         self._cost = cost or TokenCost()
         self._sampler = Sampler()
         self._line: dict[DecodeSequence, _Place] = {}  # as they came
@@ -96,7 +109,7 @@ class LocalPrefill:
     def _room(self, is_alone: bool) -> int:
         if is_alone:
             return self._chunk_tokens
-        return self._cost.tokens_within(STALL_S, LEAST_CHUNK_TOKENS, self._chunk_tokens)
+        return self._cost.tokens_within(self._stall_s, LEAST_CHUNK_TOKENS, self._chunk_tokens)
 
     @staticmethod
     def _rows(sequence: DecodeSequence, num_tokens: int) -> SequenceRows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from dataclasses import replace
 from functools import partial
 
 import grpc
@@ -11,6 +12,7 @@ import grpc
 from decode_worker.beginnings import StoredBeginnings
 from decode_worker.decoder import Decoder
 from decode_worker.drafting import make_decoder
+from decode_worker.local_prefill import stall_of
 from decode_worker.restore import KvRestorer
 from decode_worker.reuse import BlockNames, Reuse
 from decode_worker.service import DecodeServicer
@@ -69,7 +71,7 @@ class DecodeServer:
         restorer = _restorer(config, engine, client, report, beginnings)
         cores = cores_of(config.cores, config.decode.threads)
         worker = DecodeWorker(
-            config.decode,
+            replace(config.decode, stall_s=stall_of(config)),
             engine.model.called("prefill"),
             engine.pool,
             Tokenizer.from_dir(config.model.path),

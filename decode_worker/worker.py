@@ -75,7 +75,7 @@ class DecodeWorker:
         self._decoder = decoder or PlainDecoder(model)
         self._cores = cores or OwnCores(1)
         self._scheduler = DecodeScheduler(config.max_batch)
-        self._prompts = LocalPrefill(model, config.prefill_tokens, restorer.token_cost)
+        self._prompts = LocalPrefill(model, config.prefill_tokens, restorer.token_cost, config.stall_s)
         self._inbox: deque[DecodeSequence] = deque()  # KV in place, not yet in the scheduler
         self._restoring: dict[DecodeSequence, asyncio.Task[None]] = {}  # event loop only
         self._wake = threading.Condition()

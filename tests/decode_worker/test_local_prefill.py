@@ -9,7 +9,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from decode_worker.local_prefill import STALL_S, LocalPrefill
+from decode_worker.local_prefill import LEAST_STALL_S as STALL_S
+from decode_worker.local_prefill import LocalPrefill, stall_of
+from tandem.config import ClusterConfig
 from tandem.errors import DeadlineExceeded
 from tandem.request import FinishReason
 from tandem.token_cost import LEAST_CHUNK_TOKENS, TokenCost
@@ -126,6 +128,25 @@ def test_a_chunk_is_what_others_can_wait_for(token_s, is_alone, wanted):
     for _ in range(3):
         line.join(Prompt())
     assert sum(len(rows.token_ids) for rows in line.next(is_alone=is_alone).values()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({}, LEAST_CHUNK_TOKENS),
+        ({"router": {"itl_limit_s": 0.25}}, 125),
+        ({"router": {"itl_limit_s": 0.02}}, LEAST_CHUNK_TOKENS),
+        ({"router": {"itl_limit_s": 0.25}, "decode": {"stall_s": 0.2}}, 200),
+        ({"router": {"itl_limit_s": 2.0}}, 256),
+    ],
+)
+def test_a_chunk_takes_half_of_the_gaps_that_are_asked_for(changes, wanted):
+    cost = TokenCost()
+    cost.observe(100, 0.1)
+    line = LocalPrefill(None, 256, cost, stall_of(ClusterConfig.from_dict(changes)))
+    line.join(Prompt(1000))
+    [rows] = line.next(is_alone=False).values()
+    assert len(rows.token_ids) == wanted
 
 
 @pytest.mark.parametrize("patience", [1e6, 1e-6])
