@@ -1,7 +1,7 @@
 """Prompts that come without KV are computed here, a chunk between two steps of the sequences that run.
 
-Who has the least left is next, so that short prompts do not wait for long ones, until a long one has let
-others by for as long as it takes.
+Who has the least left is next, so that short prompts do not wait for long ones. Who has let others by for as
+long as it takes has every second chunk.
 
 The router sends one where that costs less than the way over a prefill worker and the store. Chunks of a
 prompt have the same bits wherever they are cut and computed, so the tokens are the same. Owned by the step
@@ -24,11 +24,14 @@ from tandem.profiling.spans import span
 from tandem.token_cost import LEAST_CHUNK_TOKENS, TokenCost
 
 LEAST_STALL_S = 0.03
+STALL_SHARE = (
+    1 / 3
+)  # of the longest gap that is asked for: steps come on top, and some chunks take twice as long
 
 
 def stall_of(config: ClusterConfig) -> float:
     """About so many seconds running sequences may wait for a chunk of more than `LEAST_CHUNK_TOKENS`."""
-    return config.decode.stall_s or max(LEAST_STALL_S, config.router.itl_limit_s / 2)
+    return config.decode.stall_s or max(LEAST_STALL_S, STALL_SHARE * config.router.itl_limit_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,7 @@ class LocalPrefill:
         self._cost = cost or TokenCost()
         self._sampler = Sampler()
         self._line: dict[DecodeSequence, _Place] = {}  # as they came
+        self._late_first = False
 
     def __len__(self) -> int:
         return len(self._line)
@@ -74,7 +78,7 @@ class LocalPrefill:
         """The rows of the next forward; `is_alone` where no sequence waits for its next token."""
         self._cost.num_cores = num_cores
         chosen, room = {}, self._room(is_alone)
-        for sequence in sorted(self._line, key=self._turn):
+        for sequence in self._in_turn():
             if room <= 0:
                 break
             chosen[sequence] = self._rows(sequence, min(sequence.num_left, room))
@@ -97,14 +101,17 @@ class LocalPrefill:
             sequence.num_computed -= 1  # `advance` counts the last token, whose successor it brings
         return list(zip(complete, map(advance_by, complete, sampled), strict=True))
 
-    def _turn(self, sequence: DecodeSequence) -> tuple[float, float]:
-        """First those whose patience is over, the oldest before others; then who has the least left."""
-        place = self._line[sequence]
-        waited_s = time.monotonic() - place.since_s
+    def _in_turn(self) -> list[DecodeSequence]:
+        """Those who are late as they came, the others by what they have left; in turns, who is first."""
+        now_s = time.monotonic()
+        late = [sequence for sequence, place in self._line.items() if self._is_late(sequence, place, now_s)]
+        others = sorted((each for each in self._line if each not in late), key=lambda each: each.num_left)
+        self._late_first = bool(late) and not (self._late_first and others)
+        return late + others if self._late_first else others + late
+
+    def _is_late(self, sequence: DecodeSequence, place: _Place, now_s: float) -> bool:
         num_computed = place.num_tokens - sequence.num_left
-        if self._cost.is_patience_over(waited_s, place.num_tokens, num_computed):
-            return 0, place.since_s
-        return 1, sequence.num_left
+        return self._cost.is_patience_over(now_s - place.since_s, place.num_tokens, num_computed)
 
     def _room(self, is_alone: bool) -> int:
         if is_alone:

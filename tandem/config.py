@@ -117,7 +117,7 @@ class DecodeConfig:
 
     max_batch: int = 64  # sequences in one step
     prefill_tokens: int = 128  # of prompts that come without KV, computed between two steps
-    stall_s: float = 0.0  # running sequences wait for more than 64 of them; 0: half of router.itl_limit_s
+    stall_s: float = 0.0  # running sequences wait for more than 64 of them; 0: a third of router.itl_limit_s
     threads: int = 0  # that compute; 0: a share of the machine's cores (cores.claims), or one
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import hypothesis.strategies as st
 import pytest
@@ -134,13 +134,13 @@ def test_a_chunk_is_what_others_can_wait_for(token_s, is_alone, wanted):
     ("changes", "wanted"),
     [
         ({}, LEAST_CHUNK_TOKENS),
-        ({"router": {"itl_limit_s": 0.25}}, 125),
+        ({"router": {"itl_limit_s": 0.2505}}, 83),
         ({"router": {"itl_limit_s": 0.02}}, LEAST_CHUNK_TOKENS),
         ({"router": {"itl_limit_s": 0.25}, "decode": {"stall_s": 0.2}}, 200),
         ({"router": {"itl_limit_s": 2.0}}, 256),
     ],
 )
-def test_a_chunk_takes_half_of_the_gaps_that_are_asked_for(changes, wanted):
+def test_a_chunk_takes_a_third_of_the_gaps_that_are_asked_for(changes, wanted):
     cost = TokenCost()
     cost.observe(100, 0.1)
     line = LocalPrefill(None, 256, cost, stall_of(ClusterConfig.from_dict(changes)))
@@ -149,20 +149,27 @@ def test_a_chunk_takes_half_of_the_gaps_that_are_asked_for(changes, wanted):
     assert len(rows.token_ids) == wanted
 
 
-@pytest.mark.parametrize("patience", [1e6, 1e-6])
-def test_who_has_the_least_left_is_next_until_a_long_prompt_is_late(patience, monkeypatch):
-    monkeypatch.setattr("tandem.token_cost.PATIENCE", patience)
+def test_who_has_the_least_left_is_next_and_who_is_late_every_second_time():
     cost = TokenCost()
-    cost.observe(100, 1e-9)  # so that any wait is longer than what is computed takes
+    cost.observe(100, 100.0)
     line = LocalPrefill(None, 100, cost)
     long, short, shorter = prompts = Prompt(1000), Prompt(150), Prompt(60)
     for prompt in prompts:
         line.join(prompt)
-    chosen = line.next(is_alone=True)
-    counts = {prompt: len(rows.token_ids) for prompt, rows in chosen.items()}
-    assert counts == ({shorter: 60, short: 40} if patience > 1 else {long: 100})
-    line.leave(lambda prompt: prompt is shorter)
-    assert len(line) == 2
+
+    def chosen() -> list[tuple[Prompt, int]]:
+        rows = line.next(is_alone=True)
+        return [(prompt, len(of.token_ids)) for prompt, of in rows.items()]
+
+    for _ in range(2):
+        assert chosen() == [(shorter, 60), (short, 40)]
+    line._line[long] = replace(line._line[long], since_s=-1e9)
+    for _ in range(3):
+        assert chosen() == [(long, 100)]
+        assert chosen() == [(shorter, 60), (short, 40)]
+    line.leave(lambda prompt: prompt is not long)
+    for _ in range(3):
+        assert chosen() == [(long, 100)]
 
 
 def test_a_chunk_on_fewer_cores_is_shorter():
