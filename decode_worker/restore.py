@@ -47,6 +47,7 @@ class KvRestorer:
         self._draft_cache = draft_cache
         self._report = report
         self._beginnings = beginnings
+        self._token_cost = beginnings.cost if beginnings is not None else TokenCost()
         self._codec = codec  # the writer's too: it is part of the fingerprint. auto: each header says
 
     @property
@@ -90,9 +91,9 @@ class KvRestorer:
                 await self._beginnings.restore(sequence)
 
     @property
-    def token_cost(self) -> TokenCost | None:
-        """What computing a prompt token takes here, for those who learn it; None where nobody asks."""
-        return self._beginnings.cost if self._beginnings is not None else None
+    def token_cost(self) -> TokenCost:
+        """What computing a prompt token takes here, for those who learn it."""
+        return self._token_cost
 
     async def close(self) -> None:
         """Let go of other stores."""

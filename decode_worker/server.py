@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 
@@ -70,6 +70,7 @@ class DecodeServer:
         reuse, beginnings, report = _reuse(config, engine, client, fingerprint)
         restorer = _restorer(config, engine, client, report, beginnings)
         cores = cores_of(config.cores, config.decode.threads)
+        token_s = partial(restorer.token_cost.per_token_with, cores.num_cores)
         worker = DecodeWorker(
             replace(config.decode, stall_s=stall_of(config)),
             engine.model.called("prefill"),
@@ -85,7 +86,7 @@ class DecodeServer:
         await host.start(
             engine.worker_info(worker_id, pb.WORKER_ROLE_DECODE, fingerprint, cores.name),
             lambda server: worker_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server),
-            partial(_load, engine, worker, decoder, cores, report),
+            partial(_load, engine, worker, decoder, cores, report, token_s),
             worker.audit,
         )
         profiler = profiler_of(config, worker_id, engine)
@@ -117,7 +118,12 @@ def _engine(config: ClusterConfig, worker_id: str) -> Engine:
 
 
 def _load(
-    engine: Engine, worker: DecodeWorker, decoder: Decoder, cores: Cores, prefixes: PrefixReport | None
+    engine: Engine,
+    worker: DecodeWorker,
+    decoder: Decoder,
+    cores: Cores,
+    prefixes: PrefixReport | None,
+    token_s: Callable[[], float],
 ) -> WorkerLoad:
     return WorkerLoad(
         engine.pool.num_free,
@@ -126,6 +132,7 @@ def _load(
         num_cores=cores.num_cores,
         speculation=decoder.report(),
         prefixes=prefixes,
+        prompt_token_s=token_s(),
     )
 
 

@@ -24,6 +24,7 @@ from router.policy import ANY, Candidate, LeastLoaded, Route, RoutingPolicy
 from router.registry import Registry, WorkerInfo, WorkerRole, WorkerState
 from tandem.errors import AlreadyExists, InvalidRequest, TandemError, Unavailable
 from tandem.ledger import Ledger, PoolAudit
+from tandem.registration import WorkerLoad
 
 STORE = "store"  # as the name of who failed a request, beside the workers' ids
 NOBODY: frozenset[str] = frozenset()
@@ -83,15 +84,21 @@ class Admission:
         self._store_incarnation = ""
         self._largest = dict.fromkeys(WorkerRole, 0)  # blocks of the largest worker ever seen
         self._largest_store = 0  # bytes
+        self._load_of: Callable[[str], WorkerLoad] = lambda worker_id: WorkerLoad()
         self.releases_after_loss = 0  # credits that went with their worker or store before they were returned
 
     def follow(self, registry: Registry) -> None:
         """Keep the set of workers equal to the registry's."""
+        self._load_of = registry.load_of
         registry.subscribe(
             on_join=self.add_worker,
             on_loss=lambda info: self.remove_worker(info.worker_id),
             on_state=lambda info, state: self.set_accepting(info.worker_id, state is WorkerState.READY),
         )
+
+    def load_of(self, worker_id: str) -> WorkerLoad:
+        """What a worker last said of itself, if a registry is followed."""
+        return self._load_of(worker_id)
 
     def add_worker(self, info: WorkerInfo) -> None:
         """Open empty books for a worker; those of an earlier start are dropped."""

@@ -26,8 +26,8 @@ from tandem.token_cost import LEAST_CHUNK_TOKENS
 
 ALPHA = 0.2  # weight of the newest measurement
 MIN_MEASURED = 3  # requests of the split way before anything is compared
-UNNOTICED_S = 0.06  # that the shortest chunk and a step may take on shared cores where no limit is set,
-UNNOTICED_SHARE = 0.75  # and of the limit where one is: some gaps are longer than most
+UNNOTICED_S = 0.06  # that the shortest chunk may take on shared cores where no limit is set,
+UNNOTICED_SHARE = 0.6  # and of the limit where one is: steps come on top, and some gaps are longer than most
 
 
 class Why(Enum):
@@ -101,6 +101,7 @@ class Situation:
     num_running: int = 0  # sequences there that wait while it is computed
     cached: Cached = NOTHING
     shares_cores: bool = False  # the two workers, with each other
+    token_s: float = 0.0  # that a token takes the decode worker with all cores, as it says; 0: it does not
 
 
 @dataclass(slots=True)
@@ -119,11 +120,9 @@ class Costs:
         own_tokens = situation.cached.left_at_decode(situation.tokens)
         return (situation.local_queue + own_tokens * (1 + situation.num_running)) * self._local_token_s
 
-    @property
-    def stall_s(self) -> float:
-        """That running sequences wait for a chunk of a prompt between their steps, at the least. Steps are in
-        it, as far as they were in what prompts took."""
-        return LEAST_CHUNK_TOKENS * self._local_token_s
+    def stall_s(self, situation: Situation) -> float:
+        """That running sequences wait for a chunk of a prompt between their steps, at the least."""
+        return LEAST_CHUNK_TOKENS * (situation.token_s or self._local_token_s)
 
     @property
     def _local_token_s(self) -> float:
@@ -147,7 +146,7 @@ def decide(
         return Decision(False, Why.CACHEABLE)
     if num_measured < MIN_MEASURED:
         return Decision(False, Why.UNMEASURED)
-    if situation.shares_cores and costs.stall_s <= unnoticed_s:
+    if situation.shares_cores and costs.stall_s(situation) <= unnoticed_s:
         return Decision(True, Why.SHARED)
     is_local = costs.prefer_local(situation)
     without = costs.prefer_local(replace(situation, cached=NOTHING))
@@ -174,12 +173,13 @@ class Disaggregation:
         cached: Cached = NOTHING,
         *,
         shares_cores: bool = False,
+        token_s: float = 0.0,
     ) -> Decision:
         if self._fixed is not None:
             return self._fixed
         before = self.loads.tokens_before(decode_worker, cached.left_at_decode(tokens))
         there = before, self.loads.num_running(decode_worker)
-        situation = Situation(tokens, prefill_queue, *there, cached, shares_cores)
+        situation = Situation(tokens, prefill_queue, *there, cached, shares_cores, token_s)
         return decide(situation, self._costs, self._num_measured, self._most_tokens, self._unnoticed_s)
 
     def note(self, decision: Decision, tokens: int, timings: Timings) -> None:

@@ -39,7 +39,10 @@ class Placement:
         cached = self._routes.cached(traits, worker_id)
         queue = self._admission.queued_before(plan)
         shares = plan.prefill is not None and plan.prefill.cores == plan.decode.cores != ""
-        decision = self._disaggregation.decide(tokens, queue, worker_id, cached, shares_cores=shares)
+        token_s = self._admission.load_of(worker_id).prompt_token_s
+        decision = self._disaggregation.decide(
+            tokens, queue, worker_id, cached, shares_cores=shares, token_s=token_s
+        )
         if plan.prefill is None:
             decision = plan.decision
         elif self._store_fallback and STORE in exclude:

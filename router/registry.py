@@ -207,6 +207,11 @@ class Registry:
         worker = self._workers.get(worker_id)
         return worker.info if worker else None
 
+    def load_of(self, worker_id: str) -> WorkerLoad:
+        """What it last said; of one that is not known, nothing."""
+        worker = self._workers.get(worker_id)
+        return worker.load if worker else WorkerLoad()
+
     def ready(self, role: WorkerRole) -> list[WorkerInfo]:
         """Workers of this role that may be given work, by id."""
         found = (w for w in self._workers.values() if w.info.role is role and w.state is WorkerState.READY)

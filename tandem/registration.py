@@ -36,6 +36,7 @@ class WorkerLoad:
     num_cores: int = 0  # that computed its last step
     speculation: SpeculationReport | None = None
     prefixes: PrefixReport | None = None
+    prompt_token_s: float = 0.0  # that a prompt's token takes a decode worker with all its cores
 
     @classmethod
     def from_pb(cls, message: pb.HeartbeatRequest) -> WorkerLoad:
@@ -48,6 +49,7 @@ class WorkerLoad:
             message.num_cores,
             SpeculationReport.from_pb(message.speculation) if speculates else None,
             PrefixReport.from_pb(message.prefixes) if message.HasField("prefixes") else None,
+            message.prompt_token_s,
         )
 
 
@@ -108,6 +110,7 @@ class RouterLink:
             num_cores=load.num_cores,
             speculation=load.speculation.to_pb() if load.speculation else None,
             prefixes=load.prefixes.to_pb() if load.prefixes else None,
+            prompt_token_s=load.prompt_token_s,
         )
         try:
             return bool((await self._stub.Heartbeat(request, timeout=TIMEOUT_S)).known)

@@ -27,9 +27,13 @@ class TokenCost:
     @property
     def per_token_s(self) -> float:
         """0 before the first forward."""
-        if not self._sums:
+        return self.per_token_with(self.num_cores)
+
+    def per_token_with(self, num_cores: int) -> float:
+        """The same for another number of cores than those of the forward that comes."""
+        known = tuple(self._sums)  # the step thread may add to them meanwhile
+        if not known:
             return 0.0
-        num_cores, known = self.num_cores, tuple(self._sums)  # the step thread may change both meanwhile
         seen = min(known, key=lambda each: abs(each - num_cores))
         squares, products = self._sums[seen]
         return products / squares * seen / num_cores

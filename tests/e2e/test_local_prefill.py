@@ -72,6 +72,15 @@ async def test_the_tokens_are_those_of_the_split(cluster, sampling):
         assert store_of(other).counters.sealed == MIN_MEASURED
 
 
+async def test_a_decode_worker_says_what_a_prompt_token_takes():
+    async with learnt() as other:
+        load_of = other.router.dispatcher._admission.load_of
+        assert load_of("decode-0").prompt_token_s == 0, "it has computed none"
+        assert placement(await complete(other, ask("x" * 40, **MORE))) == "local/cheaper"
+        await until(lambda: load_of("decode-0").prompt_token_s > 0)
+        assert load_of("prefill-0").prompt_token_s == load_of("nobody").prompt_token_s == 0
+
+
 async def test_long_prompts_are_split_and_the_queue_decides_for_short_ones():
     async with learnt() as cluster:
         assert placement(await complete(cluster, ask("x" * 65, **MORE))) == "split/long"

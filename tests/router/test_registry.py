@@ -175,6 +175,8 @@ def test_a_senseless_description_is_refused(changes):
 def test_a_heartbeat_becomes_a_load():
     message = worker_pb2.HeartbeatRequest(free_blocks=5, num_running=3, num_waiting=1, draining=True)
     assert WorkerLoad.from_pb(message) == WorkerLoad(5, 3, 1, True)
+    message.prompt_token_s = 0.25
+    assert WorkerLoad.from_pb(message).prompt_token_s == 0.25
 
 
 def test_workers_exchange_kv_only_if_both_builds_and_blocks_agree():

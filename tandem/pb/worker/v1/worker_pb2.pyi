@@ -866,6 +866,7 @@ class HeartbeatRequest(_message.Message):
     SPECULATION_FIELD_NUMBER: _builtins.int
     PREFIXES_FIELD_NUMBER: _builtins.int
     NUM_CORES_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """Who."""
     incarnation: _builtins.str
@@ -880,6 +881,8 @@ class HeartbeatRequest(_message.Message):
     """No new work, please."""
     num_cores: _builtins.int
     """Cores that computed its last step."""
+    prompt_token_s: _builtins.float
+    """From a decode worker: seconds that a token of a prompt takes it, with all cores it may have. 0: not known yet."""
     @_builtins.property
     def speculation(self) -> Global___SpeculationReport:
         """From a worker that speculates."""
@@ -900,10 +903,11 @@ class HeartbeatRequest(_message.Message):
         speculation: Global___SpeculationReport | None = ...,
         prefixes: Global___PrefixReport | None = ...,
         num_cores: _builtins.int = ...,
+        prompt_token_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prefixes", b"prefixes", "speculation", b"speculation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "incarnation", b"incarnation", "num_cores", b"num_cores", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefixes", b"prefixes", "speculation", b"speculation", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "incarnation", b"incarnation", "num_cores", b"num_cores", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefixes", b"prefixes", "prompt_token_s", b"prompt_token_s", "speculation", b"speculation", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
