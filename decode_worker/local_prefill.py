@@ -1,7 +1,7 @@
 """Prompts that come without KV are computed here, a chunk between two steps of the sequences that run.
 
-Who has the least left is next, so that short prompts do not wait for long ones. Who has let others by for as
-long as it takes has every second chunk.
+Who has the least left is next, so that short prompts do not wait for long ones. The oldest of those that have
+let others by for as long as they take has every second chunk.
 
 The router sends one where that costs less than the way over a prefill worker and the store. Chunks of a
 prompt have the same bits wherever they are cut and computed, so the tokens are the same. Owned by the step
@@ -59,7 +59,7 @@ class LocalPrefill:
         self._cost = cost or TokenCost()
         self._sampler = Sampler()
         self._line: dict[DecodeSequence, _Place] = {}  # as they came
-        self._late_first = False
+        self._is_turn_of_late = False
 
     def __len__(self) -> int:
         return len(self._line)
@@ -102,12 +102,15 @@ class LocalPrefill:
         return list(zip(complete, map(advance_by, complete, sampled), strict=True))
 
     def _in_turn(self) -> list[DecodeSequence]:
-        """Those who are late as they came, the others by what they have left; in turns, who is first."""
+        """By what they have left; every second time behind the oldest of those who are late."""
         now_s = time.monotonic()
-        late = [sequence for sequence, place in self._line.items() if self._is_late(sequence, place, now_s)]
-        others = sorted((each for each in self._line if each not in late), key=lambda each: each.num_left)
-        self._late_first = bool(late) and not (self._late_first and others)
-        return late + others if self._late_first else others + late
+        line = sorted(self._line, key=lambda sequence: sequence.num_left)
+        late = (each for each, place in self._line.items() if self._is_late(each, place, now_s))
+        self._is_turn_of_late = not self._is_turn_of_late
+        if self._is_turn_of_late and (oldest := next(late, None)) is not None:
+            line.remove(oldest)
+            line.insert(0, oldest)
+        return line
 
     def _is_late(self, sequence: DecodeSequence, place: _Place, now_s: float) -> bool:
         num_computed = place.num_tokens - sequence.num_left

@@ -163,7 +163,8 @@ def test_who_has_the_least_left_is_next_and_who_is_late_every_second_time():
 
     for _ in range(2):
         assert chosen() == [(shorter, 60), (short, 40)]
-    line._line[long] = replace(line._line[long], since_s=-1e9)
+    for prompt in prompts:  # they are all late now
+        line._line[prompt] = replace(line._line[prompt], since_s=-1e9)
     for _ in range(3):
         assert chosen() == [(long, 100)]
         assert chosen() == [(shorter, 60), (short, 40)]
