@@ -24,9 +24,7 @@ from tandem.profiling.spans import span
 from tandem.token_cost import LEAST_CHUNK_TOKENS, TokenCost
 
 LEAST_STALL_S = 0.03
-STALL_SHARE = (
-    1 / 3
-)  # of the longest gap that is asked for: steps come on top, and some chunks take twice as long
+STALL_SHARE = 1 / 3  # of the longest gap that is asked for: steps come on top, and some chunks take longer
 
 
 def stall_of(config: ClusterConfig) -> float:

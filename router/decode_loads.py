@@ -16,10 +16,8 @@ class DecodeLoads:
 
     def __init__(self) -> None:
         self._num_sequences: Counter[str] = Counter()  # by worker
-        self._lines: defaultdict[str, dict[Attempt, int]] = defaultdict(
-            dict
-        )  # of them: tokens of whose prompt waits
-        self._workers: dict[Attempt, str] = {}  # of those
+        self._lines: defaultdict[str, dict[Attempt, int]] = defaultdict(dict)  # tokens of prompts that wait
+        self._workers: dict[Attempt, str] = {}  # of these prompts
 
     def begin(self, worker_id: str, attempt: Attempt, prompt_tokens: int = 0) -> None:
         """A request is admitted there, with so many tokens to be computed before its first one."""
