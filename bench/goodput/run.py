@@ -3,7 +3,8 @@
 1. vLLM's servers start and are put to sleep. Ours starts when it is its turn.
 2. For each pair of limits, the loosest first, all servers are searched side by side for the largest Poisson
    rate at which enough requests keep them (bench/serve/search.py): one runs one trial of its own search, then
-   the next does, so that a slow hour of the machine is everybody's. Trials of before are not run again.
+   the next does, so that a slow hour of the machine is everybody's. vLLM's trials within looser limits are
+   not run again.
 3. When a search ends, what is found is written at once, so that whoever stops it has what was measured.
 """
 
@@ -139,6 +140,9 @@ async def measure(
     for label, slo in load.limits.items():
         if not has_time():
             break
+        runs |= {
+            name: {} for name in systems if name.startswith(BASE)
+        }  # it is told them
         turn, limited = asyncio.Lock(), replace(options, slo=slo)  # the lock is had in the order of asking
         searches = []  # tasks, so that they ask in the systems' order
         for name, awake in systems.items():

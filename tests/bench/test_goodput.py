@@ -11,8 +11,9 @@ import math
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from bench.serve.workload import LoadRequest
 from bench.vllm.peer import Settings
 from bench.vllm.server import SERVED_NAME, starting
 from tandem.errors import ConfigError
+from tests.bench.serve.test_conversation import Answering
 from tests.bench.test_peers import TINY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -233,6 +235,20 @@ def test_the_slow_server_holds_nothing_and_the_fast_one_what_it_can(python: Path
     assert tight.rate <= loose.rate
     # A request takes 40 ms: of ten that come at once the last two wait too long for their first token.
     assert loose.failing_rate < 4.0 * 2**12
+
+
+def test_runs_within_looser_limits_count_again_but_for_a_service_that_is_told_them(monkeypatch) -> None:
+    monkeypatch.setattr("bench.serve.search.MAX_DOUBLINGS", 1)
+    turns, found = [], {}
+    limits = {name: Slo(e2e_ms=most_ms) for name, most_ms in (("loose", 60_000), ("tight", 30_000))}
+    systems = {
+        name: noted(name, lambda slo: nullcontext(Answering()), turns) for name in (goodput.BASE, "vLLM")
+    }
+    options = Options(num_requests=3, arrival=Schedule(Arrival.POISSON, 50), trials=1, warm_up=0)
+    model = Model("m", 1000, 2048)
+    asyncio.run(goodput.measure(systems, Load(50.0, limits), model, options, math.inf, found.update))
+    assert {rate.holding_rate for rate in found.values()} == {100}
+    assert Counter(turns) == {goodput.BASE: 4, "vLLM": 2}
 
 
 def test_nothing_is_begun_when_time_is_over(python: Path) -> None:
