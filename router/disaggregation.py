@@ -27,7 +27,8 @@ from tandem.token_cost import LEAST_CHUNK_TOKENS
 ALPHA = 0.2  # weight of the newest measurement
 MIN_MEASURED = 3  # requests of the split way before anything is compared
 UNNOTICED_S = 0.06  # that the shortest chunk may take on shared cores where no limit is set,
-UNNOTICED_SHARE = 0.6  # and of the limit where one is: steps come on top, and some gaps are longer than most
+UNNOTICED_SHARE = 0.85  # and of what a limit leaves beside a step
+STEP_S = 0.03  # such a step
 
 
 class Why(Enum):
@@ -160,7 +161,7 @@ class Disaggregation:
     def __init__(self, mode: str, most_tokens: int, itl_limit_s: float = 0.0) -> None:
         self._fixed = {"always": SPLIT, "never": UNSPLIT}.get(mode)
         self._most_tokens = most_tokens
-        self._unnoticed_s = UNNOTICED_SHARE * itl_limit_s or UNNOTICED_S
+        self._unnoticed_s = UNNOTICED_SHARE * max(itl_limit_s - STEP_S, 0.0) if itl_limit_s else UNNOTICED_S
         self._costs = Costs()
         self._num_measured = 0
         self.loads = DecodeLoads()

@@ -140,9 +140,7 @@ async def measure(
     for label, slo in load.limits.items():
         if not has_time():
             break
-        runs |= {
-            name: {} for name in systems if name.startswith(BASE)
-        }  # it is told them
+        runs |= {name: {} for name in systems if name.startswith(BASE)}  # it is told them
         turn, limited = asyncio.Lock(), replace(options, slo=slo)  # the lock is had in the order of asking
         searches = []  # tasks, so that they ask in the systems' order
         for name, awake in systems.items():
