@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 from prefill_worker.job import PrefillJob
 from tandem.engine.batch import SequenceRows
+from tandem.engine.cores import Cores, OwnCores
 from tandem.engine.decoder import Batch
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import BadLogits, SampledToken, Sampler
@@ -53,8 +54,15 @@ class PrefillStats:
 class PrefillRunner:
     """Owns nothing but the way from chunks to first tokens."""
 
-    def __init__(self, model: ModelRunner, token_budget: int, draft: ModelRunner | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelRunner,
+        token_budget: int,
+        draft: ModelRunner | None = None,
+        cores: Cores | None = None,
+    ) -> None:
         self._model = model
+        self._cores = cores or OwnCores(1)
         self._token_budget = token_budget
         self._draft = draft
         self._sampler = Sampler()
@@ -71,10 +79,9 @@ class PrefillRunner:
         waited_s = time.monotonic() - job.arrived_s
         return self.cost.is_patience_over(waited_s, job.num_tokens, job.num_computed)
 
-    def run(self, chunks: Sequence[Chunk], num_cores: int = 1) -> list[SampledToken | BadLogits | None]:
-        """Compute the chunks, with so many cores; one sampled token for each that completes its prompt, else
-        None."""
-        self.cost.num_cores = num_cores
+    def run(self, chunks: Sequence[Chunk]) -> list[SampledToken | BadLogits | None]:
+        """Compute the chunks; one sampled token for each that completes its prompt, else None."""
+        self.cost.num_cores = self._cores.num_cores
         started_s = time.monotonic()
         batch = self._model.batch([self._rows(chunk) for chunk in chunks])
         logits = self._model.forward(batch)

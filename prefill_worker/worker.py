@@ -67,8 +67,8 @@ class PrefillWorker:
         self._model = model
         self._pool = pool
         self._tokenizer = tokenizer
-        self._runner = PrefillRunner(model, config.token_budget, draft)
         self._cores = cores or OwnCores(1)
+        self._runner = PrefillRunner(model, config.token_budget, draft, self._cores)
         self.stats = self._runner.stats
         self._buckets = LengthBuckets(config)
         self._long: deque[PrefillJob] = deque()  # prompts with chunks left
@@ -201,7 +201,7 @@ class PrefillWorker:
             return
         try:
             self._handoffs.begin(chunks)
-            tokens = self._runner.run(chunks, self._cores.num_cores)
+            tokens = self._runner.run(chunks)
         except Exception as error:
             self._fail([chunk.job for chunk in chunks], error)
             return

@@ -151,14 +151,7 @@ class SpeculationConfig:
     def __post_init__(self) -> None:
         check(self.draft in DRAFTS, f"unknown draft {self.draft}; known: {', '.join(DRAFTS)}")
         parse_quantization(self.draft_quantization)
-        check(
-            self.draft != "self" or self.draft_quantization != "none",
-            "a self-draft needs speculation.draft_quantization: unquantized it costs what the target costs",
-        )
-        check(
-            self.draft != "self" or not self.draft_quantization.endswith(EIGHT_BITS),
-            "a self-draft's activations are set by speculation.draft_activation_bits, not behind its format",
-        )
+        self._check_self_draft()
         check(
             self.draft_quantization == "none" or self.draft in ("model", "self"),
             f"draft_quantization is for a draft model or a self-draft, not for draft {self.draft}",
@@ -192,6 +185,14 @@ class SpeculationConfig:
         check(self.max_assistant_tokens <= 15, "at most 15 assistant tokens are checked in one step")
         threshold = self.assistant_confidence_threshold
         check(0 <= threshold <= 1, "assistant_confidence_threshold must be in [0, 1]")
+
+    def _check_self_draft(self) -> None:
+        name = self.draft_quantization
+        check(
+            self.draft != "self" or (name != "none" and not name.endswith(EIGHT_BITS)),
+            "a self-draft needs speculation.draft_quantization, as unquantized it costs what a target costs; "
+            "its activations are set by speculation.draft_activation_bits, not behind the format",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

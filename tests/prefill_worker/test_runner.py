@@ -9,6 +9,7 @@ import pytest
 from prefill_worker.job import PrefillJob
 from prefill_worker.runner import Chunk, PrefillRunner
 from tandem.engine.block_pool import BlockPool
+from tandem.engine.cores import OwnCores
 from tandem.engine.model_runner import ModelRunner
 from tandem.engine.sampler import BadLogits, SampledToken
 from tests.checkpoints import tiny_llama
@@ -102,11 +103,13 @@ def test_a_row_without_usable_logits_spoils_only_itself(model, pool):
 
 
 def test_what_a_token_costs_is_learnt_for_each_number_of_cores(model, pool, monkeypatch):
-    runner = PrefillRunner(model, 1024)
+    cores = OwnCores(2)
+    runner = PrefillRunner(model, 1024, cores=cores)
     clock = iter((0.0, 2.0, 10.0, 14.0))  # two seconds with two cores, four with one
     monkeypatch.setattr("prefill_worker.runner.time", SimpleNamespace(monotonic=lambda: next(clock)))
     for name, num_cores in (("two", 2), ("one", 1)):
-        runner.run(whole(make_job(pool, name, 40)), num_cores)
+        cores.num_cores = num_cores
+        runner.run(whole(make_job(pool, name, 40)))
         assert runner.cost.per_token_s == pytest.approx(0.1 / num_cores)
     runner.cost.num_cores = 2
     assert runner.cost.per_token_s == pytest.approx(0.05)
