@@ -30,9 +30,7 @@ class RouterConfig:
     max_requests_per_tenant: int = 0  # completions waiting or running; 0: no limit
     default_timeout_s: float = 600.0
     aging_s: float = 5.0  # waiting this long counts as one step of priority
-    itl_limit_s: float = (
-        0.0  # longer gaps between tokens ask for decode workers, and auto avoids them; 0: no limit
-    )
+    itl_limit_s: float = 0.0  # longer gaps ask for decode workers, and auto avoids them; 0: no limit
     heartbeat_s: float = 0.5
     worker_timeout_s: float = 2.0  # silence after which a worker is taken for lost
     drain_s: float = 30.0

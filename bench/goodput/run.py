@@ -140,11 +140,11 @@ async def measure(
     for label, slo in load.limits.items():
         if not has_time():
             break
-        runs |= {name: {} for name in systems if name.startswith(BASE)}  # it is told them
+        runs |= {name: {} for name, system in systems.items() if system.follows_limits}
         turn, limited = asyncio.Lock(), replace(options, slo=slo)  # the lock is had in the order of asking
         searches = []  # tasks, so that they ask in the systems' order
-        for name, awake in systems.items():
-            trial = partial(_in_turn, turn, awake, model, limited)
+        for name, system in systems.items():
+            trial = partial(_in_turn, turn, system, model, limited)
             search = _search(name, label, trial, limited, runs[name], has_time)
             searches.append(asyncio.create_task(search))
         for ended in asyncio.as_completed(searches):
@@ -166,11 +166,11 @@ async def _search(
 
 
 async def _in_turn(
-    turn: asyncio.Lock, awake: System, model: Model, options: Options, rate: float, number: int
+    turn: asyncio.Lock, system: System, model: Model, options: Options, rate: float, number: int
 ) -> Run:
     """One trial, alone on the machine and warmed up."""
     async with turn:
-        with awake(options.slo) as target:
+        with system.awake(options.slo) as target:
             test = LoadTest(target, model, options)
             await test.warm_up()
             return await test.trial(rate, number)

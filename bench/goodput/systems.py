@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,13 @@ from bench.serve.target import HttpTarget
 from bench.vllm.peer import Settings
 from bench.vllm.server import SERVED_NAME, VLlmServer, starting
 
-System = Callable[[Slo], AbstractContextManager[HttpTarget]]  # awake for such limits until the block ends
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """One server to compare."""
+
+    awake: Callable[[Slo], AbstractContextManager[HttpTarget]]  # for such limits, until the block ends
+    follows_limits: bool = False  # so that it may act otherwise by others
 
 
 def tandem(path: Path, speculation: Mapping[str, Any], quantization: str = "none") -> System:
@@ -27,7 +34,7 @@ def tandem(path: Path, speculation: Mapping[str, Any], quantization: str = "none
     Else it is as by default but for its weights: both workers share all cores.
     """
     model = {"path": str(path), "name": SERVED_NAME, "quantization": quantization}
-    return partial(_tandem, {"model": model, "speculation": speculation})
+    return System(partial(_tandem, {"model": model, "speculation": speculation}), follows_limits=True)
 
 
 @contextmanager
@@ -43,7 +50,7 @@ def vllm(python: Path, engines: Mapping[str, Settings], stack: ExitStack) -> dic
     for server in servers.values():
         server.wait_until_ready()
         server.sleep()
-    return {name: partial(_awake, server) for name, server in servers.items()}
+    return {name: System(partial(_awake, server)) for name, server in servers.items()}
 
 
 @contextmanager

@@ -163,12 +163,12 @@ class LoadTest:
 
             return await self._once(requests, self._times(requests), options.seed, note)
 
-    async def search(self, known: Runs | None = None) -> Found:
+    async def search(self) -> Found:
         """`search_rates` of this target, warmed up once. Raises `ConfigError` without limits."""
         if self.options.limits == Slos():
             raise ConfigError("a search for the most goodput needs a limit, such as --slo ttft=500ms")
         await self.warm_up()
-        return await search_rates(self.options, self.trial, {} if known is None else known)
+        return await search_rates(self.options, self.trial, {})
 
     async def trial(self, rate: float, number: int) -> Run:
         """One run at a Poisson rate; it is stopped if that can hold no more."""

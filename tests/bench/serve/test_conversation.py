@@ -17,7 +17,8 @@ from bench.serve.conversation import RequestClass, Talk, of_classes, parse_class
 from bench.serve.driver import NOT_SENT, Driver
 from bench.serve.metrics import Slo, summarize
 from bench.serve.record import Outcome
-from bench.serve.session import LoadTest, Model, Options
+from bench.serve.search import Found
+from bench.serve.session import LoadTest, Model, Options, search_rates
 from bench.serve.slo import Slos, parse_slos
 from bench.serve.target import GrpcTarget, Reply, SendError
 from bench.serve.workload import Lengths, LoadRequest, Synthetic, read_sharegpt, read_workload
@@ -162,12 +163,16 @@ async def test_a_search_repeats_no_run_that_is_known(monkeypatch) -> None:
     target, known = Answering(), {}
     arrival = Schedule(Arrival.POISSON, 50)
     loose = Options(num_requests=10, arrival=arrival, slo=Slo(e2e_ms=60_000), trials=1, warm_up=0)
-    first = await LoadTest(target, Model("m", 1000, 2048), loose).search(known)
+
+    async def searched(options: Options) -> Found:
+        return await search_rates(options, LoadTest(target, Model("m", 1000, 2048), options).trial, known)
+
+    first = await searched(loose)
     num_sent = len(target.sent)
     assert (first.holding_rate, num_sent) == (50 * 2**2, 10 * 3)
-    assert await LoadTest(target, Model("m", 1000, 2048), loose).search(known) == first
+    assert await searched(loose) == first
     tight = replace(loose, slo=Slo(e2e_ms=0.001))
-    second = await LoadTest(target, Model("m", 1000, 2048), tight).search(known)
+    second = await searched(tight)
     assert second.trials[0].stopped
     assert len(target.sent) - num_sent == sum(len(known[t.rate, 0].records) for t in second.trials[1:])
 
