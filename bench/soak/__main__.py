@@ -2,8 +2,9 @@
 
     python -m bench.soak [--requests 10000] [--out DIR]
 
-Exits with 1 if a process grows by 1 MiB per 1,000 requests or more, the decode step by more than 5 %, if
-anything is still owned at the end, or a request failed that should not.
+After the last request the decode step is compared, in turns, with that of a service that has just started.
+Exits with 1 if a process grows by 1 MiB per 1,000 requests or more, if the step is more than 5 % above the
+fresh one's, if anything is still owned at the end, or a request failed that should not.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.embedded import Embedded, started
-from bench.measure import Meter, console, machine, table, write_csv, write_json
+from bench.measure import Meter, Spread, console, machine, table, write_csv, write_json
 from bench.soak import watch
 from bench.soak.load import Load
 from bench.soak.verdict import MIB, Sample, Verdict, judge
@@ -25,6 +26,7 @@ from tandem.client import TandemClient
 
 SAMPLES = 20
 THREADS = 2  # one for each worker
+FRESH_REQUESTS = 140  # of every kind, for the service that has just started: what is lazy has been done
 POOL_BYTES = 64 * MIB  # small, so that all of a pool has been written to before memory is judged
 SETTINGS = {"cache": dict.fromkeys(("prefill_bytes", "decode_bytes", "store_bytes"), POOL_BYTES)}
 
@@ -55,11 +57,20 @@ async def soak(
     return samples, load, owned
 
 
+async def steps_beside_fresh(tired: Embedded, fresh: Embedded) -> Spread:
+    """`watch.steps_in_turns` of a service after its load and of one that had little."""
+    async with TandemClient(tired.address) as long_used, TandemClient(fresh.address) as other:
+        await Load(other).run(range(FRESH_REQUESTS))
+        return await watch.steps_in_turns(long_used, other)
+
+
 def run(requests: int, out: Path, settings: Mapping[str, Any]) -> Verdict:
     """Start, load, look, judge; tables, CSV and JSON."""
     with started(settings) as service, Meter("soak", -(-requests // max(requests // SAMPLES, 1))) as meter:
         samples, load, owned = asyncio.run(soak(service, requests, out, meter))
-    verdict = judge(samples, owned, load.failures)
+        with started(settings) as fresh:
+            ratio = asyncio.run(steps_beside_fresh(service, fresh))
+    verdict = judge(samples, ratio, owned, load.failures)
     rows = [_row(sample) for sample in samples]
     outcomes = [
         {"kind": kind, "outcome": outcome, "requests": count}
@@ -82,7 +93,9 @@ def _show(rows: Sequence[dict[str, Any]], outcomes: Sequence[dict[str, Any]], ve
         shown.print(table(title, list(some[0]), ([str(v) for v in row.values()] for row in some), left))
     for name, slope in verdict.mib_per_1000.items():
         shown.print(f"{name}: {slope:+.3f} MiB per 1,000 requests")
-    shown.print(f"decode step, last over first after the warm-up: {100 * verdict.step_change:+.1f} %")
+    ratio = verdict.step_ratio
+    steps = f"{ratio.median:.3f} ({ratio.low:.2f} to {ratio.high:.2f})"
+    shown.print(f"decode step, over that of a service that has just started, in turns: {steps}")
     for what, lines in (("still owned", verdict.owned), ("failed", verdict.failures)):
         shown.print(f"{what}: {'; '.join(lines) or 'nothing'}")
     shown.print("flat" if verdict.is_flat else "NOT flat")

@@ -1,4 +1,8 @@
-"""What a soak looks at from outside: memory of the service's processes, its decode step, its books."""
+"""What a soak looks at from outside: memory of the service's processes, its decode step, its books.
+
+The step is that of a service beside a fresh one's, in turns: a machine that others use is faster and slower
+by more within a soak than a worker could become.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import os
 from contextlib import aclosing
 from pathlib import Path
 
+from bench.measure import Spread
 from tandem.audit import fetch_audit, fetch_audit_and_workers
 from tandem.client import TandemClient
 from tandem.ledger import PoolAudit
@@ -16,6 +21,7 @@ from tandem.sampling import SamplingParams
 from tandem.speculation import SpeculationParams, SpeculationPolicy
 
 PROBES, PROBE_TOKENS = 16, 48
+ROUNDS = 60  # of probes of two services in turns: 12 s with the bundled model
 PROBE_PROMPT = tuple(range(20, 52))
 UNTIMED_TOKENS = 2  # of an output: `decode_ms` begins at the second
 SETTLE_S = 10.0  # that what was cancelled last may take to be given back
@@ -42,6 +48,15 @@ def resident_bytes(pid: int) -> int:
 async def decode_step_s(client: TandemClient) -> float:
     """Seconds of a plain decode step of one sequence: the fastest of some probes."""
     return min([await _probe(client) for _ in range(PROBES)])
+
+
+async def steps_in_turns(tired: TandemClient, fresh: TandemClient) -> Spread:
+    """Decode steps of one service over another's within rounds of a probe each, either first in turn."""
+    steps: dict[TandemClient, list[float]] = {tired: [], fresh: []}
+    for number in range(ROUNDS):
+        for client in (tired, fresh) if number % 2 == 0 else (fresh, tired):
+            steps[client].append(await _probe(client))
+    return Spread.of_ratios(steps[tired], steps[fresh])
 
 
 async def _probe(client: TandemClient) -> float:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.measure import Spread
 from bench.soak import __main__ as soak
 from bench.soak import watch
 from bench.soak.load import CANCELLED, ENDED, LATE, Load
@@ -19,14 +20,16 @@ from bench.soak.verdict import MIB, Sample, judge
 from tandem.errors import Internal
 from tests.checkpoints import tiny_llama
 
+EVEN = Spread(1.0, 0.9, 1.1)
 
-def samples(growth_mib=0.0, step_growth=0.0, early_mib=0.0):
-    """Twenty of a run of 10,000; memory grows per 1,000 requests, the step over the whole run."""
+
+def samples(growth_mib=0.0, early_mib=0.0):
+    """Twenty of a run of 10,000; memory grows per 1,000 requests."""
     return [
         Sample(
             done,
             {"decode-0": int(MIB * (100 + growth_mib * done / 1000 + (early_mib if done > 1000 else 0)))},
-            0.01 * (1 + step_growth * done / 10_000),
+            0.01,
         )
         for done in range(500, 10_500, 500)
     ]
@@ -34,29 +37,29 @@ def samples(growth_mib=0.0, step_growth=0.0, early_mib=0.0):
 
 @given(st.floats(-5, 5))
 def test_the_slope_is_that_of_memory_after_the_warm_up(growth):
-    verdict = judge(samples(growth, early_mib=50), [], [])
+    verdict = judge(samples(growth, early_mib=50), EVEN, [], [])
     assert verdict.mib_per_1000["decode-0"] == pytest.approx(growth, abs=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("found", "owned", "failures", "flat"),
+    ("found", "ratio", "owned", "failures", "flat"),
     [
-        (samples(0.9), [], [], True),
-        (samples(1.1), [], [], False),
-        (samples(step_growth=0.05), [], [], True),
-        (samples(step_growth=0.1), [], [], False),
-        (samples(step_growth=-0.3), [], [], True),
-        (samples(), ["blocks: 1"], [], False),
-        (samples(), [], ["request 7 failed"], False),
+        (samples(0.9), EVEN, [], [], True),
+        (samples(1.1), EVEN, [], [], False),
+        (samples(), Spread(1.05, 0.9, 2.0), [], [], True),
+        (samples(), Spread(1.06, 0.9, 2.0), [], [], False),
+        (samples(), Spread(0.7, 0.6, 0.8), [], [], True),
+        (samples(), EVEN, ["blocks: 1"], [], False),
+        (samples(), EVEN, [], ["request 7 failed"], False),
     ],
 )
-def test_what_counts_as_flat(found, owned, failures, flat):
-    assert judge(found, owned, failures).is_flat is flat
+def test_what_counts_as_flat(found, ratio, owned, failures, flat):
+    assert judge(found, ratio, owned, failures).is_flat is flat
 
 
 def test_too_few_samples_are_no_verdict():
     with pytest.raises(ValueError, match="two samples after its warm-up"):
-        judge(samples()[:1], [], [])
+        judge(samples()[:1], EVEN, [], [])
 
 
 def test_memory_of_a_process_is_seen():
@@ -82,6 +85,8 @@ async def test_an_unexpected_error_is_kept_with_its_request():
 def test_a_short_soak_of_real_processes(tmp_path, monkeypatch, capsys):
     """All kinds come to their ends, the books are empty, and every process is watched."""
     monkeypatch.setattr(watch, "PROBES", 1)
+    monkeypatch.setattr(watch, "ROUNDS", 2)
+    monkeypatch.setattr(soak, "FRESH_REQUESTS", 7)
     settings = soak.SETTINGS | {
         "model": {"path": str(tiny_llama())},
         "speculation": {"draft": "ngram"},
@@ -97,4 +102,7 @@ def test_a_short_soak_of_real_processes(tmp_path, monkeypatch, capsys):
     assert found["cancelled", CANCELLED] > 0
     with (tmp_path / "soak.csv").open() as file:
         assert [int(row["requests"]) for row in csv.DictReader(file)] == list(range(3, 63, 3))
-    assert "MiB per 1,000 requests" in capsys.readouterr().out
+    assert 0 < verdict.step_ratio.low <= verdict.step_ratio.high == document["step_ratio"]["high"]
+    shown = capsys.readouterr().out
+    assert "MiB per 1,000 requests" in shown
+    assert "in turns: " in shown
