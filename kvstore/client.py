@@ -20,7 +20,7 @@ from kvstore.records import ChunkHeader, ObjectHeader
 from kvstore.wire import reaches
 from kvstore.writer import KvWriter
 from tandem.config import KvStoreConfig
-from tandem.errors import DataLoss, FailedPrecondition, NotFound, TandemError
+from tandem.errors import DataLoss, TandemError
 from tandem.pb.kv.v1 import kv_pb2 as pb
 from tandem.pb.kv.v1 import kv_pb2_grpc
 
@@ -80,11 +80,8 @@ class KvClient:
                 chunk = self._verified(partial(check.accept, message))
                 if chunk is not None:
                     yield chunk
-                if time.monotonic() >= renew_at_s:
-                    with suppress(
-                        FailedPrecondition, NotFound
-                    ):  # over: the stream itself says whether too early
-                        await self.renew(handle, holder, lease_s)
+                if time.monotonic() >= renew_at_s:  # the answer comes behind what is on its way here
+                    self._post(self.renew(handle, holder, lease_s))
                     renew_at_s = time.monotonic() + lease_s / 3
             self._verified(check.finish)
 

@@ -26,7 +26,7 @@ from router.ask import SESSION_HEADER
 from tandem import client
 from tandem.errors import ConfigError
 from tests.bench.serve.test_metrics import record
-from tests.e2e.harness import config, running
+from tests.e2e.harness import config, quiesce, running
 
 MADE = Synthetic(Lengths("20"), Lengths("4"), 1000, 200, 0.5, 1)
 
@@ -263,11 +263,16 @@ async def test_a_session_stays_on_its_workers_and_computes_only_what_is_new() ->
         input_lengths="40",
         output_lengths="24",
         turns="4",
-        think_s=1.0,  # answers are kept in the background
+        think_s=0.05,
         warm_up=0,
     )
+    class Settled(GrpcTarget):
+        async def send(self, request: LoadRequest, reply: Reply) -> None:
+            await super().send(request, reply)
+            await quiesce(cluster, within_s=30)  # answers are kept in the background
+
     async with running(settings, num_prefill=2) as cluster:
-        target = GrpcTarget(cluster.address)
+        target = Settled(cluster.address)
         try:
             run = await LoadTest(target, Model(*await target.facts()), options).run()
         finally:

@@ -93,12 +93,13 @@ def test_a_closed_loop_never_has_more_at_once(server) -> None:
     assert run.summary["most_in_flight"] == 7
 
 
-def test_some_are_cancelled_and_neither_failures_nor_latencies(server) -> None:
-    run = load(lambda: GrpcTarget(server[0]), options(cancelling=Cancelling(0.3, 0.1)))
+def test_some_are_cancelled_and_neither_failures_nor_latencies() -> None:
+    with null_server(200, 0.01) as (address, _):  # streams take two seconds: long enough to be left
+        run = load(lambda: GrpcTarget(address), options(cancelling=Cancelling(0.3, 0.5)))
     cancelled = [r for r in run.records if r.outcome is Outcome.CANCELLED]
     assert 5 < len(cancelled) < 30
     assert (run.summary["errors"], run.summary["ok"]) == (0, 50 - len(cancelled))
-    assert all(len(r.arrivals) < 20 for r in cancelled)
+    assert all(len(r.arrivals) < 200 for r in cancelled)
     assert any(r.arrivals for r in cancelled)
     assert run.summary["e2e_ms"]["count"] == 50 - len(cancelled)
 
