@@ -52,9 +52,8 @@ class KvRestorer:
 
     @property
     def may_follow(self) -> bool:
-        """Whether KV is worth fetching while it is written. What can be mapped is there at once when it is
-        complete."""
-        return not self._client.may_map
+        """Whether KV is worth fetching while it is written."""
+        return self._client.may_follow
 
     async def follow(self, work: Work, handle: KvHandle, blocks: Sequence[int]) -> int:
         """Place the KV of all tokens as the store gets it; nanoseconds spent on placing it.

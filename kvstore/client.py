@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import grpc
 
 from kvstore.key import Buffer, KvHandle
-from kvstore.link import connected, drop, store_errors
-from kvstore.mapping import MappedObject, Mappings
+from kvstore.link import FILE, MAY_MAP, connected, drop, store_errors
+from kvstore.mapping import FillingFile, MappedObject, Mappings
 from kvstore.objects import ObjectStat, ObjectState
 from kvstore.reader import ReadCheck
 from kvstore.records import ChunkHeader, ObjectHeader
@@ -40,14 +40,16 @@ class KvClient:
         self._stub: Any = kv_pb2_grpc.KvServiceStub(channel)
         self._posted: set[asyncio.Task[None]] = set()
         self._may_map = True  # until the store's answer shows that it is not so
+        self._may_follow_in_place = False  # until it says so
         self._files_read, self._files_written = Mappings(), Mappings(writable=True)
         self._get: Any = channel.unary_stream(GET_KV, pb.GetKvRequest.SerializeToString)
         self._follow: Any = channel.unary_stream(FOLLOW_KV, pb.GetKvRequest.SerializeToString)
 
     @property
-    def may_map(self) -> bool:
-        """Whether objects may be mapped where they lie, as far as is known. Those need not be followed."""
-        return self._may_map
+    def may_follow(self) -> bool:
+        """Whether objects are worth following while they are written. What can be mapped, but only when it is
+        complete, is there at once then."""
+        return not self._may_map or self._may_follow_in_place
 
     def put(self, header: ObjectHeader) -> KvWriter:
         """`async with client.put(header) as writer`; leaving without `await writer.seal()` aborts."""
@@ -118,26 +120,63 @@ class KvClient:
         """What the store holds of the object, mapped where store and reader share a host."""
         await connected(self._channel)
         mapped = await self._mapped(handle, holder, lease_s) if self._may_map and not follow else None
-        if mapped is None:
-            request = pb.GetKvRequest(
-                handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s), first_block=first_block
-            )
-            call = self._follow(request) if follow else self._get(request)
-            reading = asyncio.create_task(self._read(call))
-            try:
-                while (message := await reading) is not None:
-                    reading = asyncio.create_task(self._read(call))  # comes while this one is used
-                    yield message
-            finally:
-                drop(reading)
-                call.cancel()
-        else:
+        request = pb.GetKvRequest(
+            handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s), first_block=first_block
+        )
+        if mapped is not None:
             try:
                 for view in mapped:
                     if reaches(view, first_block):
                         yield view
             finally:
                 self._post(self.release(handle, holder))
+        else:
+            sent = self._followed(request) if follow else self._sent(self._get(request))
+            async with aclosing(sent) as messages:
+                async for message in messages:
+                    yield message
+
+    async def _sent(self, call: Any) -> AsyncGenerator[Buffer]:
+        """What the store sends, as it comes."""
+        reading = asyncio.create_task(self._read(call))
+        try:
+            while (message := await reading) is not None:
+                reading = asyncio.create_task(self._read(call))  # comes while this one is used
+                yield message
+        finally:
+            drop(reading)
+            call.cancel()
+
+    async def _followed(self, request: pb.GetKvRequest) -> AsyncGenerator[Buffer]:
+        """What the store gets of an object, read where it lies if that is on this host."""
+        call = self._follow(request, metadata=((MAY_MAP, "1"),) if self._files_read.are_here else None)
+        async with aclosing(self._sent(call)) as messages:
+            header = await anext(messages, b"")
+            path = dict(await call.initial_metadata()).get(FILE)
+            if path is None:
+                yield header
+                async for message in messages:
+                    yield message
+                return
+            filling = self._verified(partial(self._filling, path, header, request.first_block))
+            if filling is not None:
+                try:
+                    yield header
+                    async for message in messages:
+                        for found in self._verified(partial(filling.messages, message)):
+                            yield found
+                finally:
+                    self._post(self.release(KvHandle.from_pb(request.handle), request.holder))
+                return
+        async with aclosing(self._followed(request)) as messages:  # the file is on another host
+            async for message in messages:
+                yield message
+
+    def _filling(self, path: str, header: Buffer, first_block: int) -> FillingFile | None:
+        """The file of an object that is being written, if it is here."""
+        filling = FillingFile.mapped(self._files_read, path, header, first_block)
+        self._files_read.are_here = filling is not None
+        return filling
 
     def _post(self, work: Coroutine[Any, Any, object]) -> None:
         """Do it while the caller goes on. What a lost store misses, the lease ends."""
@@ -157,6 +196,7 @@ class KvClient:
         mapped = MappedObject.from_pb(response)
         messages = mapped.messages(self._files_read) if mapped else None
         self._may_map = messages is not None or response.may_map_others
+        self._may_follow_in_place = response.may_follow
         return messages
 
     async def _ask(self, method: Any, request: Any) -> Any:

@@ -19,6 +19,9 @@ from typing import Self
 
 from kvstore.backend import Location
 from kvstore.key import Buffer
+from kvstore.records import ObjectHeader, Placed
+from kvstore.wire import decode, expect, reaches, split
+from tandem.errors import DataLoss, InvalidRequest
 from tandem.pb.kv.v1 import kv_pb2 as pb
 
 MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23  # Linux 5.14; one fault per page would cost more
@@ -65,6 +68,38 @@ class MappedObject:
             yield mapped[start:end]
             start = end
         yield self.seal
+
+
+class FillingFile:
+    """The file of an object that is being written, and how much of it has been read."""
+
+    def __init__(self, view: memoryview, first_block: int) -> None:
+        self._view = view
+        self._first_block = first_block
+        self._start = 0
+
+    @classmethod
+    def mapped(cls, mappings: Mappings, path: str, header: Buffer, first_block: int) -> Self | None:
+        """None if it is not on this host. KV_CORRUPT if that is no header."""
+        try:
+            size = expect(ObjectHeader, decode(header)[0]).most_message_bytes
+        except InvalidRequest as error:
+            raise DataLoss from error
+        view = mappings.view(path, size)
+        return None if view is None else cls(view, first_block)
+
+    def messages(self, message: Buffer) -> list[Buffer]:
+        """The chunks that a note tells of, but for those that end before `first_block`; what is no note as it
+        came. KV_CORRUPT if they are not whole."""
+        try:
+            record, _ = decode(message)
+            if not isinstance(record, Placed):
+                return [message]
+            found = split(self._view[self._start : record.end])
+            self._start = record.end
+            return [chunk for chunk in found if reaches(chunk, self._first_block)]
+        except InvalidRequest as error:
+            raise DataLoss from error
 
 
 class Mappings:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from kvstore.backend import Backend, Mappable, Placeable
+from kvstore.backend import Backend, Mappable, Moving, Placeable
 from kvstore.key import require
 from kvstore.mapping import MappedObject
 from kvstore.objects import KvObject, ObjectState, PutTicket
@@ -25,6 +25,14 @@ class Places:
         self._mappable = backend if isinstance(backend, Mappable) else None
         self._placeable = backend if isinstance(backend, Placeable) else None
 
+        self._may_follow = self._placeable is not None and not isinstance(backend, Moving)
+
+    @property
+    def may_follow(self) -> bool:
+        """Whether an object can be mapped while it is written: it must have all of its file, for itself, and
+        stay there."""
+        return self._may_follow
+
     @property
     def may_map(self) -> bool:
         """Whether any object can be mapped."""
@@ -38,6 +46,20 @@ class Places:
         assert obj.seal is not None, obj.state
         obj.is_shared = True
         return MappedObject(location, encode(obj.header), encode(obj.seal))
+
+    def for_follower(self, obj: KvObject) -> Path | None:
+        """The file of an object that may still be written; None if it cannot be read there."""
+        if not self._may_follow or self._placeable is None:
+            return None
+        path = self._placeable.path(obj.key)
+        obj.is_shared |= path is not None
+        return path
+
+    def end_of(self, obj: KvObject) -> int:
+        """Up to which byte its file holds chunks that were checked."""
+        location = self._mappable.locate(obj.key) if self._mappable is not None else None
+        assert location is not None, obj.key
+        return location.ends[-1]
 
     def for_writer(self, ticket: PutTicket) -> Path | None:
         """The file that the writer may fill, if it can open it."""

@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import grpc
 
 from kvstore.books import MAX_LEASE_FACTOR
-from kvstore.following import NOT_YET, Following, Progress
+from kvstore.following import NOT_YET, Progress, follow
 from kvstore.key import MODELS, KvHandle, ObjectKey, malformed, object_id_of, require
-from kvstore.link import FILE, MAY_PLACE, RESERVED
+from kvstore.link import FILE, MAY_MAP, MAY_PLACE, RESERVED
 from kvstore.objects import ObjectState, PutTicket
 from kvstore.records import ChunkHeader, ObjectHeader, Placed, Record, Seal
 from kvstore.store import KvStore
@@ -93,7 +94,9 @@ class KvServicer:
 
     async def FollowKv(self, request: pb.GetKvRequest, context: Context) -> AsyncIterator[bytes]:
         handle = KvHandle.from_pb(request.handle)
-        following = Following(self._store, handle, request.holder, request.lease_ms / 1000)
+        may_map = MAY_MAP in dict(context.invocation_metadata() or ())
+        terms = handle, request.holder, request.lease_ms / 1000
+        following = await self._turns.take(partial(follow, self._store, *terms, may_map=may_map))
         cut = self._cut_when_idle()
 
         def close(_: Any) -> None:
@@ -101,6 +104,8 @@ class KvServicer:
             self._turns.post(following.close)
 
         cast(Any, context).add_done_callback(close)
+        if following.path is not None:
+            await context.send_initial_metadata(((FILE, str(following.path)),))
         while (message := await self._turns.take(following.next)) is not None:
             if message is NOT_YET:
                 await self._progress.wait(handle.key, self._store.config.sweep_s)
@@ -112,7 +117,9 @@ class KvServicer:
     async def MapKv(self, request: pb.MapKvRequest, context: Context) -> pb.MapKvResponse:
         handle, lease_s = KvHandle.from_pb(request.handle), request.lease_ms / 1000
         mapped = await self._turns.take(self._store.lease_to_map, handle, request.holder, lease_s)
-        return mapped.to_pb() if mapped else pb.MapKvResponse(may_map_others=self._store.places.may_map)
+        response = mapped.to_pb() if mapped else pb.MapKvResponse(may_map_others=self._store.places.may_map)
+        response.may_follow = self._store.places.may_follow
+        return response
 
     async def FindKv(self, request: pb.FindKvRequest, context: Context) -> pb.FindKvResponse:
         require(len(request.object_ids) <= MAX_PIECES)

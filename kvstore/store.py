@@ -24,7 +24,6 @@ from kvstore.assembly import Assembly
 from kvstore.backend import Backend
 from kvstore.books import Books
 from kvstore.fence import Fence
-from kvstore.following import NOT_YET
 from kvstore.key import Buffer, KvHandle, ObjectKey, require
 from kvstore.listing import ObjectInfo, list_objects
 from kvstore.mapping import MappedObject
@@ -123,9 +122,8 @@ class KvStore:
 
     def lease(self, handle: KvHandle, holder: str, lease_s: float = 0.0) -> Lease:
         """Let `holder` read for `lease_s`; an earlier lease of the same holder is over."""
-        self.sweep()
         require(0 < len(holder) <= MAX_HOLDER)
-        obj = self._known(handle)
+        obj = self.known(handle)
         if obj.state is ObjectState.RESERVED:
             raise NotFound("NO_SUCH_HANDLE", "not found")
         if not obj.is_readable:
@@ -137,35 +135,26 @@ class KvStore:
 
     def read(self, lease: Lease, first: int = 0) -> Iterator[bytes]:
         """Messages from that one on: header, chunks, seal. Fails as soon as the lease is over."""
-        obj = self._leased(lease)
+        obj = self.leased(lease)
         assert obj.seal is not None, obj.state
         for index in range(first, obj.seal.num_chunks + 1):
-            self._leased(lease)
-            yield self._message(obj, index)
+            self.leased(lease)
+            yield self.message(obj, index)
         yield encode(obj.seal)
-
-    def peek(self, handle: KvHandle, index: int) -> bytes | None:
-        """A message of an object while it is written, `NOT_YET` before it came; None when all have."""
-        self.sweep()
-        obj = self._known(handle)
-        if obj.state is not ObjectState.RESERVED:
-            return None
-        return self._message(obj, index) if index <= len(obj.digests) else NOT_YET
 
     def lease_to_map(self, handle: KvHandle, holder: str, lease_s: float = 0.0) -> MappedObject | None:
         """Lease the object and say where on this host it lies; None, and nothing leased, if nowhere."""
         if not self.places.may_map:
             return None
         lease = self.lease(handle, holder, lease_s)
-        mapped = self.places.for_reader(self._leased(lease))
+        mapped = self.places.for_reader(self.leased(lease))
         if mapped is None:
             self.end(lease)
         return mapped
 
     def renew(self, handle: KvHandle, holder: str, lease_s: float = 0.0) -> None:
         """Let a lease run for `lease_s` from now; STALE_HANDLE if it is over."""
-        self.sweep()
-        obj = self._known(handle)
+        obj = self.known(handle)
         if holder not in obj.leases:
             raise self._stale("lease is over")
         self._books.renew(obj, holder, lease_s)
@@ -205,8 +194,7 @@ class KvStore:
         return True
 
     def stat(self, handle: KvHandle) -> ObjectStat:
-        self.sweep()
-        obj = self._known(handle)
+        obj = self.known(handle)
         return ObjectStat(obj.state, obj.header.total_bytes, len(obj.leases))
 
     def sweep(self, now_s: float | None = None) -> int:
@@ -244,7 +232,8 @@ class KvStore:
         self.turns.close()
         self._backend.close()
 
-    def _message(self, obj: KvObject, index: int) -> bytes:
+    def message(self, obj: KvObject, index: int) -> bytes:
+        """Its header, or a chunk from 1 on."""
         return self._backend.get(obj.key, index - 1) if index else encode(obj.header)
 
     def _repeat(self, obj: KvObject, header: ObjectHeader) -> PutTicket:
@@ -267,14 +256,17 @@ class KvStore:
             return obj
         raise self._stale("writing came too late")
 
-    def _leased(self, lease: Lease) -> KvObject:
+    def leased(self, lease: Lease) -> KvObject:
+        """Raises STALE_HANDLE if the lease is over."""
         self.sweep()
         obj = self._books.objects.get(lease.handle.key)
         if obj is None or obj.leases.get(lease.holder) is not lease:
             raise self._stale("lease is over")
         return obj
 
-    def _known(self, handle: KvHandle) -> KvObject:
+    def known(self, handle: KvHandle) -> KvObject:
+        """Raises NO_SUCH_HANDLE or STALE_HANDLE if it is not there (any more), FINGERPRINT_MISMATCH."""
+        self.sweep()
         if handle.store_epoch != self.store_epoch:
             raise self._stale("handle is from an earlier store epoch")
         obj = self._books.objects.get(handle.key)

@@ -35,7 +35,7 @@ async def overlapping(overlap_bytes=BLOCK_BYTES, num_prefill=1, **parts):
     kvstore = {"overlap_bytes": overlap_bytes, "chunk_bytes": 4096, **parts.pop("kvstore", {})}
     settings = config(prefill={"token_budget": BUDGET}, kvstore=kvstore, **parts)
     async with running(settings, num_prefill) as cluster:
-        await complete(cluster, ask("x", **MORE))  # from now on the workers know that nothing can be mapped
+        await complete(cluster, ask("x", **MORE))  # from now on the workers know what may be followed
         yield cluster
 
 
@@ -62,10 +62,11 @@ def prompt_of(length):
     return ("abcdefg" * length)[:length]
 
 
-async def test_the_tokens_are_those_without_overlap(prefetched):
+@pytest.mark.parametrize("url", ["memory://", "shm://"])
+async def test_the_tokens_are_those_without_overlap(prefetched, url):
     async with overlapping(0) as cluster, slow_each_run(cluster):
         expected = [await tokens_of(cluster, length) for length in LENGTHS]
-    async with overlapping() as cluster, slow_each_run(cluster):
+    async with overlapping(kvstore={"url": url}) as cluster, slow_each_run(cluster):
         prefetched.clear()
         assert [await tokens_of(cluster, length) for length in LENGTHS] == expected
         assert prefetched[-1], "the longest prompt was fetched while it was computed"

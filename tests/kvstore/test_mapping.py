@@ -18,8 +18,9 @@ from tests.kvstore.test_service import MIB, PAYLOAD, big, put, serving, until
 
 
 @asynccontextmanager
-async def sharing():
-    async with serving(backend=backend_from_url("shm://")) as service, service.client() as client:
+async def sharing(config=None):
+    backend = backend_from_url("shm://")
+    async with serving(backend=backend, config=config) as service, service.client() as client:
         yield service, client
     service.store.close()
 

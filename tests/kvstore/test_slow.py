@@ -41,7 +41,7 @@ async def test_a_reader_on_a_slow_link_keeps_its_lease():
 
 @pytest.mark.slow
 async def test_renewals_whose_answers_are_late_do_not_end_a_transfer(monkeypatch):
-    """On a slow link they come behind what the store has sent already; the lease lives by what it was told."""
+    """On a slow link they come behind what the store has sent already; the lease needs only the question."""
     monkeypatch.setattr("kvstore.client.UNARY_S", 0.2)
     config = KvStoreConfig(lease_s=0.6, sweep_s=0.02)
     sample = make_sample(make_header(num_blocks=20, cell_bytes=16384), blocks=1)

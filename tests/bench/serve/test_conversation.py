@@ -266,6 +266,7 @@ async def test_a_session_stays_on_its_workers_and_computes_only_what_is_new() ->
         think_s=0.05,
         warm_up=0,
     )
+
     class Settled(GrpcTarget):
         async def send(self, request: LoadRequest, reply: Reply) -> None:
             await super().send(request, reply)

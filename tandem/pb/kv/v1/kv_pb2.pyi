@@ -247,6 +247,7 @@ class MapKvResponse(_message.Message):
     SEAL_FIELD_NUMBER: _builtins.int
     MAY_MAP_OTHERS_FIELD_NUMBER: _builtins.int
     IS_REUSED_FIELD_NUMBER: _builtins.int
+    MAY_FOLLOW_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """The file; empty if the object cannot be mapped, and then nothing is leased."""
     header: _builtins.bytes
@@ -257,6 +258,8 @@ class MapKvResponse(_message.Message):
     """Whether another object may be mapped where this one is not."""
     is_reused: _builtins.bool
     """Other objects will lie in the same file later, so it is worth keeping mapped."""
+    may_follow: _builtins.bool
+    """Objects can be mapped while they are written, too (FollowKv)."""
     @_builtins.property
     def ends(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Byte offsets behind each message; the first starts at 0."""
@@ -270,10 +273,11 @@ class MapKvResponse(_message.Message):
         seal: _builtins.bytes = ...,
         may_map_others: _builtins.bool = ...,
         is_reused: _builtins.bool = ...,
+        may_follow: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "header", b"header", "is_reused", b"is_reused", "may_map_others", b"may_map_others", "path", b"path", "seal", b"seal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "header", b"header", "is_reused", b"is_reused", "may_follow", b"may_follow", "may_map_others", b"may_map_others", "path", b"path", "seal", b"seal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

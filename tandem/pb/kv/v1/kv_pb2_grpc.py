@@ -111,7 +111,9 @@ class KvServiceServicer(object):
 
     def FollowKv(self, request, context):
         """The same from the first frame on while the object is still being written. The lease begins when it is sealed;
-        nothing of it may be used before its seal frame was checked.
+        nothing of it may be used before its seal frame was checked. A reader on the store's host that sends the metadata
+        kv-may-map may be answered kv-file, a path: placed frames then say up to which byte chunk frames lie there, and
+        once the seal frame has come the reader gives the lease back by ReleaseKv.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,7 +45,9 @@ class KvServiceStub:
     """
     FollowKv: _grpc.UnaryStreamMultiCallable[_kv_pb2.GetKvRequest, _kv_pb2.GetKvResponse]
     """The same from the first frame on while the object is still being written. The lease begins when it is sealed;
-    nothing of it may be used before its seal frame was checked.
+    nothing of it may be used before its seal frame was checked. A reader on the store's host that sends the metadata
+    kv-may-map may be answered kv-file, a path: placed frames then say up to which byte chunk frames lie there, and
+    once the seal frame has come the reader gives the lease back by ReleaseKv.
     """
     MapKv: _grpc.UnaryUnaryMultiCallable[_kv_pb2.MapKvRequest, _kv_pb2.MapKvResponse]
     """Leases one object and says where it lies, for a reader on the store's host to map. The reader gives the lease
@@ -83,7 +85,9 @@ class KvServiceAsyncStub(KvServiceStub):
     """
     FollowKv: _aio.UnaryStreamMultiCallable[_kv_pb2.GetKvRequest, _kv_pb2.GetKvResponse]  # type: ignore[assignment]
     """The same from the first frame on while the object is still being written. The lease begins when it is sealed;
-    nothing of it may be used before its seal frame was checked.
+    nothing of it may be used before its seal frame was checked. A reader on the store's host that sends the metadata
+    kv-may-map may be answered kv-file, a path: placed frames then say up to which byte chunk frames lie there, and
+    once the seal frame has come the reader gives the lease back by ReleaseKv.
     """
     MapKv: _aio.UnaryUnaryMultiCallable[_kv_pb2.MapKvRequest, _kv_pb2.MapKvResponse]  # type: ignore[assignment]
     """Leases one object and says where it lies, for a reader on the store's host to map. The reader gives the lease
@@ -136,7 +140,9 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_pb2.GetKvResponse], _abc.AsyncIterator[_kv_pb2.GetKvResponse]]:
         """The same from the first frame on while the object is still being written. The lease begins when it is sealed;
-        nothing of it may be used before its seal frame was checked.
+        nothing of it may be used before its seal frame was checked. A reader on the store's host that sends the metadata
+        kv-may-map may be answered kv-file, a path: placed frames then say up to which byte chunk frames lie there, and
+        once the seal frame has come the reader gives the lease back by ReleaseKv.
         """
 
     @_abc_1.abstractmethod
