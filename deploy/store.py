@@ -12,6 +12,7 @@ import grpc
 from deploy.store_metrics import StoreMetrics
 from kvstore.announcer import Announcer
 from kvstore.backend import backend_from_url
+from kvstore.backends import shm
 from kvstore.index import PrefixIndex
 from kvstore.server import KvServicer, add_to_server
 from kvstore.store import KvStore
@@ -32,6 +33,14 @@ def leave_process() -> None:
     os._exit(EXIT_STUCK)
 
 
+def chosen_url(url: str, num_bytes: int) -> str:
+    """`auto` is shared memory, which workers of this host read and write in place, if so many bytes are free
+    there. In a container there may be little of it."""
+    if url != "auto":
+        return url
+    return "shm://" if shm.has_room(num_bytes) else "memory://"
+
+
 class EmbeddedStore:
     """A store with its sweeper. Start it inside a running event loop. A thread of its own calls `on_hang` if
     the sweep stands still."""
@@ -39,10 +48,9 @@ class EmbeddedStore:
     def __init__(
         self, config: ClusterConfig, on_hang: Callable[[], None] | None = None, tick_s: float = TICK_S
     ) -> None:
-        backend = backend_from_url(config.kvstore.url)
-        self._store = KvStore(
-            backend, config.cache.store_bytes, config.kvstore, prefix_bytes=config.cache.prefix_bytes
-        )
+        cache = config.cache
+        backend = backend_from_url(chosen_url(config.kvstore.url, cache.store_bytes + cache.prefix_bytes))
+        self._store = KvStore(backend, cache.store_bytes, config.kvstore, prefix_bytes=cache.prefix_bytes)
         self._sweeper = Sweeper(self._store)
         self._watchdog = on_hang and Watchdog(lambda: self._sweeper.num_sweeps, on_hang, tick_s)
         self._index_config = config.kvstore.index

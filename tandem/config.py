@@ -199,7 +199,7 @@ class SpeculationConfig:
 class KvStoreConfig:
     """Life times in the store. All are durations on the store's own clock."""
 
-    url: str = field(default="memory://", repr=False)  # memory, shm, disk or redis; may hold a password
+    url: str = field(default="auto", repr=False)  # or memory, shm, disk or redis; may hold a password
     codec: str = "raw"  # raw | fp16 | int8 | int4 | auto: how KV travels; only raw changes no token
     chunk_bytes: int = MIB
     overlap_bytes: int = 2 * MIB  # chunks with so much KV leave while they are computed; 0: none do

@@ -7,6 +7,7 @@ POSIX shared memory is files in /dev/shm, which `shm_open` does no more than nam
 
 from __future__ import annotations
 
+import os
 import secrets
 from contextlib import suppress
 from pathlib import Path
@@ -66,6 +67,15 @@ class ShmBackend(FileBackend):
                     raise
             else:
                 return path
+
+
+def has_room(num_bytes: int) -> bool:
+    """Whether this host has shared memory, with so many bytes free."""
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return False
+    return found.f_bavail * found.f_frsize >= num_bytes
 
 
 def open_backend(url: str) -> ShmBackend:

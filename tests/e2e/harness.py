@@ -36,7 +36,8 @@ def config(
 ) -> ClusterConfig:
     """A service of the tiny checkpoint; pools in blocks, other settings by section.
 
-    Leases outlive every test, so that what is not given back explicitly is found.
+    Leases outlive every test, so that what is not given back explicitly is found. KV crosses gRPC, where it
+    can be damaged on its way.
     """
     built = ClusterConfig(
         model=ModelConfig(path=tiny_llama()),
@@ -45,7 +46,7 @@ def config(
             decode_bytes=decode_blocks * BLOCK_BYTES,
             store_bytes=store_blocks * BLOCK_BYTES,
         ),
-        kvstore=KvStoreConfig(lease_s=120.0),
+        kvstore=KvStoreConfig(url="memory://", lease_s=120.0),
         router=RouterConfig(default_timeout_s=PATIENCE_S),
     )
     return replace(built, **{name: replace(getattr(built, name), **part) for name, part in parts.items()})
