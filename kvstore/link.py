@@ -14,8 +14,8 @@ from tandem.rpc import to_tandem_error
 
 CONNECT_S = 1.0
 # Metadata of a put. Its writer says MAY_PLACE if it may share a host with the store; the store answers
-# RESERVED with its epoch when the bytes are there, and FILE if the writer may fill that by itself. MAY_MAP is the
-# same of a reader that follows an object: FILE is where it reads.
+# RESERVED with its epoch when the bytes are there, and FILE if the writer may fill that by itself. MAY_MAP
+# is the same of a reader that follows an object: FILE is where it reads.
 MAY_PLACE, MAY_MAP, RESERVED, FILE = "kv-may-place", "kv-may-map", "kv-reserved", "kv-file"
 REPLACEMENT = "Internal error from Core"  # grpc.aio, when a write fails
 
