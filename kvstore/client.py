@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
@@ -117,24 +117,22 @@ class KvClient:
     async def _messages(
         self, handle: KvHandle, holder: str, lease_s: float, follow: bool, first_block: int
     ) -> AsyncGenerator[Buffer]:
-        """What the store holds of the object, mapped where store and reader share a host."""
+        """What the store holds of the object, where it lies if store and reader share a host."""
         await connected(self._channel)
-        mapped = await self._mapped(handle, holder, lease_s) if self._may_map and not follow else None
         request = pb.GetKvRequest(
             handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s), first_block=first_block
         )
-        if mapped is not None:
-            try:
-                for view in mapped:
-                    if reaches(view, first_block):
-                        yield view
-            finally:
-                self._post(self.release(handle, holder))
-        else:
-            sent = self._followed(request) if follow else self._sent(self._get(request))
-            async with aclosing(sent) as messages:
+        if self._files_read.are_here if follow else self._may_map:
+            is_here = False
+            async with aclosing(self._in_place(request) if follow else self._mapped(request)) as messages:
                 async for message in messages:
+                    is_here = True
                     yield message
+            if is_here:
+                return
+        async with aclosing(self._sent(self._follow(request) if follow else self._get(request))) as messages:
+            async for message in messages:
+                yield message
 
     async def _sent(self, call: Any) -> AsyncGenerator[Buffer]:
         """What the store sends, as it comes."""
@@ -147,30 +145,47 @@ class KvClient:
             drop(reading)
             call.cancel()
 
-    async def _followed(self, request: pb.GetKvRequest) -> AsyncGenerator[Buffer]:
-        """What the store gets of an object, read where it lies if that is on this host."""
-        call = self._follow(request, metadata=((MAY_MAP, "1"),) if self._files_read.are_here else None)
-        async with aclosing(self._sent(call)) as messages:
-            header = await anext(messages, b"")
-            path = dict(await call.initial_metadata()).get(FILE)
-            if path is None:
+    async def _mapped(self, request: pb.GetKvRequest) -> AsyncGenerator[Buffer]:
+        """All of an object that lies on this host; nothing if it does not. A store of which nothing can be
+        mapped here is not asked again."""
+        asked = pb.MapKvRequest(handle=request.handle, holder=request.holder, lease_ms=request.lease_ms)
+        may_hold = True  # a lease that only this reader can give back
+        try:
+            response: pb.MapKvResponse = await self._ask(self._stub.MapKv, asked)
+            mapped = MappedObject.from_pb(response)
+            messages = mapped.messages(self._files_read) if mapped else None
+            may_hold = messages is not None
+            self._may_map = messages is not None or response.may_map_others
+            self._may_follow_in_place = response.may_follow
+            for message in messages or ():
+                if reaches(message, request.first_block):
+                    yield message
+        finally:
+            if may_hold:
+                self._post(self.release(KvHandle.from_pb(request.handle), request.holder))
+
+    async def _in_place(self, request: pb.GetKvRequest) -> AsyncGenerator[Buffer]:
+        """An object as it is written, read where the store says it lies; nothing if that is not here."""
+        call = self._follow(request, metadata=((MAY_MAP, "1"),))
+        may_hold = True  # a lease that only this reader can give back
+        try:
+            async with aclosing(self._sent(call)) as messages:
+                header = await anext(messages, b"")
+                path = dict(await call.initial_metadata()).get(FILE)
+                filling = path and self._verified(partial(self._filling, path, header, request.first_block))
+                may_hold = bool(filling)
+                if path and not filling:
+                    return
                 yield header
                 async for message in messages:
-                    yield message
-                return
-            filling = self._verified(partial(self._filling, path, header, request.first_block))
-            if filling is not None:
-                try:
-                    yield header
-                    async for message in messages:
+                    if not filling:
+                        yield message
+                    else:
                         for found in self._verified(partial(filling.messages, message)):
                             yield found
-                finally:
-                    self._post(self.release(KvHandle.from_pb(request.handle), request.holder))
-                return
-        async with aclosing(self._followed(request)) as messages:  # the file is on another host
-            async for message in messages:
-                yield message
+        finally:
+            if may_hold:
+                self._post(self.release(KvHandle.from_pb(request.handle), request.holder))
 
     def _filling(self, path: str, header: Buffer, first_block: int) -> FillingFile | None:
         """The file of an object that is being written, if it is here."""
@@ -188,16 +203,6 @@ class KvClient:
         task = asyncio.create_task(run())
         self._posted.add(task)
         task.add_done_callback(self._posted.discard)
-
-    async def _mapped(self, handle: KvHandle, holder: str, lease_s: float) -> Iterator[Buffer] | None:
-        """Leased and mapped, or None. A store of which nothing can be mapped here is not asked again."""
-        request = pb.MapKvRequest(handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s))
-        response: pb.MapKvResponse = await self._ask(self._stub.MapKv, request)
-        mapped = MappedObject.from_pb(response)
-        messages = mapped.messages(self._files_read) if mapped else None
-        self._may_map = messages is not None or response.may_map_others
-        self._may_follow_in_place = response.may_follow
-        return messages
 
     async def _ask(self, method: Any, request: Any) -> Any:
         await connected(self._channel)

@@ -78,6 +78,11 @@ class FollowingInPlace(Following):
         self.path = path
         self._has_ended = False
 
+    def next(self) -> bytes | None:
+        message = super().next()
+        self._has_ended |= message is None and self._lease is not None  # and the seal has gone out
+        return message
+
     def close(self) -> None:
         if self._has_ended:
             self._is_closed = True
@@ -96,7 +101,6 @@ class FollowingInPlace(Following):
         if self._num_read <= len(obj.digests):
             yield self._note(obj)
         assert obj.seal is not None, obj.state
-        self._has_ended = True
         yield encode(obj.seal)
 
     def _note(self, obj: KvObject) -> bytes:

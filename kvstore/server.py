@@ -20,6 +20,7 @@ from kvstore.books import MAX_LEASE_FACTOR
 from kvstore.following import NOT_YET, Progress, follow
 from kvstore.key import MODELS, KvHandle, ObjectKey, malformed, object_id_of, require
 from kvstore.link import FILE, MAY_MAP, MAY_PLACE, RESERVED
+from kvstore.mapping import MappedObject
 from kvstore.objects import ObjectState, PutTicket
 from kvstore.records import ChunkHeader, ObjectHeader, Placed, Record, Seal
 from kvstore.store import KvStore
@@ -116,7 +117,13 @@ class KvServicer:
 
     async def MapKv(self, request: pb.MapKvRequest, context: Context) -> pb.MapKvResponse:
         handle, lease_s = KvHandle.from_pb(request.handle), request.lease_ms / 1000
-        mapped = await self._turns.take(self._store.lease_to_map, handle, request.holder, lease_s)
+
+        def undo(mapped: MappedObject | None) -> None:
+            if mapped is not None:
+                self._store.release(handle, request.holder)
+
+        terms = handle, request.holder, lease_s
+        mapped = await self._turns.take_or_undo(self._store.lease_to_map, undo, *terms)
         response = mapped.to_pb() if mapped else pb.MapKvResponse(may_map_others=self._store.places.may_map)
         response.may_follow = self._store.places.may_follow
         return response

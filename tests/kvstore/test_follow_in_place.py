@@ -214,3 +214,18 @@ def test_a_note_is_no_chunk_of_an_object():
     check.accept(encode(big(1)))
     with pytest.raises(DataLoss):
         check.accept(encode(Placed(end=10)))
+
+
+@pytest.mark.parametrize("follow", [False, True])
+async def test_who_leaves_at_any_moment_leaves_no_lease(follow):
+    """However far the store is with its answer, and whether or not that has reached the reader."""
+    async with sharing() as (service, client):
+        handle = await put(client, big(3))
+        for number in range(40):
+            reading = asyncio.create_task(read_all(client.get(handle, f"reader-{number}", follow=follow)))
+            await asyncio.sleep(number * 0.0002)
+            reading.cancel()
+            await asyncio.wait({reading})
+        await until(lambda: service.store.stat(handle).num_leases == 0)
+        await client.release(handle)
+        await until(lambda: service.store.audit().is_empty)
