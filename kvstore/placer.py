@@ -50,7 +50,8 @@ class Placer:
             await self._telling
 
     def close(self) -> None:
-        """Nothing is said or written any more."""
+        """Nothing is said or written any more, and the mapping is let go, whoever still knows this object."""
+        self._view = memoryview(b"")
         if self._telling is not None:
             drop(self._telling)
 

@@ -272,3 +272,17 @@ def test_a_chunks_message_is_no_longer_than_is_allowed_for():
     for chunk, payload in sample.chunks:
         assert len(encode(chunk, payload)) - len(payload) <= MAX_CHUNK_OVERHEAD
     assert header.most_message_bytes == header.total_bytes + 65_536 * MAX_CHUNK_OVERHEAD
+
+
+async def test_a_writer_that_left_keeps_no_memory():
+    """Whoever still knows it: an exception's traceback, for one."""
+    async with sharing() as (service, client):
+        writers = []
+        for number in range(3):
+            async with client.put(big(1, number)) as writer:
+                writers.append(writer)
+        await until(lambda: service.store.audit().is_empty)
+        handle = await put(client, big(4, 9))  # in a new file: those that have gone are let go
+        mapped = Path("/proc/self/maps").read_text().splitlines()
+        assert not [line for line in mapped if "tandem-kv-" in line and line.endswith("(deleted)")]
+        await client.release(handle)
