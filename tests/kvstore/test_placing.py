@@ -274,6 +274,11 @@ def test_a_chunks_message_is_no_longer_than_is_allowed_for():
     assert header.most_message_bytes == header.total_bytes + 65_536 * MAX_CHUNK_OVERHEAD
 
 
+def mapped_and_gone() -> list[str]:
+    mapped = Path("/proc/self/maps").read_text().splitlines()
+    return [line for line in mapped if "tandem-kv-" in line and line.endswith("(deleted)")]
+
+
 async def test_a_writer_that_left_keeps_no_memory():
     """Whoever still knows it: an exception's traceback, for one."""
     async with sharing() as (service, client):
@@ -283,6 +288,5 @@ async def test_a_writer_that_left_keeps_no_memory():
                 writers.append(writer)
         await until(lambda: service.store.audit().is_empty)
         handle = await put(client, big(4, 9))  # in a new file: those that have gone are let go
-        mapped = Path("/proc/self/maps").read_text().splitlines()
-        assert not [line for line in mapped if "tandem-kv-" in line and line.endswith("(deleted)")]
+        assert not mapped_and_gone()
         await client.release(handle)
