@@ -39,6 +39,7 @@ class KvClient:
         self._config = config or KvStoreConfig()
         self._stub: Any = kv_pb2_grpc.KvServiceStub(channel)
         self._posted: set[asyncio.Task[None]] = set()
+        self._leaving: dict[tuple[KvHandle, str], asyncio.Task[None]] = {}  # leases that are being given back
         self._may_map = True  # until the store's answer shows that it is not so
         self._may_follow_in_place = False  # until it says so
         self._files_read, self._files_written = Mappings(), Mappings(writable=True)
@@ -118,6 +119,8 @@ class KvClient:
         self, handle: KvHandle, holder: str, lease_s: float, follow: bool, first_block: int
     ) -> AsyncGenerator[Buffer]:
         """What the store holds of the object, where it lies if store and reader share a host."""
+        if (leaving := self._leaving.get((handle, holder))) is not None:
+            await asyncio.wait({leaving})  # else it would end the lease that comes
         await connected(self._channel)
         request = pb.GetKvRequest(
             handle=handle.to_pb(), holder=holder, lease_ms=_ms(lease_s), first_block=first_block
@@ -162,7 +165,7 @@ class KvClient:
                     yield message
         finally:
             if may_hold:
-                self._post(self.release(KvHandle.from_pb(request.handle), request.holder))
+                self._leave(KvHandle.from_pb(request.handle), request.holder)
 
     async def _in_place(self, request: pb.GetKvRequest) -> AsyncGenerator[Buffer]:
         """An object as it is written, read where the store says it lies; nothing if that is not here."""
@@ -185,7 +188,7 @@ class KvClient:
                             yield found
         finally:
             if may_hold:
-                self._post(self.release(KvHandle.from_pb(request.handle), request.holder))
+                self._leave(KvHandle.from_pb(request.handle), request.holder)
 
     def _filling(self, path: str, header: Buffer, first_block: int) -> FillingFile | None:
         """The file of an object that is being written, if it is here."""
@@ -193,7 +196,17 @@ class KvClient:
         self._files_read.are_here = filling is not None
         return filling
 
-    def _post(self, work: Coroutine[Any, Any, object]) -> None:
+    def _leave(self, handle: KvHandle, holder: str) -> None:
+        """Give a lease back; the holder's next one waits for that."""
+        leaving = self._leaving[handle, holder] = self._post(self.release(handle, holder))
+
+        def forget(_: Any) -> None:
+            if self._leaving.get((handle, holder)) is leaving:
+                del self._leaving[handle, holder]
+
+        leaving.add_done_callback(forget)
+
+    def _post(self, work: Coroutine[Any, Any, object]) -> asyncio.Task[None]:
         """Do it while the caller goes on. What a lost store misses, the lease ends."""
 
         async def run() -> None:
@@ -203,6 +216,7 @@ class KvClient:
         task = asyncio.create_task(run())
         self._posted.add(task)
         task.add_done_callback(self._posted.discard)
+        return task
 
     async def _ask(self, method: Any, request: Any) -> Any:
         await connected(self._channel)

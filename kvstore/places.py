@@ -24,7 +24,6 @@ class Places:
     def __init__(self, backend: Backend) -> None:
         self._mappable = backend if isinstance(backend, Mappable) else None
         self._placeable = backend if isinstance(backend, Placeable) else None
-
         self._may_follow = self._placeable is not None and not isinstance(backend, Moving)
 
     @property

@@ -229,3 +229,23 @@ async def test_who_leaves_at_any_moment_leaves_no_lease(follow):
         await until(lambda: service.store.stat(handle).num_leases == 0)
         await client.release(handle)
         await until(lambda: service.store.audit().is_empty)
+
+
+@pytest.mark.parametrize("follow", [False, True])
+async def test_a_holders_next_reading_waits_until_its_last_lease_is_given_back(follow, monkeypatch):
+    """What is given back late would else be the lease of the next, and its memory another object's."""
+    async with sharing() as (service, client):
+        handle = await put(client, big(3))
+        release = client.release
+
+        async def late(*args):
+            await asyncio.sleep(0.1)
+            return await release(*args)
+
+        monkeypatch.setattr(client, "release", late)
+        await read_all(client.get(handle, "reader", follow=follow))
+        async with aclosing(client.get(handle, "reader", follow=follow)) as chunks:
+            await anext(chunks)
+            await asyncio.sleep(0.3)
+            assert service.store.stat(handle).num_leases == 1
+        assert await client.release(handle)
