@@ -37,19 +37,32 @@ Backends = Annotated[
     typer.Option("--backend", help="URL of a store; may be repeated. Memory, shm and disk by default."),
 ]
 Million = Annotated[bool, typer.Option("--full", help="Up to a million objects, which takes gigabytes.")]
+Whole = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHAPE",
+        help="Instead: whole requests to services of raw, 111m or 1b that keep KV in each backend, in turns; "
+        "memory and shm by default.",
+    ),
+]
 
 
 def bench_kv(
     backends: Backends = None,
     rounds: o.Rounds = 5,
     full: Million = False,
+    whole: Whole = None,
     out: o.Out = Path("bench-results/kv"),
     json_output: o.Json = False,
 ) -> None:
     """How fast KV crosses the store, next to plain gRPC and a copy in memory; what a cached prefix saves."""
-    from bench.kv.run import run
+    from bench.kv import run
+    from bench.kv import whole as whole_requests
 
-    document = run(backends or [], rounds, out, full, json_output)
+    if whole is not None:
+        document = whole_requests.run(backends or [], whole, rounds, out, json_output)
+    else:
+        document = run.run(backends or [], rounds, out, full, json_output)
     if json_output:
         print(json.dumps(document))
 
