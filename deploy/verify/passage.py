@@ -138,7 +138,8 @@ class Passage:
         """Read an object over and over with one bit wrong each time: how often that was noticed, of how many
         times."""
         get: Any = self._router.unary_stream(GET_KV, kv_pb2.GetKvRequest.SerializeToString)
-        request = kv_pb2.GetKvRequest(handle=handle.to_pb(), holder=HOLDER)
+        # Another holder than of `place`, whose lease may be given back only now.
+        request = kv_pb2.GetKvRequest(handle=handle.to_pb(), holder=f"{HOLDER}/bits")
         messages = [message async for message in get(request, timeout=TIMEOUT_S)]
         assert not _is_refused(handle, messages), "what was sent is sound"
         noticed, draw = 0, random.Random(0)
