@@ -74,12 +74,9 @@ def run(backends: Sequence[str], shape: str, rounds: int, out: Path, as_json: bo
 
 def measure(backends: Sequence[str], shape: str, rounds: int) -> list[Row]:
     """All loads on each backend, round by round. Raises `ConfigError` for an unknown shape or backend."""
-    settings: dict[str, Any] = {"speculation": {"draft": "none"}}
     path = checkpoint(shape)
-    settings["model"], vocab_size = (
-        {"path": str(path), "name": shape},
-        ModelGeometry.from_path(path).vocab_size,
-    )
+    settings = {"model": {"path": str(path), "name": shape}, "speculation": {"draft": "none"}}
+    vocab_size = ModelGeometry.from_path(path).vocab_size
     with ExitStack() as stack:
         runner = stack.enter_context(asyncio.Runner())
         arms = {}

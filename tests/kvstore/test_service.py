@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import grpc
 import pytest
 
+from kvstore.backend import backend_from_url
 from kvstore.backends.memory import MemoryBackend
 from kvstore.client import KvClient
 from kvstore.key import KvHandle, object_id_of
@@ -454,10 +455,16 @@ async def test_following_an_object_as_it_is_written():
         await client.release(handle)
 
 
+@pytest.mark.parametrize("url", ["memory://", "shm://"])
 @pytest.mark.parametrize("end", ["abort", "fall silent", "forget"])
-async def test_who_follows_an_object_that_is_given_up_learns_it(end):
+async def test_who_follows_an_object_that_is_given_up_learns_it(end, url):
     header = replace(big(3), object_id=object_id_of("", "r"))
-    async with serving(config=QUICK) as service, service.client() as client, client.put(header) as writer:
+    backend = backend_from_url(url)
+    async with (
+        serving(config=QUICK, backend=backend) as service,
+        service.client() as client,
+        client.put(header) as writer,
+    ):
         await writer.write(make_ranges(header, blocks=1)[0], PAYLOAD)
         following = asyncio.create_task(read_all(client.get(writer.handle, "reader", follow=True)))
         await asyncio.sleep(0.05)
@@ -469,6 +476,7 @@ async def test_who_follows_an_object_that_is_given_up_learns_it(end):
         with pytest.raises(FailedPrecondition, match="STALE_HANDLE"):
             await asyncio.wait_for(following, 5.0)
         assert service.store.audit().is_empty
+    service.store.close()
 
 
 async def test_who_stops_following_leaves_no_lease():
