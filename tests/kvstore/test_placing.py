@@ -274,9 +274,9 @@ def test_a_chunks_message_is_no_longer_than_is_allowed_for():
     assert header.most_message_bytes == header.total_bytes + 65_536 * MAX_CHUNK_OVERHEAD
 
 
-def mapped_and_gone() -> list[str]:
+def mapped_and_gone(folder: Path) -> list[str]:
     mapped = Path("/proc/self/maps").read_text().splitlines()
-    return [line for line in mapped if "tandem-kv-" in line and line.endswith("(deleted)")]
+    return [line for line in mapped if f"{folder}/" in line and line.endswith("(deleted)")]
 
 
 async def test_a_writer_that_left_keeps_no_memory():
@@ -288,5 +288,5 @@ async def test_a_writer_that_left_keeps_no_memory():
                 writers.append(writer)
         await until(lambda: service.store.audit().is_empty)
         handle = await put(client, big(4, 9))  # in a new file: those that have gone are let go
-        assert not mapped_and_gone()
+        assert not mapped_and_gone(path_of(service, handle).parent)
         await client.release(handle)
