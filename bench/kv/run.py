@@ -4,9 +4,10 @@
 
 In each cell (backend, chunk size, channels) the store's put and get, a stream of plain bytes over gRPC in
 either direction and copies in memory, with and without hashing, take turns; ratios are taken within
-rounds. The store is a process of its own. Then: what an operation costs while the store holds more and
-more objects; what a request waits between prefill's last step and decode's first, with and without
-overlap; and what a cached prefix does to the time to first token of the bundled model.
+rounds. The store is a process of its own. Then: what it takes to gather blocks of a cache into a message
+and to place them again; what an operation costs while the store holds more and more objects; what a
+request waits between prefill's last step and decode's first, with and without overlap; and what a cached
+prefix does to the time to first token of the bundled model.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.kv import growth, handoff, prefix
+from bench.kv import blocks, growth, handoff, prefix
 from bench.kv.arms import Shape, checked_copy, memcpy, memcpy_into, peer
 from bench.measure import Meter, Spread, console, flat, interleave, machine, table, write_csv, write_json
 from kvstore.tier_urls import split_tiers
@@ -63,11 +64,13 @@ def run(backends: Sequence[str], rounds: int, out: Path, full: bool, as_json: bo
     with tempfile.TemporaryDirectory() as folder:
         urls = list(backends) or default_backends(Path(folder))
         cells = _transfers(urls, rounds)
+    moved = blocks.measure(rounds)
     grown = growth.measure([*COUNTS, *((MANY,) if full else ())])
     handed = handoff.measure(rounds)
     hit = prefix.measure("memory://", rounds)
     shown = console(as_json)
     shown.print(_cells_table(cells))
+    shown.print(_blocks_table(moved))
     shown.print(_growth_table(grown))
     shown.print(_handoff_table(handed))
     speedup, cold, warm = hit.speedup, hit.cold_ms.median, hit.hit_ms.median
@@ -79,6 +82,7 @@ def run(backends: Sequence[str], rounds: int, out: Path, full: bool, as_json: bo
     document = {
         "machine": machine(1),
         "cells": rows,
+        "blocks": [flat(row) for row in moved],
         "growth": [dataclasses.asdict(row) for row in grown],
         "handoff": [flat(row) for row in handed],
         "prefix_hit": flat(hit),
@@ -153,6 +157,17 @@ def _cells_table(cells: Sequence[Cell]) -> Any:
         for cell in cells
     ]
     return table("KV over the store, medians", columns, rows)
+
+
+def _blocks_table(rows: Sequence[blocks.Moved]) -> Any:
+    columns = ["shape", "chunk KiB", "memcpy GB/s", "out", "torch out", "back", "torch back"]
+    columns += ["out/torch", "back/torch", "out/memcpy", "back/memcpy"]
+    names = [field.name for field in dataclasses.fields(blocks.Moved)][2:]
+    cells = [
+        (row.shape, str(row.chunk_kib), *(f"{getattr(row, name).median:.2f}" for name in names))
+        for row in rows
+    ]
+    return table("\nblocks of a cache to a message and back, one thread, medians", columns, cells)
 
 
 def _growth_table(rows: Sequence[growth.Growth]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 
@@ -35,14 +36,18 @@ def export_kv(
     Slots past `num_tokens` may hold another request's KV and are zeroed. Raises NUMERICS if a value is
     not finite, or not in that dtype: such KV never leaves the worker.
     """
-    data = cache.read_blocks(blocks, layer_start, num_layers)
     used_in_last = num_tokens - (len(blocks) - 1) * cache.block_size
+    moved = None
+    if codec == "raw" and _dtype_of(cache, dtype) == cache.dtype:
+        moved = cache.export_blocks(blocks, used_in_last, layer_start, num_layers)
+    if moved is not None:
+        exported, is_finite = moved
+        return exported if is_finite else _refuse()
+    data = cache.read_blocks(blocks, layer_start, num_layers)
     data[-1, :, :, used_in_last:] = 0
     if codec == "raw":
         data = data.to(_dtype_of(cache, dtype))
-    if not all_finite(data):
-        raise Internal.numerics()
-    return memoryview(encode(data, codec).flatten().numpy().data)
+    return memoryview(encode(data, codec).flatten().numpy().data) if all_finite(data) else _refuse()
 
 
 def import_kv(
@@ -70,3 +75,7 @@ def import_kv(
 def _dtype_of(cache: PagedCache, name: str | None) -> torch.dtype:
     found: torch.dtype = getattr(torch, name) if name else cache.dtype
     return found
+
+
+def _refuse() -> NoReturn:
+    raise Internal.numerics()

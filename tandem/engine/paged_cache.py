@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from tandem.engine.native.kernels import kernels_for
+from tandem.engine.native.transfer import BlockMover
 from tandem.geometry import ModelGeometry
 
 
@@ -45,6 +47,8 @@ class PagedCache:
         # For kernels, which index `[layers, 2, kv_heads, blocks, block_size, dim]` and store the int32.
         self.address: int = self._data.data_ptr()
         self.progress_address: int = self._layers_written.ctypes.data
+        isa = kernels_for(self.device.type)
+        self._mover = None if isa is None else BlockMover(isa, self._data)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,6 +108,15 @@ class PagedCache:
         chosen = layers.index_select(3, self._ids(block_ids))
         return chosen.permute(3, 0, 1, 4, 2, 5).contiguous().cpu()
 
+    def export_blocks(
+        self, block_ids: Sequence[int], num_used: int, layer_start: int = 0, num_layers: int | None = None
+    ) -> tuple[memoryview, bool] | None:
+        """The bytes of `read_blocks` with zeros for the last block's slots from `num_used` on, and whether
+        all of that is finite; None where there are no kernels for it."""
+        layers = self._range(layer_start, num_layers)
+        self._check(block_ids)
+        return self._mover.export(block_ids, layers, num_used) if self._mover is not None else None
+
     def write_blocks(
         self,
         block_ids: Sequence[int],
@@ -117,6 +130,10 @@ class PagedCache:
 
         Slots after the last token must hold finite numbers; the sender zeroes them.
         """
+        if self._mover is not None and dtype in (None, self.dtype):
+            self._check(block_ids)
+            self._mover.place(block_ids, self._range(layer_start, num_layers), data)
+            return
         layers = self._layers(layer_start, num_layers)
         num_layers, _, kv_heads, _, block_size, head_dim = layers.shape
         incoming = tensor_over(
@@ -130,14 +147,21 @@ class PagedCache:
         return all_finite(chosen[:, :, :, :num_tokens])
 
     def _layers(self, start: int, count: int | None) -> torch.Tensor:
+        chosen = self._range(start, count)
+        return self._data[chosen.start : chosen.stop]
+
+    def _range(self, start: int, count: int | None) -> range:
         stop = self.geometry.num_layers if count is None else start + count
         if not 0 <= start < stop <= self.geometry.num_layers:
             raise ValueError(f"no layers {start}..{stop} in a model of {self.geometry.num_layers}")
-        return self._data[start:stop]
+        return range(start, stop)
 
-    def _ids(self, block_ids: Sequence[int]) -> torch.Tensor:
+    def _check(self, block_ids: Sequence[int]) -> None:
         if block_ids and not 0 <= min(block_ids) <= max(block_ids) < self.num_blocks:
             raise ValueError(f"block ids must be in [0, {self.num_blocks})")
+
+    def _ids(self, block_ids: Sequence[int]) -> torch.Tensor:
+        self._check(block_ids)
         return torch.tensor(block_ids, dtype=torch.int64, device=self.device)
 
 

@@ -11,18 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from tandem.engine.draw import Draw
-from tandem.engine.native import build, library
-from tandem.engine.native.build import NotNativeError
+from tandem.engine.native import library
+from tandem.engine.native.kernels import kernels_for
 from tandem.engine.rng import Stream, exponentials
 from tandem.engine.sampling_state import SamplingState
-from tandem.errors import ConfigError
 from tandem.sampling import SamplingParams
 
 NO_TOKEN = -1  # in place of the most probable token of a row without usable logits
@@ -88,19 +86,6 @@ def choose(scores: torch.Tensor, draws: Sequence[Draw], *, masked: bool = False)
 def _waits(draws: Sequence[Draw], vocab: int) -> Waits:
     stream = Stream(draws[0].stream)
     return exponentials([d.seed for d in draws], [d.position for d in draws], stream, vocab)
-
-
-@cache
-def kernels_for(device: str) -> str | None:
-    """The instruction set of the kernels that choose tokens on this device; None: torch does."""
-    if device != "cpu":
-        return None
-    try:
-        isa = build.instruction_set()
-        library.load(isa)
-    except (NotNativeError, ConfigError):
-        return None
-    return isa
 
 
 def most_probable(logits: torch.Tensor) -> list[int]:

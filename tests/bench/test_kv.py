@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from bench.kv import growth, handoff, run
+from bench.kv import blocks, growth, handoff, run
 from bench.kv.arms import Shape, checked_copy, memcpy, memcpy_into, peer
 from tandem.errors import ConfigError
 
@@ -38,6 +39,16 @@ def test_the_yardsticks_copy():
         target[:] = bytes(SHAPE.chunk_bytes)
         assert copy(source, target, SHAPE) > 0
         assert target == source[-SHAPE.chunk_bytes :]
+
+
+def test_blocks_move_by_kernels_and_by_torch():
+    threads = torch.get_num_threads()
+    rows = blocks.measure(1)
+    assert torch.get_num_threads() == threads
+    assert [row.shape for row in rows] == ["bundled", "111M"]
+    for row in rows:
+        assert row.out_of_torch.median == pytest.approx(row.out.median / row.torch_out.median)
+        assert row.back_of_memcpy.median == pytest.approx(row.back.median / row.memcpy.median)
 
 
 def test_growth_counts_objects(monkeypatch):

@@ -21,7 +21,7 @@ from tandem.engine.quantization.formats import CODEBOOKS, INT8_MOST, QuantizedWe
 from tandem.errors import ConfigError
 
 PANEL = 16  # outputs that lie together
-ABI = 10
+ABI = 11
 FORMATS = {torch.float32: 0, torch.float16: 1}
 INT8, CODE4 = 2, 3
 PIECE_INPUTS = 4  # inputs whose codes lie together
@@ -266,6 +266,9 @@ def load(isa: str) -> ctypes.CDLL:
     found.tandem_choose.restype = None
     found.tandem_linear.argtypes = (handle, handle, handle, ctypes.c_int32, handle)
     found.tandem_linear.restype = None
+    found.tandem_export_blocks.argtypes = (handle, handle, ctypes.c_int64, integer, handle)
+    found.tandem_import_blocks.argtypes = (handle, handle, ctypes.c_int64, handle)
+    found.tandem_import_blocks.restype = None
     if found.tandem_abi() != ABI:
         raise ConfigError(f"the library has interface {found.tandem_abi()}, not {ABI}")
     _check(found, isa)

@@ -1,4 +1,5 @@
-"""What the kernels are handed: weights, a model, a cache. Mirrors src/model.h and src/linear.h."""
+"""What the kernels are handed: weights, a model, a cache. Mirrors src/model.h, src/linear.h and
+src/transfer.h."""
 
 from __future__ import annotations
 
@@ -82,5 +83,19 @@ class Cache(ctypes.Structure):
         ("layers_written", ctypes.c_void_p),
         ("num_blocks", ctypes.c_int64),
         ("block_size", ctypes.c_int32),
+        ("is_half", ctypes.c_int32),
+    )
+
+
+class Blocks(ctypes.Structure):
+    _fields_ = (
+        ("cache", ctypes.c_void_p),
+        ("num_blocks", ctypes.c_int64),
+        ("block_size", ctypes.c_int32),
+        ("kv_heads", ctypes.c_int32),
+        ("vector_bytes", ctypes.c_int32),
+        ("first_layer", ctypes.c_int32),
+        ("layers", ctypes.c_int32),
+        ("exponent", ctypes.c_int32),
         ("is_half", ctypes.c_int32),
     )

@@ -16,6 +16,7 @@
 #include "model.h"
 #include "pool.h"
 #include "quantized.h"
+#include "transfer.h"
 
 namespace tandem {
 
@@ -380,7 +381,7 @@ struct Engine {
 extern "C" {
 
 // Bumped with every change of a struct or function below.
-int32_t tandem_abi() { return 10; }
+int32_t tandem_abi() { return 11; }
 
 void* tandem_engine_new(int32_t threads) { return new tandem::Engine(threads); }
 void tandem_engine_delete(void* engine) { delete static_cast<tandem::Engine*>(engine); }
@@ -432,6 +433,18 @@ void tandem_linear(void* engine, const tandem::Linear* linear, const float* x, i
     e.team.run([&](int member) {
         tandem::multiply_shared(*linear, {x, linear->in}, rows, to, e.team, member, e.buffers.prepared.data());
     });
+}
+
+// What blocks hold to `message`, and zeros for the last one's slots from `num_used` on; 0 if a number is not finite.
+int32_t tandem_export_blocks(const tandem::Blocks* from, const int64_t* ids, int64_t count, int32_t num_used,
+                             char* message) {
+    return from->is_half ? tandem::export_blocks<uint16_t>(*from, ids, count, num_used, message)
+                         : tandem::export_blocks<uint32_t>(*from, ids, count, num_used, message);
+}
+
+// The way back.
+void tandem_import_blocks(const tandem::Blocks* to, const int64_t* ids, int64_t count, const char* message) {
+    tandem::import_blocks(*to, ids, count, message);
 }
 
 // Count from now on where forwards spend their time, or stop it.
