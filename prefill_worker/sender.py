@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Awaitable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -16,6 +18,7 @@ from kvstore.records import ChunkRange, ObjectHeader
 from kvstore.writer import KvWriter
 from prefill_worker.job import PrefillJob
 from prefill_worker.link_codec import LinkCodec
+from tandem.ahead import one_ahead
 from tandem.engine.kv_transfer import block_bytes, export_kv
 from tandem.engine.paged_cache import PagedCache
 from tandem.errors import TandemError
@@ -99,11 +102,13 @@ class ObjectSender:
         began_ns = time.monotonic_ns()
         most, size = self._cache.geometry.num_layers, self._cache.block_bytes
         layers = range(self._layers_sent, most if num_layers is None else num_layers)
-        for part in parts_of(most, size, self._form.chunk_bytes, self._num_sent, num_ready, layers):
-            if self._job.is_cancelled:
-                return
-            with beside("transfer out"):
-                await self._send_part(part)
+        parts = parts_of(most, size, self._form.chunk_bytes, self._num_sent, num_ready, layers)
+        async with aclosing(one_ahead(partial(self._export, part) for part in parts)) as payloads:
+            for part in parts:
+                if self._job.is_cancelled:
+                    return
+                with beside("transfer out"):
+                    await self._writer.write(part, await anext(payloads))
         self._layers_sent = layers.stop % most
         if not self._layers_sent:
             self._num_sent = num_ready
@@ -131,10 +136,9 @@ class ObjectSender:
             total_bytes=blocks * block_bytes(self._cache, self._codec, self._form.dtype),
         )
 
-    async def _send_part(self, part: ChunkRange) -> None:
+    async def _export(self, part: ChunkRange) -> memoryview:
         encoding = self._codec, self._form.dtype
-        payload = await export_part(self._cache, self._blocks, self._job.num_tokens, part, *encoding)
-        await self._writer.write(part, payload)
+        return await export_part(self._cache, self._blocks, self._job.num_tokens, part, *encoding)
 
 
 class _DraftObjectSender(ObjectSender):

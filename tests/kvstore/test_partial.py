@@ -55,7 +55,7 @@ def test_every_cell_behind_comes_once_and_any_damage_is_found(first_block, block
     damaged = bytearray(messages[place])
     damaged[rng.randrange(len(damaged))] ^= 1 << rng.randrange(8)
     is_seal = place == len(messages) - 1 and first_block > 0  # what it says of all chunks cannot be checked
-    is_alone = place == 0 and first_block == NUM_BLOCKS  # chunks bind the header: without any, nothing is used
+    is_alone = place == 0 and first_block == NUM_BLOCKS  # no chunk binds it, and none is read with it
     if not (is_seal or is_alone):
         with pytest.raises(DataLoss):
             read(header.handle(5), [*messages[:place], bytes(damaged), *messages[place + 1 :]], first_block)
