@@ -2,8 +2,9 @@
 
 One `Handoff` per prompt, living on the event loop. The compute thread says how many tokens are done;
 full blocks leave at once, the last one when the prompt is complete. Those of a long chunk leave layer by
-layer while the chunk is computed. The blocks stay in the pool under
-a hold of their own until the store has them, whatever happens to the request meanwhile.
+layer while the chunk is computed. Where the forward has all cores they leave right after it, as whoever takes
+a core from a team of threads makes all of them wait; only the way is opened meanwhile. The blocks stay in the
+pool under a hold of their own until the store has them, whatever happens to the request meanwhile.
 
 When the object is sealed, the pieces of the prompt's beginning are published for others
 (prefill_worker/prefixes.py). A draft model's KV goes beside it as an object of its own; what goes wrong
@@ -46,6 +47,7 @@ class HandoffContext:
     pool: BlockPool
     form: Format
     overlap_bytes: int = 0  # chunks with so much KV leave while they are computed; 0: none do
+    is_beside: bool = True  # False: forwards need all cores, and KV that is complete leaves between them
     draft_cache: PagedCache | None = None
     prefixes: PrefixCache | None = None
 
@@ -61,12 +63,13 @@ class HandoffContext:
             chunk_bytes=config.kvstore.chunk_bytes,
             codec=LinkCodec.of(config.kvstore.codec, cache, wire_dtype),
         )
+        is_beside = config.kvstore.overlap == "always" or config.cores.claims is None
         overlap, kept = config.kvstore.overlap_bytes, None
         if config.cache.prefix_bytes > 0:
             pieces = Pieces(client, PieceFormat.of(config, cache.geometry, fingerprint))
             reader = PrefixReader(client, pieces, Elsewhere.of(config, pieces))
             kept = PrefixCache(cache, pieces, reader)
-        return cls(client, cache, engine.pool, form, overlap, draft_cache, kept)
+        return cls(client, cache, engine.pool, form, overlap, is_beside, draft_cache, kept)
 
 
 async def release_handle(client: KvClient, handle: KvHandle) -> None:

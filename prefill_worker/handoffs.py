@@ -26,12 +26,16 @@ class Handoffs:
     # --- compute thread ---
 
     def begin(self, chunks: Sequence[Chunk]) -> None:
-        """A forward over these chunks is next: the long ones leave while it runs."""
+        """A forward over these chunks is next: the long ones leave while it runs, or find the way open."""
         leaving = [chunk for chunk in chunks if self._leaves_early(chunk)]
-        if leaving:
+        if leaving and self._context.is_beside:
             self._context.cache.layers_written = 0
         for chunk in leaving:
-            self._tell(chunk.job, Step(chunk.job.num_computed + chunk.num_tokens, is_under_way=True))
+            job, done = chunk.job, chunk.job.num_computed
+            if self._context.is_beside:
+                self._tell(job, Step(done + chunk.num_tokens, is_under_way=True))
+            elif not job.is_handed_off:
+                self._tell(job, Step(done))
 
     def advance(self, job: PrefillJob) -> None:
         """What is computed of the prompt may leave."""

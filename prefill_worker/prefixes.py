@@ -10,12 +10,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from functools import partial
 from typing import Any
 
+from kvstore.key import Buffer
 from kvstore.pieces import Pieces
 from kvstore.prefix_reader import PrefixReader, Wanted
-from kvstore.records import ChunkHeader
+from kvstore.records import ChunkHeader, ChunkRange
 from prefill_worker.job import PrefillJob
 from prefill_worker.sender import export_part
 from tandem.engine.paged_cache import PagedCache
@@ -61,7 +61,11 @@ class PrefixCache:
 
     async def publish(self, job: PrefillJob, blocks: Sequence[int]) -> None:
         """Store the pieces of a computed prompt that the store does not have. `blocks` hold its KV."""
-        work, export = job.work, partial(export_part, self._cache, blocks, job.num_tokens)
+        work, computed = job.work, (self._cache, blocks, job.num_tokens)
+
+        async def export(part: ChunkRange) -> Buffer:
+            return await to_thread_to_end(export_part, *computed, part)
+
         try:
             await self._pieces.publish(work.tenant, work.token_ids, export)
         except TandemError as error:

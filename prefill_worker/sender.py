@@ -29,6 +29,7 @@ from tandem.threads import to_thread_to_end
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+AT_ONCE = 4  # parts that a thread exports before the next hop: each waits for a core that a forward may have
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,7 @@ class Format:
     codec: LinkCodec  # of what goes to a decode worker; prefixes stay raw
 
 
-async def export_part(
+def export_part(
     cache: PagedCache,
     blocks: Sequence[int],
     num_tokens: int,
@@ -53,9 +54,7 @@ async def export_part(
     size, last = cache.block_size, part.block_start + part.num_blocks
     num_in_part = min(num_tokens, last * size) - part.block_start * size
     chosen = blocks[part.block_start : last]
-    return await to_thread_to_end(
-        export_kv, cache, chosen, num_in_part, part.layer_start, part.num_layers, codec, dtype
-    )
+    return export_kv(cache, chosen, num_in_part, part.layer_start, part.num_layers, codec, dtype)
 
 
 class ObjectSender:
@@ -103,12 +102,14 @@ class ObjectSender:
         most, size = self._cache.geometry.num_layers, self._cache.block_bytes
         layers = range(self._layers_sent, most if num_layers is None else num_layers)
         parts = parts_of(most, size, self._form.chunk_bytes, self._num_sent, num_ready, layers)
-        async with aclosing(one_ahead(partial(self._export, part) for part in parts)) as payloads:
-            for part in parts:
-                if self._job.is_cancelled:
-                    return
-                with beside("transfer out"):
-                    await self._writer.write(part, await anext(payloads))
+        some = [parts[first : first + AT_ONCE] for first in range(0, len(parts), AT_ONCE)]
+        async with aclosing(one_ahead(partial(self._export, each) for each in some)) as exported:
+            async for payloads in exported:
+                for part, payload in payloads:
+                    if self._job.is_cancelled:
+                        return
+                    with beside("transfer out"):
+                        await self._writer.write(part, payload)
         self._layers_sent = layers.stop % most
         if not self._layers_sent:
             self._num_sent = num_ready
@@ -136,9 +137,14 @@ class ObjectSender:
             total_bytes=blocks * block_bytes(self._cache, self._codec, self._form.dtype),
         )
 
-    async def _export(self, part: ChunkRange) -> memoryview:
+    async def _export(self, parts: Sequence[ChunkRange]) -> list[tuple[ChunkRange, memoryview]]:
         encoding = self._codec, self._form.dtype
-        return await export_part(self._cache, self._blocks, self._job.num_tokens, part, *encoding)
+
+        def export() -> list[tuple[ChunkRange, memoryview]]:
+            named = self._cache, self._blocks, self._job.num_tokens
+            return [(part, export_part(*named, part, *encoding)) for part in parts]
+
+        return await to_thread_to_end(export)
 
 
 class _DraftObjectSender(ObjectSender):

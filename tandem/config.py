@@ -202,6 +202,7 @@ class KvStoreConfig:
     url: str = field(default="auto", repr=False)  # or memory, shm, disk or redis; may hold a password
     codec: str = "raw"  # raw | fp16 | int8 | int4 | auto: how KV travels; only raw changes no token
     chunk_bytes: int = MIB
+    overlap: str = "auto"  # or always: KV leaves during forwards also where that takes their cores
     overlap_bytes: int = 2 * MIB  # chunks with so much KV leave while they are computed; 0: none do
     put_deadline_s: float = 10.0
     lease_s: float = 30.0
@@ -214,11 +215,11 @@ class KvStoreConfig:
     index: IndexConfig = field(default_factory=IndexConfig)  # of the prefixes that several stores hold
 
     def __post_init__(self) -> None:
-        check_positive(self, "chunk_bytes", "put_deadline_s", "lease_s", "prefix_s", "sweep_s")
-        check_positive(self, "prefix_tokens")
+        check_positive(self, "chunk_bytes", "prefix_tokens")
+        check_positive(self, "put_deadline_s", "lease_s", "prefix_s", "sweep_s")
         check(self.overlap_bytes >= 0, "kvstore overlap_bytes must be 0 or more")
-        for name in ("tenant_share", "writer_share"):
-            share = getattr(self, name)
+        check(self.overlap in ("auto", "always"), f"overlap must be auto or always, not {self.overlap}")
+        for name, share in (("tenant_share", self.tenant_share), ("writer_share", self.writer_share)):
             check(0 < share <= 1, f"kvstore {name} must be more than 0 and at most 1, not {share}")
         codecs = (*KV_CODECS, "auto")
         check(self.codec in codecs, f"unknown codec {self.codec}; known: {', '.join(codecs)}")

@@ -1,4 +1,4 @@
-"""From prefill's last step to decode's first, with and without transfer that overlaps computation."""
+"""From prefill's last step to decode's first, with and without transfer in the middle of forwards."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from tandem.client import TandemClient
 from tandem.sampling import SamplingParams
 
 CASES = ((1024, 1024), (1920, 480))  # prompt tokens, and those of one chunk
-WITHOUT = 0  # no chunk is long enough to leave while it is computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class HandOff:
 
     prompt_tokens: int
     chunks: int
-    overlap: bool
+    overlap: bool  # KV leaves in the middle of forwards; else between them
     prefill_ms: Spread
     gap_ms: Spread
     gap_of_prefill: Spread
@@ -37,7 +36,7 @@ class HandOff:
 
 
 def measure(rounds: int) -> list[HandOff]:
-    """The bundled model: a service with overlap and one without take turns at new prompts."""
+    """The bundled model: a service that always overlaps and one with defaults take turns at new prompts."""
     return [row for case in CASES for row in _case(*case, rounds)]
 
 
@@ -45,7 +44,7 @@ def _case(prompt_tokens: int, chunk_tokens: int, rounds: int) -> list[HandOff]:
     rng = random.Random(0)
     with ExitStack() as stack, asyncio.Runner() as runner:
         arms: dict[str, Callable[[], Any]] = {}
-        for name, values in (("on", {}), ("off", {"overlap_bytes": WITHOUT})):
+        for name, values in (("on", {"overlap": "always"}), ("off", {})):
             settings = {"kvstore": values, "prefill": {"token_budget": chunk_tokens}}
             address = stack.enter_context(serving(settings))
             arms[name] = partial(_ask, runner, address, rng, prompt_tokens)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import grpc
 import pytest
 
 from decode_worker.prefetch import Prefetches
+from prefill_worker.handoff import HandoffContext
 from tests.e2e.harness import (
     BLOCK_BYTES,
     ask,
@@ -62,10 +64,13 @@ def prompt_of(length):
     return ("abcdefg" * length)[:length]
 
 
+@pytest.mark.parametrize("is_beside", [True, False])
 @pytest.mark.parametrize("url", ["memory://", "shm://"])
-async def test_the_tokens_are_those_without_overlap(prefetched, url):
+async def test_the_tokens_are_those_without_overlap(prefetched, monkeypatch, url, is_beside):
     async with overlapping(0) as cluster, slow_each_run(cluster):
         expected = [await tokens_of(cluster, length) for length in LENGTHS]
+    of = HandoffContext.of
+    monkeypatch.setattr(HandoffContext, "of", lambda *args: replace(of(*args), is_beside=is_beside))
     async with overlapping(kvstore={"url": url}) as cluster, slow_each_run(cluster):
         prefetched.clear()
         assert [await tokens_of(cluster, length) for length in LENGTHS] == expected

@@ -30,10 +30,12 @@ from tests.serving import (
     tokenizer,
 )
 
-OVERLAP_TOKENS = 16  # so that most prompts of the tests leave while they are computed
+OVERLAP_BYTES = 16  # so that most prompts of the tests leave while they are computed
 
 
-def make_context(client, model, pool, chunk_bytes: int = MIB, draft=None) -> HandoffContext:
+def make_context(
+    client, model, pool, chunk_bytes: int = MIB, draft=None, *, is_beside=True
+) -> HandoffContext:
     form = Format(
         dtype="float32",
         fingerprint=FINGERPRINT,
@@ -41,7 +43,7 @@ def make_context(client, model, pool, chunk_bytes: int = MIB, draft=None) -> Han
         codec=LinkCodec.of("raw", model.cache, "float32"),
     )
     draft_cache = draft.cache if draft else None
-    return HandoffContext(client, model.cache, pool, form, OVERLAP_TOKENS, draft_cache)
+    return HandoffContext(client, model.cache, pool, form, OVERLAP_BYTES, is_beside, draft_cache)
 
 
 class Prompt:
@@ -103,7 +105,15 @@ class Rig:
 
 @asynccontextmanager
 async def prefilling(
-    num_blocks=64, *, forward=None, client=None, tokens=None, chunk_bytes=MIB, store_bytes=64 * MIB, **config
+    num_blocks=64,
+    *,
+    forward=None,
+    client=None,
+    tokens=None,
+    chunk_bytes=MIB,
+    store_bytes=64 * MIB,
+    is_beside=True,
+    **config,
 ):
     """`forward` and `client` wrap methods (tests.serving.Meddler). Afterwards nothing may be owned."""
     model = make_model(num_blocks)
@@ -116,7 +126,7 @@ async def prefilling(
             meddled,
             pool,
             tokens or tokenizer(),
-            make_context(kv_client, model, pool, chunk_bytes),
+            make_context(kv_client, model, pool, chunk_bytes, is_beside=is_beside),
         )
         try:
             yield Rig(worker, pool, model, running)

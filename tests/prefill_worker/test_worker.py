@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from kvstore.objects import ObjectState
 from prefill_worker import runner
 from prefill_worker.job import PrefillJob
 from tandem.engine.batch import SequenceRows
@@ -322,6 +323,41 @@ async def test_the_deadline_ends_a_prompt_between_chunks():
         await until(lambda: rig.pool.audit().is_empty)
         assert gate.entered == 1
         await rig.running.freed()
+
+
+async def test_where_forwards_have_all_cores_kv_leaves_between_them():
+    """The object is reserved and its reader told while the first chunk is computed; nothing is sent."""
+
+    def num_messages() -> int:
+        [obj] = rig.store._books.objects.values()
+        assert obj.state is ObjectState.RESERVED
+        return len(obj.digests)
+
+    gate = Gate()
+    async with prefilling(forward=gate, is_beside=False, chunk_bytes=32 * 256, **LONG) as rig:
+        prompt = rig.submit(token_ids=prompt_of(100))
+        for number in range(4):  # chunks of 32 tokens, a message for each of two layers
+            await until(lambda: gate.entered > number and rig.store._books.objects)  # noqa: B023 (in this turn)
+            rig.model.cache.layers_written = rig.model.geometry.num_layers  # as the kernels would say
+            await until(lambda: num_messages() == 2 * number)  # noqa: B023
+            await asyncio.sleep(0.02)
+            assert num_messages() == 2 * number
+            gate.let()
+        await rig.completes(prompt)
+        assert prompt.opened is not None
+
+
+async def test_only_prompts_with_much_kv_open_their_way_before_they_are_computed(monkeypatch):
+    monkeypatch.setattr("tests.prefill_worker.rig.OVERLAP_BYTES", 16 * 512)  # what 16 tokens have
+    gate = Gate()
+    async with prefilling(forward=gate, is_beside=False) as rig:
+        prompt = rig.submit(token_ids=prompt_of(15))
+        await until(lambda: gate.entered == 1)
+        await asyncio.sleep(0.02)
+        assert not rig.store.audit().owned
+        gate.let()
+        await rig.completes(prompt)
+        assert prompt.opened is None
 
 
 class Held:

@@ -107,6 +107,7 @@ def test_values_that_cannot_work_are_refused(part, values):
     ("values", "says"),
     [
         ({"kvstore": {"publish": "everything"}}, "publish must be prompt or all"),
+        ({"kvstore": {"overlap": "never"}}, "overlap must be auto or always, not never"),
         ({"kvstore": {"publish": "all"}}, "needs room for what is published: set cache.prefix_bytes"),
         ({"kvstore": {"publish": "all", "codec": "int8"}}, "publish all needs codec raw"),
         ({"kvstore": {"codec": "int8"}, "cache": {"keep_blocks": True}}, "keep_blocks needs codec raw"),
