@@ -112,9 +112,12 @@ class PagedCache:
         self, block_ids: Sequence[int], num_used: int, layer_start: int = 0, num_layers: int | None = None
     ) -> tuple[memoryview, bool] | None:
         """The bytes of `read_blocks` with zeros for the last block's slots from `num_used` on, and whether
-        all of that is finite; None where there are no kernels for it."""
+        all of that is finite; None where there are no kernels for it. ValueError as from `read_blocks`, or if
+        a block has no so many slots."""
         layers = self._range(layer_start, num_layers)
         self._check(block_ids)
+        if not 0 <= num_used <= self.block_size:
+            raise ValueError(f"a block has {self.block_size} slots, not {num_used}")
         return self._mover.export(block_ids, layers, num_used) if self._mover is not None else None
 
     def write_blocks(

@@ -126,6 +126,9 @@ def test_bytes_that_do_not_fit_are_refused_and_nothing_is_written(monkeypatch, w
             import_kv(cache, blocks, data, *layers)
         with pytest.raises(ValueError, match=r"must be in|no layers"):
             export_kv(cache, blocks, 8, *layers)
+    for num_used in (-1, 5):
+        with pytest.raises(ValueError, match="a block has 4 slots"):
+            cache.export_blocks([3], num_used)
     assert torch.equal(cache._data, before)
 
 
