@@ -113,7 +113,7 @@ class PagedCache:
     ) -> tuple[memoryview, bool] | None:
         """The bytes of `read_blocks` with zeros for the last block's slots from `num_used` on, and whether
         all of that is finite; None where there are no kernels for it. ValueError as from `read_blocks`, or if
-        a block has no so many slots."""
+        a block has fewer slots."""
         layers = self._range(layer_start, num_layers)
         self._check(block_ids)
         if not 0 <= num_used <= self.block_size:

@@ -77,7 +77,8 @@ async def quiesce(cluster: LocalCluster, within_s: float = 10.0) -> None:
         raise AssertionError(f"still held after {within_s} s: {_held(cluster)}") from None
     for worker in (*cluster.prefills, *cluster.decodes):
         worker.worker._pool.check_integrity()
-    store_of(cluster).check_integrity()
+    store = store_of(cluster)
+    await store.turns.take(store.check_integrity)  # behind what goes on in a thread of its own
     assert not any(audit.orphans for audit in cluster.audit())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from tandem.engine.model_runner import ModelRunner
-from tandem.engine.native import build
+from tandem.engine.native import build, library
+from tandem.engine.native.kernels import can_load
 
 BASE = {
     "hidden_size": 64,
@@ -123,6 +124,19 @@ def make_runner(
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def unbuilt() -> Iterator[None]:
+    """Kernels are looked for anew, in this test and after it."""
+    _forget_kernels()
+    yield
+    _forget_kernels()
+
+
+def _forget_kernels() -> None:
+    library.load.cache_clear()
+    can_load.cache_clear()
 
 
 OTHERS = ["plain", "avx512-emulated", *(["avx2"] if build.NEEDS["avx512"] <= build.cpu_flags() else [])]

@@ -220,9 +220,9 @@ def load(path, implementation="auto"):
     return ModelRunner.load(path, num_blocks=8, block_size=16, implementation=implementation)
 
 
+@pytest.mark.usefixtures("unbuilt")
 def test_without_a_compiler_torch_runs_and_says_so(saved_model, monkeypatch, tmp_path):
     path = saved_model("llama3")[1]
-    library.load.cache_clear()
     monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "empty"))
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
@@ -235,11 +235,11 @@ def test_without_a_compiler_torch_runs_and_says_so(saved_model, monkeypatch, tmp
         load(path, "native")
 
 
+@pytest.mark.usefixtures("unbuilt")
 def test_a_compiler_that_fails_is_quoted(saved_model, monkeypatch, tmp_path):
     compiler = tmp_path / "cxx"
     compiler.write_text("#!/bin/sh\necho cannot do that >&2\nexit 3\n")
     compiler.chmod(0o700)
-    library.load.cache_clear()
     monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(compiler))
     assert "failed: cannot do that" in load(saved_model("llama3")[1]).implementation_reason

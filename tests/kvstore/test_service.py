@@ -72,7 +72,7 @@ async def serving(total_bytes=64 * MIB, config=None, port=0, backend=None):
             yield Service(store, server, port, config, sweeper)
     finally:
         await server.stop(None)
-    store.check_integrity()
+    await store.turns.take(store.check_integrity)  # behind what goes on in a thread of its own
 
 
 async def until(condition, within_s=30.0):
