@@ -13,8 +13,8 @@ from bench.inflate import BUNDLED
 from bench.kv.memory import keep_pages
 from bench.measure import Spread, interleave
 from bench.shapes import SHAPES
-from tandem.engine import kv_codec
-from tandem.engine.paged_cache import PagedCache, all_finite
+from tandem.engine.kv_transfer import export_kv
+from tandem.engine.paged_cache import PagedCache
 from tandem.geometry import ModelGeometry
 
 MIB = 1 << 20
@@ -70,14 +70,14 @@ def _measure(name: str, geometry: ModelGeometry, rounds: int) -> Moved:
     per_chunk = max(1, MIB // cache.block_bytes)
     firsts = range(0, NUM_BLOCKS - per_chunk + 1, per_chunk)
     chunks = [list(range(first, first + per_chunk)) for first in firsts]
-    message = _torch_out(cache, chunks[0])
+    message = _out(cache, chunks[0])
     region = memoryview(bytearray(NUM_BLOCKS * cache.block_bytes))
     slow = PagedCache(geometry, NUM_BLOCKS, BLOCK_SIZE)
     slow._mover = None  # as where there are no kernels
     arms: dict[str, Callable[[list[int]], object]] = {
         "memcpy": partial(_copy, region, message),
         "out": partial(_out, cache),
-        "torch_out": partial(_torch_out, slow),
+        "torch_out": partial(_out, slow),
         "back": partial(cache.write_blocks, data=message),
         "torch_back": partial(slow.write_blocks, data=message),
     }
@@ -106,12 +106,5 @@ def _copy(region: memoryview, message: memoryview, blocks: list[int]) -> None:
     region[start : start + len(message)] = message
 
 
-def _out(cache: PagedCache, blocks: list[int]) -> memoryview | None:
-    moved = cache.export_blocks(blocks, BLOCK_SIZE)
-    return moved[0] if moved is not None else None
-
-
-def _torch_out(cache: PagedCache, blocks: list[int]) -> memoryview:
-    data = cache.read_blocks(blocks)
-    assert all_finite(data)
-    return memoryview(kv_codec.encode(data, "raw").flatten().numpy().data)
+def _out(cache: PagedCache, blocks: list[int]) -> memoryview:
+    return export_kv(cache, blocks, len(blocks) * BLOCK_SIZE, 0, cache.geometry.num_layers)
