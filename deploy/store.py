@@ -11,12 +11,12 @@ import grpc
 
 from deploy.store_metrics import StoreMetrics
 from kvstore.announcer import Announcer
-from kvstore.backend import backend_from_url
 from kvstore.backends import shm
 from kvstore.index import PrefixIndex
 from kvstore.server import KvServicer, add_to_server
 from kvstore.store import KvStore
 from kvstore.sweeper import Sweeper
+from kvstore.urls import backend_from_url
 from kvstore.watchdog import TICK_S, Watchdog
 from tandem.config import ClusterConfig
 from tandem.ledger import PoolAudit

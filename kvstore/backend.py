@@ -1,4 +1,5 @@
-"""Where messages are kept. A backend is one file in kvstore/backends with a function `open_backend(url)`.
+"""Where messages are kept. A backend is one file in kvstore/backends with a function `open_backend(url)`
+(kvstore/urls.py finds it).
 
 It keeps bytes under a key and an index and decides nothing: when bytes may come and go is the
 store's business (kvstore/store.py).
@@ -6,19 +7,13 @@ store's business (kvstore/store.py).
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from importlib import import_module
 from pathlib import Path
-from typing import Protocol, cast, runtime_checkable
-from urllib.parse import urlsplit
+from typing import Protocol, runtime_checkable
 
-from kvstore import backends
 from kvstore.key import ObjectKey
-from tandem.errors import ConfigError
-from tandem.redis_url import redacted
 
 
 class Backend(Protocol):
@@ -100,26 +95,3 @@ class Moving(Protocol):
 
     def watch(self, use_of: Callable[[ObjectKey], Use]) -> None:
         """Ask there who may look at the file before it is taken."""
-
-
-def known_schemes() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(backends.__path__))
-
-
-def backend_from_url(url: str) -> Backend:
-    """Open the backend that the URL's scheme names, `memory://` for one, or several as tiers
-    (kvstore/tier_urls.py): `memory://?bytes=N+disk:///PATH`."""
-    from kvstore.tier_urls import open_tiers, split_tiers
-
-    return open_tiers(split_tiers(url), _open_one)
-
-
-def _open_one(url: str) -> Backend:
-    """`rediss` is `redis` over TLS."""
-    scheme = urlsplit(url).scheme
-    module = "redis" if scheme == "rediss" else scheme
-    known = known_schemes()
-    if module not in known:
-        names = ", ".join(f"{name}://" for name in known)
-        raise ConfigError(f"no KV backend for {redacted(url)!r}; known: {names}")
-    return cast(Backend, import_module(f"kvstore.backends.{module}").open_backend(url))

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.backend import Backend, backend_from_url
+from kvstore.backend import Backend
 from kvstore.files import PREFIX
+from kvstore.urls import backend_from_url
 from tests import redis_server
 
 SCHEMES = ("memory", "disk", "shm", pytest.param("redis", marks=pytest.mark.redis))

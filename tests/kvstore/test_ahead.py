@@ -8,7 +8,7 @@ from contextlib import aclosing
 
 import pytest
 
-from kvstore.backend import backend_from_url
+from kvstore.urls import backend_from_url
 from tandem.errors import DataLoss, TandemError
 from tests.kvstore.test_service import PAYLOAD, big, make_ranges, put, serving, until
 

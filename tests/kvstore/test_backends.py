@@ -13,12 +13,13 @@ import time
 
 import pytest
 
-from kvstore.backend import Mappable, Placeable, backend_from_url
+from kvstore.backend import Mappable, Placeable
 from kvstore.backends import redis as redis_backend
 from kvstore.files import PREFIX, remove_leftovers
 from kvstore.key import ObjectKey
 from kvstore.objects import ObjectState
 from kvstore.store import KvStore
+from kvstore.urls import backend_from_url
 from kvstore.wire import encode
 from tandem.config import KvStoreConfig
 from tandem.errors import ConfigError, FailedPrecondition, InvalidRequest, Overloaded, Unavailable
@@ -148,7 +149,7 @@ def test_an_object_can_be_mapped_where_it_lies(scheme, tmp_path):
 
 CRASH = """
 import sys
-from kvstore.backend import backend_from_url
+from kvstore.urls import backend_from_url
 from kvstore.key import ObjectKey
 backend = backend_from_url(sys.argv[1])
 backend.put(ObjectKey(bytes(16), 1), 0, b"left behind")
@@ -250,7 +251,7 @@ def test_a_full_disk_for_real(tmp_path):
     """A limit on file sizes stops a write in the middle, as a full disk does."""
     script = """
 import resource, signal, sys
-from kvstore.backend import backend_from_url
+from kvstore.urls import backend_from_url
 from kvstore.key import ObjectKey
 from tandem.errors import Overloaded
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

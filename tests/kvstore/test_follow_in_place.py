@@ -8,10 +8,10 @@ from contextlib import aclosing, asynccontextmanager
 
 import pytest
 
-from kvstore.backend import backend_from_url
 from kvstore.mapping import Mappings
 from kvstore.records import Placed
 from kvstore.store import KvStore
+from kvstore.urls import backend_from_url
 from kvstore.wire import encode
 from tandem.errors import DataLoss
 from tests.kvstore.samples import make_header, make_ranges, make_sample

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from kvstore.backend import backend_from_url
 from kvstore.backends.memory import MemoryBackend
 from kvstore.books import SEALED, WRITER, Books
 from kvstore.files import FileBackend
@@ -22,6 +21,7 @@ from kvstore.objects import Lease, ObjectState, PutTicket
 from kvstore.records import ChunkHeader, Placed
 from kvstore.store import KvStore
 from kvstore.tiers import TieredBackend
+from kvstore.urls import backend_from_url
 from kvstore.wire import encode
 from tandem.config import KvStoreConfig
 from tandem.errors import FailedPrecondition, InvalidRequest, NotFound, Overloaded, TandemError

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from kvstore.backend import backend_from_url
 from kvstore.backends.shm import open_backend as open_shm
 from kvstore.key import KvHandle
 from kvstore.mapped_tiers import PlaceableTiers
 from kvstore.store import KvStore
+from kvstore.urls import backend_from_url
 from kvstore.wire import encode
 from tandem.config import KvStoreConfig
 from tandem.errors import FailedPrecondition, Overloaded, Unavailable
@@ -218,7 +218,7 @@ CRASH = """
 import sys
 from tests.kvstore.test_mapped_tiers import SAMPLES, store_over
 from tests.kvstore.test_placing import placed
-from kvstore.backend import backend_from_url
+from kvstore.urls import backend_from_url
 store = store_over(backend_from_url(sys.argv[1]))
 handles = [placed(store, sample)[0] for sample in SAMPLES]
 name = handles[-1].to_pb().SerializeToString().hex()

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from kvstore import mapping
-from kvstore.backend import backend_from_url
 from kvstore.mapping import MappedObject, Mappings
+from kvstore.urls import backend_from_url
 from tandem.errors import DataLoss, FailedPrecondition, NotFound
 from tests.kvstore.test_service import MIB, PAYLOAD, big, put, serving, until
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import grpc
 import pytest
 
-from kvstore.backend import backend_from_url
 from kvstore.backends.memory import MemoryBackend
 from kvstore.client import KvClient
 from kvstore.key import KvHandle, object_id_of
@@ -22,6 +21,7 @@ from kvstore.records import ObjectHeader
 from kvstore.server import KvServicer, add_to_server
 from kvstore.store import KvStore
 from kvstore.sweeper import Sweeper
+from kvstore.urls import backend_from_url
 from kvstore.wire import encode
 from tandem import rpc
 from tandem.config import KvStoreConfig

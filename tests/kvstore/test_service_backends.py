@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from kvstore.backend import backend_from_url
 from kvstore.objects import ObjectState
+from kvstore.urls import backend_from_url
 from tandem.errors import TandemError
 from tests import redis_server
 from tests.kvstore.backends import SCHEMES, medium

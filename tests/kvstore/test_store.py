@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from google.protobuf.message import DecodeError
 
-from kvstore.backend import backend_from_url, known_schemes
 from kvstore.backends.memory import MemoryBackend
 from kvstore.key import KvHandle
 from kvstore.objects import ObjectState
 from kvstore.records import Seal
 from kvstore.store import KvStore
+from kvstore.urls import backend_from_url, known_schemes
 from kvstore.wire import encode
 from tandem.config import KvStoreConfig
 from tandem.errors import (

@@ -13,10 +13,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from kvstore.backend import Mappable, backend_from_url
+from kvstore.backend import Mappable
 from kvstore.backends.memory import MemoryBackend
 from kvstore.key import ObjectKey
 from kvstore.tiers import TieredBackend
+from kvstore.urls import backend_from_url
 from tandem.errors import ConfigError, Overloaded, Unavailable
 from tests import redis_server
 from tests.kvstore.backends import SCHEMES, medium
