@@ -1,7 +1,7 @@
 """Checks an object chunk by chunk: each digest, each place, every cell exactly once.
 
-The store runs it on what a writer sends, and the reader runs it again on what the store sends. Keeps
-no payload.
+The store runs it on what a writer sends, and the reader runs it again on what the store sends. Of chunks that
+a writer puts into a file itself the store checks all but the payload, which passes it by. Keeps no payload.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ class Assembly:
         self._blocks_of_layer: dict[int, int] = {}  # a bit per block that has arrived
         self._num_cells = 0
 
-    def add(self, chunk: ChunkHeader, payload: Buffer) -> None:
-        """BAD_MESSAGE if the chunk does not belong here, KV_CORRUPT if its bytes are not what was sent."""
+    def add(self, chunk: ChunkHeader, payload: Buffer | None) -> None:
+        """BAD_MESSAGE if the chunk does not belong here, KV_CORRUPT if its bytes are not what was sent.
+
+        None stands for a payload that only its reader looks at.
+        """
         header = self.header
         require(chunk.index >= self._next_index if self._first_block else chunk.index == self._next_index)
         require(chunk.block_start + chunk.num_blocks <= header.num_blocks)
@@ -37,7 +40,7 @@ class Assembly:
         blocks, arrived = ((1 << chunk.num_blocks) - 1) << chunk.block_start, self._blocks_of_layer
         for layer in layers:
             require(not arrived.get(layer, 0) & blocks)
-        if self._digest.chunk(chunk.index, chunk, payload) != chunk.digest:
+        if payload is not None and self._digest.chunk(chunk.index, chunk, payload) != chunk.digest:
             raise DataLoss
         for layer in layers:
             arrived[layer] = arrived.get(layer, 0) | blocks

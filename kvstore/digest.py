@@ -4,7 +4,7 @@ A chunk's digest covers its object (id, epoch, tenant, fingerprint, shape) and i
 ranges, length) before the payload. A flipped bit, swapped chunks, a truncation, another object's or
 tenant's bytes and a stale attempt therefore all miss. What binds is SHA-256, cut to 16 bytes; the
 payload enters it as its XXH3 hash of 128 bits (Collet, github.com/Cyan4973/xxHash), ten times faster
-where measured: each byte is hashed three times on its way, and the hash must not be what limits it.
+where measured: each byte is hashed two or three times on its way, and the hash must not be what limits it.
 XXH3 finds whatever chance does to bytes. It is no defence against a peer that forges them: peers are
 told apart before they may speak (SECURITY.md).
 """

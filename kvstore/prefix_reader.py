@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,7 +22,7 @@ from kvstore.elsewhere import Elsewhere, PieceElsewhere
 from kvstore.key import KvHandle
 from kvstore.pieces import Pieces
 from kvstore.records import ChunkHeader
-from tandem.errors import TandemError
+from tandem.errors import DataLoss, TandemError
 from tandem.prefix_usage import PrefixHit
 
 log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class PrefixReader:
     async def _fetch_piece(self, number: int, piece: Piece, wanted: Wanted) -> bool:
         """False if a store that the index named could not give it, which is no reason to give up others."""
         if self._elsewhere is None or isinstance(piece, KvHandle):
-            await self._read(self._client, cast(KvHandle, piece), number, wanted)
+            await self._read_own(cast(KvHandle, piece), number, wanted)
             return True
         try:
             await self._read(self._elsewhere.store(piece), piece.handle, number, wanted)
@@ -123,6 +123,15 @@ class PrefixReader:
             return False
         self.report.num_elsewhere += 1
         return True
+
+    async def _read_own(self, handle: KvHandle, number: int, wanted: Wanted) -> None:
+        """A piece that is damaged is given up: it would fail everybody who asks for it."""
+        try:
+            await self._read(self._client, handle, number, wanted)
+        except DataLoss:
+            with suppress(TandemError):
+                await self._client.release(handle)
+            raise
 
     async def _read(self, store: KvClient, handle: KvHandle, number: int, wanted: Wanted) -> None:
         async with aclosing(store.get(handle, wanted.holder, tenant=wanted.tenant)) as chunks:

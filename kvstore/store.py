@@ -91,11 +91,15 @@ class KvStore:
             raise self._stale("the object exists with other content")
 
     def append_placed(self, ticket: PutTicket, placed: Placed) -> None:
-        """Check the chunks that the writer has put into the object's file, and keep them there."""
+        """Check the chunks that the writer has put into the object's file, and keep them there.
+
+        One reader waits for a hand-off, and checks every byte before it uses any: only what is around them is
+        looked at here. A cached beginning is for many, and is found by its name only if it is right.
+        """
         self.sweep()
         obj = self._writable(ticket)
         for chunk, payload, num_bytes in self.places.chunks(ticket, placed):
-            self._check(ticket, chunk, payload)
+            self._check(ticket, chunk, payload if obj.header.is_prefix else None)
             self._books.keep_placed(obj, chunk.digest, num_bytes)
 
     def seal(self, ticket: PutTicket, seal: Seal) -> KvHandle:
@@ -243,7 +247,7 @@ class KvStore:
         self.counters.repeated += 1
         return PutTicket(obj, Assembly(header), is_repeat=True)
 
-    def _check(self, ticket: PutTicket, chunk: ChunkHeader, payload: Buffer) -> None:
+    def _check(self, ticket: PutTicket, chunk: ChunkHeader, payload: Buffer | None) -> None:
         try:
             ticket.assembly.add(chunk, payload)
         except DataLoss:

@@ -24,7 +24,7 @@ from typing import Any
 from bench.kv import blocks, growth, handoff, prefix
 from bench.kv.arms import Shape, checked_copy, memcpy, memcpy_into, peer
 from bench.measure import Meter, Spread, console, flat, interleave, machine, table, write_csv, write_json
-from kvstore.tier_urls import split_tiers
+from kvstore.urls import split_tiers
 from tandem.redis_url import redacted
 
 TOTAL_BYTES = 64 << 20
