@@ -15,14 +15,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from router.admission import Plan
 from router.endings import STAGES, as_client_sees, status_of
 from router.flight_events import Admitted, Completed, FlightEvent
+from router.ground import Ground
 from router.links import DecodeLink
 from router.prefill_link import PrefillNews, no_prefill
 from router.registry import WorkerInfo
@@ -44,9 +44,6 @@ from tandem.prefix_usage import NO_HIT
 from tandem.request import STATUS_OF_REASON, Mark, Request, RequestStatus, Usage
 from tandem.work import HOP_MARGIN_S, Work
 
-if TYPE_CHECKING:
-    from router.dispatch import Dispatcher
-
 log = logging.getLogger(__name__)
 
 # A worker's deadline that passed before ours is a transfer that stood still.
@@ -58,8 +55,10 @@ MAX_BACKLOG = 4096  # deltas a client may leave unread before it is given up
 class Flight:
     """Runs one request in a task of its own. Iterate `events()` for what happens."""
 
-    def __init__(self, dispatcher: Dispatcher, request: Request) -> None:
-        self._dispatcher = dispatcher
+    def __init__(self, ground: Ground, request: Request, on_landed: Callable[[Flight], None]) -> None:
+        self._planner, self._links = ground.planner, ground.links
+        self._store, self._metrics = ground.store, ground.metrics
+        self._on_landed = on_landed  # called once, when everything has been given back
         self.request = request
         self._epoch = 0
         self._num_given = self._delivered = request.num_output_tokens
@@ -120,7 +119,7 @@ class Flight:
         """The task is over. One that was cancelled before its first step has said nothing yet."""
         if not self.request.lifecycle.status.is_finished:
             self._fail(self._reason or Cancelled(), RequestStatus.FINISHED_CANCELLED)
-        self._dispatcher.landed(self)
+        self._on_landed(self)
 
     async def _run(self) -> None:
         lifecycle = self.request.lifecycle
@@ -133,7 +132,7 @@ class Flight:
             counts = self._delivered, self._hit, self._drafted, self._accepted
             usage = Usage(self.request.num_prompt_tokens, *counts, last.speculation)
             completed = Completed(last, usage, lifecycle.timings())
-            self._dispatcher.metrics.note_finished(last.finish.value, usage, completed.timings)
+            self._metrics.note_finished(last.finish.value, usage, completed.timings)
             self._events.put_nowait(completed)
         except TimeoutError:
             self._fail(DeadlineExceeded(STAGES[lifecycle.status]), RequestStatus.FINISHED_DEADLINE)
@@ -151,28 +150,28 @@ class Flight:
         self.request.lifecycle.mark(Mark.FINISHED)
         self.request.lifecycle.to(status)
         if not self._num_admitted:
-            self._dispatcher.metrics.note_refused(seen)
-        self._dispatcher.metrics.note_failed(seen)
+            self._metrics.note_refused(seen)
+        self._metrics.note_failed(seen)
         self._events.put_nowait(seen)
 
     async def _fly(self) -> OutputDelta:
         """Attempts until one succeeds; returns the last delta."""
         while True:
-            self._epoch = self._dispatcher.next_epoch()
+            self._epoch = self._planner.next_epoch()
             self._fold()
-            plan = await self._dispatcher.admit(self.request, self._epoch, self._exclude)
-            self._dispatcher.metrics.note_admitted(again=self._num_admitted > 0)
+            plan = await self._planner.admit(self.request, self._epoch, self._exclude)
+            self._metrics.note_admitted(again=self._num_admitted > 0)
             self._num_admitted += 1
             self._events.put_nowait(Admitted(plan))
             try:
                 last = await self._attempt(plan)
                 if self._num_admitted == 1:
-                    self._dispatcher.learn(plan, self.request.lifecycle.timings(), self._hit.num_tokens)
+                    self._planner.learn(plan, self.request.lifecycle.timings(), self._hit.num_tokens)
                 return last
             except WORTH_ANOTHER_PLAN as error:
                 self._replan_or_raise(plan, error)
             finally:
-                self._dispatcher.release(plan)
+                self._planner.release(plan)
 
     async def _attempt(self, plan: Plan) -> OutputDelta:
         self.request.lifecycle.mark(Mark.ADMITTED)
@@ -188,7 +187,7 @@ class Flight:
                 self._prefetching.cancel(self._work(plan.decode))
                 self._prefetching = None
             if self._is_storing:
-                self._dispatcher.forget_kv(self.request, self._epoch)
+                self._store.forget(self.request, self._epoch)
                 self._is_storing = False
 
     async def _prefill(self, plan: Plan) -> tuple[OutputDelta, kv_pb2.KvHandle | None]:
@@ -205,14 +204,14 @@ class Flight:
                 handle = news.handle
                 lifecycle.mark(Mark.KV_SEALED)
                 lifecycle.note_transfer(news.send_ns)
-                self._dispatcher.release_prefill(plan)
+                self._planner.release_prefill(plan)
             else:
                 first = news
                 lifecycle.mark(Mark.FIRST_TOKEN)
                 self._deliver(news)
 
         self._is_storing = True
-        await self._dispatcher.links.prefill(plan.prefill).prefill(self._work(plan.decode), take)
+        await self._links.prefill(plan.prefill).prefill(self._work(plan.decode), take)
         if first is None or (first.finish is None) == (handle is None):
             raise no_prefill()
         self._is_storing = handle is not None
@@ -221,7 +220,7 @@ class Flight:
     def _prefetch(self, plan: Plan, handle: kv_pb2.KvHandle) -> None:
         """The decode worker may take what of the KV is there; a lost one is noticed when it is to decode."""
         with suppress(Unavailable):
-            link = self._dispatcher.links.decode(plan.decode)
+            link = self._links.decode(plan.decode)
             link.prefetch(self._work(plan.decode), handle)
             self._prefetching = link
 
@@ -239,12 +238,12 @@ class Flight:
                 return
             if to_mark:
                 lifecycle.mark(to_mark.pop())
-                self._dispatcher.computed(plan)
+                self._planner.computed(plan)
                 if lifecycle.status is RequestStatus.PREFILL:
                     lifecycle.to(RequestStatus.DECODE)
             self._deliver(event)
 
-        link, self._prefetching = self._dispatcher.links.decode(plan.decode), None
+        link, self._prefetching = self._links.decode(plan.decode), None
         return await link.decode(work, handle, take)
 
     def _note_started(self, plan: Plan, started: worker_pb2.DecodeStarted) -> None:
@@ -254,14 +253,14 @@ class Flight:
         lifecycle.note_transfer(started.prefetch_ns + started.kv_read_ns)
         lifecycle.to(RequestStatus.DECODE)
         self._is_storing = False  # the decode worker has read it, and gives it up
-        self._dispatcher.release_store(plan)
+        self._planner.release_store(plan)
 
     def _deliver(self, delta: OutputDelta) -> None:
         """Pass tokens on, and remember them: another worker may have to go on from here."""
         if self._events.qsize() > MAX_BACKLOG:
             raise Overloaded("CLIENT_TOO_SLOW", "client too slow: too many tokens were left unread")
         now_s, is_first = time.monotonic(), self._delivered == self._num_given
-        self._dispatcher.metrics.note_tokens(len(delta.token_ids), now_s - self._delivered_s, first=is_first)
+        self._metrics.note_tokens(len(delta.token_ids), now_s - self._delivered_s, first=is_first)
         self._delivered, self._delivered_s = self._delivered + len(delta.token_ids), now_s
         self._drafted += delta.drafted
         self._hit = max(self._hit, delta.cached)
@@ -280,7 +279,7 @@ class Flight:
         """What is left to do, from where the client stands."""
         self._fold()
         if self._ordered is None or self._ordered.epoch != self._epoch:
-            router_id = self._dispatcher.links.router_id
+            router_id = self._links.router_id
             self._ordered = Work.of(self.request, self._epoch, worker.fingerprint, router_id)
         elif self._ordered.token_ids is not self.request.token_ids:
             self._ordered = replace(self._ordered, token_ids=self.request.token_ids)
@@ -291,7 +290,7 @@ class Flight:
         stage = STAGES[self.request.lifecycle.status]
         is_too_late = self.request.deadline_s - time.monotonic() < MIN_TIME_LEFT_S
         is_final = is_too_late or error.reason == "CLIENT_TOO_SLOW"
-        if is_final or stage in self._replanned or not self._dispatcher.replans.take():
+        if is_final or stage in self._replanned or not self._planner.replans.take():
             raise error
         log.info("planning %s again: %s in %s", self.request.request_id, error.reason, stage)
         self._replanned.add(stage)

@@ -36,7 +36,7 @@ class RouterGauges(Collector):
         yield from _workers(self._registry.views())
 
     def _requests(self) -> Iterable[Metric]:
-        queue = self._dispatcher.queue_snapshot()
+        queue = self._dispatcher.planner.snapshot()
         running = self._dispatcher.num_flights - queue.length
         yield _gauge("requests_waiting", "Completions in the queue.", (), [((), queue.length)])
         yield _gauge("requests_running", "Completions that have their memory.", (), [((), running)])

@@ -18,6 +18,7 @@ from tandem.output import OutputDelta
 from tandem.pb.kv.v1 import kv_pb2, kv_pb2_grpc
 from tandem.pb.worker.v1 import worker_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2_grpc
+from tandem.request import Request
 from tandem.rpc import to_tandem_error
 from tandem.work import Work, failure_from_pb, work_id
 
@@ -93,18 +94,29 @@ class StoreLink:
         self._channel = plane.channel(address)
         self._router_id = router_id
         self._stub: Any = kv_pb2_grpc.KvServiceStub(self._channel)
+        self._calls: set[asyncio.Task[None]] = set()
 
-    async def forget(self, request_id: str, tenant: str, epoch: int) -> None:
-        """Best effort: what this call misses, the lease frees."""
-        name = work_id(request_id, self._router_id)
-        attempt = kv_pb2.ForgetKvRequest(request_id=name, tenant=tenant, epoch=epoch)
+    def forget(self, request: Request, epoch: int) -> None:
+        """Say in the background that nobody will fetch what this attempt stores; else its lease frees it."""
+        name = work_id(request.request_id, self._router_id)
+        attempt = kv_pb2.ForgetKvRequest(request_id=name, tenant=request.tenant, epoch=epoch)
+        task = asyncio.get_running_loop().create_task(self._forget(attempt))
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+
+    async def settle(self) -> None:
+        """Until everything has been said."""
+        if self._calls:
+            await asyncio.wait(self._calls)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def _forget(self, attempt: kv_pb2.ForgetKvRequest) -> None:
         try:
             await self._stub.ForgetKv(attempt, timeout=FORGET_TIMEOUT_S, wait_for_ready=True)
         except grpc.aio.AioRpcError as error:
             log.warning("could not give up stored KV: %s", to_tandem_error(error).reason)
-
-    async def close(self) -> None:
-        await self._channel.close()
 
 
 class WorkerLinks:

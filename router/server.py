@@ -23,10 +23,12 @@ from router.balance import Demand
 from router.batch_front import BatchServicer
 from router.dispatch import Dispatcher
 from router.gauges import RouterGauges
+from router.ground import Ground
 from router.grpc_front import GenerationServicer, ModelServicer
 from router.intake import Intake
 from router.lateness import LateShare
 from router.links import StoreLink, WorkerLinks
+from router.planner import Planner
 from router.policy import POLICIES
 from router.registry import Registry, WorkerInfo, WorkerRole
 from router.registry_service import RegistryServicer
@@ -116,9 +118,9 @@ class Router:
     ) -> None:
         """Begin to serve. The store is at `store_address`, or among the services added here."""
         self._store = StoreLink(store_address or self.internal_address, self._links.router_id, self._plane)
-        self.dispatcher = Dispatcher(
-            self._config, self._geometry, self._admission, self._links, self._store, self._metrics
-        )
+        planner = Planner(self._config, self._geometry, self._admission, self._metrics)
+        ground = Ground(planner, self._links, self._store, self._metrics)
+        self.dispatcher = Dispatcher(ground, self._config.router.max_requests_per_tenant)
         if self.batches is not None:
             self.batches.start()
         for collector in (RouterGauges(self.dispatcher, self._admission, self.registry), *collectors):
@@ -148,7 +150,7 @@ class Router:
     def demand(self) -> Demand:
         """What is asked of each side now, for whoever scales them."""
         prefills, decodes = map(self._admission.candidates, (WorkerRole.PREFILL, WorkerRole.DECODE))
-        waiting = self.dispatcher.queue_snapshot().waiting
+        waiting = self.dispatcher.planner.snapshot().waiting
         return Demand(
             num_prefill=len(prefills),
             num_decode=len(decodes),
@@ -214,7 +216,7 @@ class Router:
         while True:
             for lost in self.registry.expire():
                 log.warning("lost worker %s: no heartbeat", lost.worker_id)
-            self.dispatcher.tick()
+            self.dispatcher.planner.tick()
             tokens = self._metrics.tokens
             self._late_share.sample(time.monotonic(), tokens.num_gaps, tokens.num_late)
             if self.is_ready != was_ready:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,30 @@ def test_imports_between_our_packages_run_one_way():
         and target not in MAY_IMPORT[path.parts[0]]
     ]
     assert wrong == []
+
+
+def module_of(name: str, known: set[str]) -> str:
+    """The module that an imported name is, or is in; empty for what is not ours."""
+    while name and name not in known:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def imported_modules() -> dict[str, set[str]]:
+    """Of each module, by its name, wherever in the file and for whatever purpose."""
+    names = {path: ".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in sources()}
+    known = set(names.values())
+    found: dict[str, set[str]] = {name: set() for name in known}
+    for path, _, name in all_imports():
+        found[names[path]].add(module_of(name, known))
+    return {name: targets - {name, ""} for name, targets in found.items()}
+
+
+def test_no_modules_need_each_other_in_a_circle():
+    try:
+        TopologicalSorter(imported_modules()).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 def test_torch_is_known_to_the_engine_and_the_bench_only():

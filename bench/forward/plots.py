@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bench.forward.report import work_of
+from bench.forward.results import Results
 from bench.plotting import COLORS, label_axes, new_figure, save, set_log
-
-if TYPE_CHECKING:
-    from bench.forward.run import Results
 
 
 def draw(folder: Path, results: Results) -> Iterator[Path]:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from bench.forward.cells import Cell, Timing
+from bench.forward.results import Results
 from bench.forward.traffic import Traffic, Work
 from bench.measure import Sheet, table
-
-if TYPE_CHECKING:
-    from bench.forward.run import Results
 
 GOAL = 1.3  # of the slope over the limit
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,11 @@ import torch
 
 from bench.forward import cells as forward_cells
 from bench.forward import plots, report
-from bench.forward.cells import OUTPUTS, Beside, Output, Skipped, Timing, kv_tokens
+from bench.forward.cells import OUTPUTS, Timing, kv_tokens
 from bench.forward.reference import Reference
+from bench.forward.results import Options, Results
 from bench.forward.rig import BLOCK_SIZE, Rig
-from bench.forward.traffic import Slope, Traffic, slope
-from bench.measure import Limits, Meter, best, console, flat, limits, machine, write_csv, write_json
+from bench.measure import Meter, best, console, flat, limits, machine, write_csv, write_json
 from bench.plotting import require_matplotlib
 from bench.shapes import checkpoint
 from tandem.errors import ConfigError
@@ -22,44 +22,6 @@ from tandem.geometry import ModelGeometry
 
 KV_BYTES, FULL_KV_BYTES = 2 << 30, 8 << 30
 FREE_SHARE = 0.5  # of the memory that is free: the most the cache may take
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What to run, and where."""
-
-    shape: str
-    full: bool
-    rounds: int
-    threads: int
-    device: str
-    out: Path
-    plots: bool = True
-    profile: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Results:
-    """Everything that was measured."""
-
-    options: Options
-    limits: Limits
-    traffic: Traffic
-    engine: str  # what ran, and why
-    timings: list[Timing]
-    skipped: list[Skipped]
-    outputs: list[Output]
-    beside: list[Beside]
-
-    @property
-    def slope(self) -> Slope | None:
-        """Fitted to the fastest round of each cell, as the limits are the best of theirs."""
-        steps = [
-            (timing.cell.batch, timing.cell.tokens, timing.seconds.low)
-            for timing in self.timings
-            if timing.cell.phase == "decode"
-        ]
-        return slope(steps, self.traffic.geometry.kv_bytes_per_token(self.traffic.kv_dtype), self.limits)
 
 
 def run(options: Options, as_json: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from bench import shapes
 from bench.forward import cells, report, run
 from bench.forward.cells import Cell, Skipped
 from bench.forward.reference import Reference
+from bench.forward.results import Options
 from bench.forward.rig import Rig
 from bench.forward.traffic import Traffic, slope
 from bench.measure import Limits, Meter
@@ -128,7 +129,7 @@ def test_a_step_of_transformers_leaves_its_cache_as_long_as_it_was(tiny):
 def test_a_device_that_there_is_not_is_refused(device, message, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match=message):
-        run.run(run.Options("raw", False, 1, 1, device, tmp_path, plots=False), as_json=False)
+        run.run(Options("raw", False, 1, 1, device, tmp_path, plots=False), as_json=False)
 
 
 def test_a_run_writes_tables_plots_and_the_slope(tiny, tmp_path, monkeypatch, capsys):
@@ -146,7 +147,7 @@ def test_a_run_writes_tables_plots_and_the_slope(tiny, tmp_path, monkeypatch, ca
         monkeypatch.setattr(cells, name, value)
     monkeypatch.setattr(run, "limits", lambda threads, device: LIMITS)
     out, profile = tmp_path / "out", tmp_path / "profile"
-    run.run(run.Options("tiny", False, 1, 1, "cpu", out, profile=profile), as_json=False)
+    run.run(Options("tiny", False, 1, 1, "cpu", out, profile=profile), as_json=False)
     document = json.loads((out / "forward.json").read_text())
     assert [(row["phase"], row["batch"], row["tokens"]) for row in document["rows"]] == [
         *(("decode", batch, context) for context in (16, 64) for batch in (1, 2)),

@@ -84,7 +84,7 @@ async def quiesce(cluster: LocalCluster, within_s: float = 10.0) -> None:
 
 def _held(cluster: LocalCluster) -> list[object]:
     audits = [audit for audit in cluster.audit() if not audit.is_empty]
-    return [*audits, *cluster.router.dispatcher._flights, *cluster.router.dispatcher._queue._entries]
+    return [*audits, *cluster.router.dispatcher._flights, *cluster.router.dispatcher.planner._queue._entries]
 
 
 def store_of(cluster: LocalCluster) -> Any:

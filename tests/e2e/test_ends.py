@@ -73,7 +73,7 @@ async def holding(cluster, stage):
         match stage:
             case "queue":
                 call = await stack.enter_async_context(occupied(cluster))
-                yield "short", 0, lambda: len(dispatcher._queue) == 1
+                yield "short", 0, lambda: len(dispatcher.planner._queue) == 1
                 call.cancel()
             case "prefill":
                 held = stack.enter_context(gate(prefill.worker._runner, "run"))

@@ -56,7 +56,7 @@ async def test_queueing_for_memory_does_not_change_a_token():
         sending = asyncio.create_task(send_all(cluster))
         longest = 0
         while not sending.done():
-            longest = max(longest, len(cluster.router.dispatcher._queue))
+            longest = max(longest, len(cluster.router.dispatcher.planner._queue))
             await asyncio.sleep(0.005)
 
         assert longest > 5, "nothing waited for memory"

@@ -156,7 +156,7 @@ async def test_a_decode_worker_that_falls_silent_and_comes_back():
 
 async def test_the_last_decode_worker_is_lost_for_good(monkeypatch):
     """What was sent is valid and the client learns how much it is: never UNAVAILABLE after a token."""
-    monkeypatch.setattr("router.dispatch.WORKER_WAIT_S", 0.5)
+    monkeypatch.setattr("router.planner.WORKER_WAIT_S", 0.5)
     async with running() as cluster:
         with slow_steps(cluster.decodes[0]):
             call = open_stream(cluster, ask("a story", **LONG))

@@ -46,7 +46,7 @@ async def learnt(num_decode=1, **parts):
 
 def costs_of(cluster):
     """What the router has learnt: a test says it, so that noise decides nothing."""
-    return cluster.router.dispatcher._placement._disaggregation._costs
+    return cluster.router.dispatcher.planner._placement._disaggregation._costs
 
 
 def placement(result):
@@ -74,7 +74,7 @@ async def test_the_tokens_are_those_of_the_split(cluster, sampling):
 
 async def test_a_decode_worker_says_what_a_prompt_token_takes():
     async with learnt() as other:
-        load_of = other.router.dispatcher._admission.load_of
+        load_of = other.router.dispatcher.planner._admission.load_of
         assert load_of("decode-0").prompt_token_s == 0, "it has computed none"
         assert placement(await complete(other, ask("x" * 40, **MORE))) == "local/cheaper"
         await until(lambda: load_of("decode-0").prompt_token_s > 0)
@@ -176,7 +176,7 @@ async def test_a_prompt_that_waits_at_the_decode_worker_speaks_for_the_split():
     async with learnt() as cluster:
         costs = costs_of(cluster)
         costs.handoff_s, costs.split_s_per_token, costs.local_s_per_token = 50.0, 1.0, 1.0
-        loads = cluster.router.dispatcher._placement._disaggregation.loads
+        loads = cluster.router.dispatcher.planner._placement._disaggregation.loads
         with gate(cluster.decodes[0].worker._prompts, "step") as held:
             first = asyncio.create_task(complete(cluster, ask("x" * 60, **MORE)))
             await until(lambda: held.num_arrived)

@@ -91,7 +91,7 @@ async def test_memory_and_queue_are_read_when_somebody_scrapes(cluster):
         call = open_stream(cluster, ask("x", max_tokens=500, n=8))  # 32 blocks each: the pool of 256
         waiting = open_stream(cluster, ask("x", max_tokens=500, n=3))
         await until(lambda: gate.num_arrived == 8)
-        await until(lambda: cluster.router.dispatcher.queue_snapshot().length == 3)
+        await until(lambda: cluster.router.dispatcher.planner.snapshot().length == 3)
         busy = await scrape(cluster)
         assert (busy["tandem_requests_running",], busy["tandem_requests_waiting",]) == (8, 3)
         assert 0 < busy["tandem_queue_oldest_wait_seconds",] < PATIENCE_S

@@ -371,7 +371,7 @@ async def test_a_full_queue_is_a_rate_limit_with_a_hint(cluster, client):
         call = open_stream(cluster, long)
         await call.read()
         waiting = open_stream(cluster, ask("x", max_tokens=500, n=4))
-        await until(lambda: cluster.router.dispatcher.queue_snapshot().length >= 4)
+        await until(lambda: cluster.router.dispatcher.planner.snapshot().length >= 4)
         with pytest.raises(openai.RateLimitError) as raised:
             await client.completions.create(model=MODEL, prompt="x", max_tokens=500, stream=True)
         call.cancel()

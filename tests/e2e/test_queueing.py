@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
 
-from router import dispatch
+from router import planner
 from tests.checkpoints import EOS
 from tests.e2e.harness import (
     PATIENCE_S,
@@ -64,7 +64,7 @@ async def occupying(cluster, num_blocks):
 
 
 def num_waiting(cluster):
-    return len(cluster.router.dispatcher._queue)
+    return len(cluster.router.dispatcher.planner._queue)
 
 
 def blocks(count):
@@ -251,7 +251,7 @@ async def test_completions_that_find_the_queue_full_end_all_of_them(cluster):
     ],
 )
 async def test_without_a_worker_requests_wait_a_while_and_no_longer(monkeypatch, role, reason, message):
-    monkeypatch.setattr(dispatch, "WORKER_WAIT_S", 1.0)
+    monkeypatch.setattr(planner, "WORKER_WAIT_S", 1.0)
     async with running(config(router={"prefill_fallback": False})) as cluster:
         [worker] = getattr(cluster, role)
         await crash(worker)

@@ -57,7 +57,13 @@ def is_replica(cmdline: Path) -> bool:
 
 
 async def both_are_up(deployment, without):
-    await until(lambda: running(deployment) == 2 and without not in replicas(deployment))
+    """Serve says so of a replica that has died until it looks after it again."""
+
+    def are_up() -> bool:
+        found = replicas(deployment)
+        return running(deployment) == len(found) == 2 and without not in found
+
+    await until(are_up)
 
 
 @pytest.mark.asyncio(loop_scope="module")

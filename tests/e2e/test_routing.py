@@ -103,7 +103,7 @@ async def test_what_is_admitted_grows_into_what_it_was_given(policy):
             books = cluster.router.dispatcher.audit
             await until(lambda: sum(p.free for p in books() if p.pool.startswith("decode:")) == 0)
             waiting = open_stream(cluster, ask("x", max_tokens=1))
-            await until(lambda: cluster.router.dispatcher.queue_snapshot().length == 1)
+            await until(lambda: cluster.router.dispatcher.planner.snapshot().length == 1)
             waiting.cancel()
         results = [await task for task in tasks]
     assert all(len(result.token_ids) == 44 for result in results)

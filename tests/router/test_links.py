@@ -8,7 +8,19 @@ from router import links
 from router.links import StoreLink
 from tandem.internal import InternalPlane
 from tandem.pb.kv.v1 import kv_pb2 as pb
+from tandem.request import Request
+from tandem.sampling import SamplingParams
 
+ATTEMPTED = Request(
+    request_id="request",
+    token_ids=(1,),
+    num_prompt_tokens=1,
+    sampling=SamplingParams(),
+    max_tokens=1,
+    seed=0,
+    deadline_s=0.0,
+    tenant="tenant",
+)
 SERVICE = pb.DESCRIPTOR.services_by_name["KvService"].full_name
 
 
@@ -38,12 +50,13 @@ async def test_stored_kv_is_given_up_when_the_store_is_back():
     async with store(asked) as port:
         pass
     link = StoreLink(f"127.0.0.1:{port}", "router", InternalPlane())
-    forgetting = asyncio.create_task(link.forget("request", "tenant", 7))
+    link.forget(ATTEMPTED, 7)
+    settling = asyncio.create_task(link.settle())
     try:
-        done, _ = await asyncio.wait({forgetting}, timeout=0.3)
+        done, _ = await asyncio.wait({settling}, timeout=0.3)
         assert not done
         async with store(asked, port):
-            await forgetting
+            await settling
     finally:
         await link.close()
     assert asked == [("tenant", 7)]
@@ -56,7 +69,8 @@ async def test_a_store_that_stays_away_is_left_to_its_leases(monkeypatch, caplog
     link = StoreLink(f"127.0.0.1:{port}", "router", InternalPlane())
     try:
         with caplog.at_level(logging.WARNING):
-            await link.forget("request", "tenant", 7)
+            link.forget(ATTEMPTED, 7)
+            await link.settle()
     finally:
         await link.close()
     assert "could not give up stored KV" in caplog.text
