@@ -100,7 +100,7 @@ class AutoLookahead:
             self._pass_by(outcome.num_steps)
         if outcome.draft_s and not is_drafting:
             return  # the draft was asked and is still reading: neither kind of step
-        seconds = outcome.draft_s + outcome.verify_s
+        seconds = (outcome.draft_s + outcome.verify_s) / self._costs.pace
         self._race.note(len(outcome.advances), is_drafting, outcome.num_tokens, seconds)
 
     def _pass_by(self, num_steps: int) -> None:

@@ -15,7 +15,7 @@ class Race:
         self._clear()
 
     def note(self, num_sequences: int, is_drafting: bool, num_tokens: int, seconds: float) -> None:
-        """One step of this many sequences."""
+        """One step of this many sequences; `seconds` as they would be at a pace of 1."""
         low, high = sorted((max(self._num_sequences, 1), num_sequences))
         if high > low * MAX_RESIZE:
             self._num_sequences = num_sequences

@@ -10,6 +10,8 @@ from decode_worker.lookahead import StepOutcome
 from tandem.engine.costs import FOLLOW, MAX_SURPRISE, ForwardCosts, LiveCosts
 
 LEAST = 0.1  # of a guess of one token is its forward at least, whatever noise says
+MORE_ROWS = 4  # at least, over which the price of one is averaged
+ROWS_FADE = 0.05  # of a step, in the rows of late
 MAX_ACCEPTANCE = 0.98  # a rate of 1 would promise too much of the places far ahead
 
 
@@ -43,6 +45,12 @@ class StepCosts:
         self._target = LiveCosts(target)
         self._draft = LiveCosts(draft.forward) if draft else None
         self._draft_start_s = draft.start_s if draft else 0.0
+        self._rows_each = 0.0  # of a sequence that drafts, of late; 0 while none has
+
+    @property
+    def pace(self) -> float:
+        """How slow the machine is now: forwards of the target beside what they once took."""
+        return self._target.pace
 
     def plain_s(self, num_sequences: int) -> float:
         """Seconds of a plain step."""
@@ -57,7 +65,11 @@ class StepCosts:
         than expected, its start and its forwards did in equal parts."""
         self._target.observe(outcome.num_rows, outcome.verify_s)
         count, depth = outcome.num_drafting, outcome.depth
-        if self._draft is None or not count:
+        if not count:
+            return
+        rows_each = outcome.num_rows / len(outcome.advances)
+        self._rows_each += ROWS_FADE * (rows_each - self._rows_each) if self._rows_each else rows_each
+        if self._draft is None:
             return
         forward_s = self._draft.at(count)
         change = outcome.draft_s / (self._draft_start_s + depth * forward_s)
@@ -106,10 +118,17 @@ class StepCosts:
 
     def worth(self, division: Division, rate: float) -> float:
         """The chance of being right so far with which a sequence of this division gains by one more token, if
-        that stands with probability `rate`: what its forward and its row cost over what a token costs."""
-        count, rows = len(division.counts), len(division.counts) + sum(division.counts)
+        that stands with probability `rate`: what its forward and its row cost over what a token costs.
+
+        That row comes behind those of the division, or where steps have had fewer of late, behind these. It
+        costs what some more would on average: the difference of two entries side by side is mostly noise.
+        """
+        count = len(division.counts)
+        planned_each = 1 + sum(division.counts) / count
+        rows = round(count * min(planned_each, self._rows_each or planned_each))
+        more = max(count, MORE_ROWS)
         token_s = self.plain_s(count) / (count * division.gain)
-        row_s = (self._target.at(rows + count) - self._target.at(rows)) / count
+        row_s = max(self._target.at(rows + more) - self._target.at(rows), 0.0) / more
         draft_s = self._draft.at(count) / count if self._draft else 0.0
         return min((draft_s + row_s) / (token_s * rate), 1.0)
 

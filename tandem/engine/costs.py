@@ -17,8 +17,8 @@ from tandem.engine.model_runner import ModelRunner
 ROWS = (1, 2, 4, 6, 8, 9, 12, 16, 24, 32, 64)  # with both sides of where a tile is full, and a row dear
 REPEATS, MOST_REPEATS = 3, 10
 PATIENCE_S = 0.5
-FOLLOW = 0.2  # how far a timed forward moves the entry of its own row count
-FOLLOW_ALL = 0.002  # and the others: little, or costs that nobody sees would drift
+FOLLOW = 0.2  # how far a timed forward moves the pace
+RESHAPE = 0.2  # and the entry of its own row count, if others made the pace
 MAX_SURPRISE = 1.5  # a forward that took longer than this many times its cost was disturbed
 CONTEXT = 64  # tokens each row sees
 SWEEP_BYTES = 8 << 20  # read before a timed forward: in a step, too, another model has just run
@@ -35,14 +35,17 @@ class ForwardCosts:
 class LiveCosts:
     """Start-up costs that follow what forwards take now: contexts grow, neighbours come and go.
 
-    A timed forward moves the entries it lies between by its distance from them, and all others a little. What
-    asking and telling takes does not grow with the entries: both happen in nearly every step.
+    A machine that others use is slower and faster by half within seconds, and every forward with it. So a
+    timed forward moves the `pace` of all entries, whatever its number of rows; and the entries it lies
+    between, by its distance from them, as far as forwards of other sizes made the pace that it is compared
+    with. Both asking and telling happen in nearly every step; asking does not grow with the entries.
     """
 
     def __init__(self, costs: ForwardCosts) -> None:
+        self.pace = 1.0  # of now: seconds over those of the shape
         self._rows = costs.rows
-        self._relative = list(costs.seconds)  # to `_scale`, which moves all of them at once
-        self._scale = 1.0
+        self._shape = list(costs.seconds)
+        self._made = [0.0] * len(self._rows)  # the share of the pace that each entry's own forwards made
         self._shares: dict[int, tuple[tuple[int, float], ...]] = {}  # by rows, as they were asked for
 
     def at(self, num_rows: int) -> float:
@@ -51,13 +54,13 @@ class LiveCosts:
             return 0.0
         seconds = 0.0
         for index, share in self._shares_of(num_rows):
-            seconds += share * self._relative[index]
-        return self._scale * seconds * max(num_rows / self._rows[-1], 1.0)
+            seconds += share * self._shape[index]
+        return self.pace * seconds * max(num_rows / self._rows[-1], 1.0)
 
     def table(self, first: int, last: int) -> npt.NDArray[np.float64]:
         """Seconds of `first` to `last` rows, both included."""
         num_rows = np.arange(first, last + 1)
-        seconds = self._scale * np.interp(num_rows, self._rows, self._relative)
+        seconds = self.pace * np.interp(num_rows, self._rows, self._shape)
         seconds *= np.maximum(num_rows / self._rows[-1], 1.0)
         return np.where(num_rows > 0, seconds, 0.0)
 
@@ -67,11 +70,13 @@ class LiveCosts:
         if expected_s <= 0 or seconds <= 0:
             return
         change = min(max(seconds / expected_s, 1 / MAX_SURPRISE), MAX_SURPRISE) - 1
-        drift = 1 + change * FOLLOW_ALL
-        self._scale *= drift
-        for index, share in self._shares_of(num_rows):
-            if FOLLOW * share > FOLLOW_ALL:
-                self._relative[index] *= (1 + change * FOLLOW * share) / drift
+        shares = self._shares_of(num_rows)
+        by_others = 1 - sum(share * self._made[index] for index, share in shares)
+        self.pace *= 1 + FOLLOW * change
+        self._made = [(1 - FOLLOW) * made for made in self._made]
+        for index, share in shares:
+            self._shape[index] *= 1 + RESHAPE * by_others * share * change
+            self._made[index] += FOLLOW * share
 
     def _shares_of(self, num_rows: int) -> tuple[tuple[int, float], ...]:
         """(index, share) pairs: how much entries say of a forward of this many rows, 1 in all."""
