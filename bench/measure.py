@@ -25,8 +25,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+A = TypeVar("A")
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
+REST_S = 0.3
 WIDTH = 140  # of tables that go to a file
 LIMIT_FLOATS, LIMIT_SIZE = 1 << 26, 2048  # of the tensor that is summed; of the matrices multiplied
 PLAIN_LINE_EVERY_S = 10.0  # without a terminal: one line of progress this often at most
@@ -75,6 +77,17 @@ def interleave(
             if after is not None:
                 after()
     return results
+
+
+def in_turn(work: Callable[[A], T], inputs: Iterable[A]) -> Callable[[], T]:
+    """An arm that takes the next input each time it is called."""
+    waiting = iter(inputs)
+    return lambda: work(next(waiting))
+
+
+def rest() -> None:
+    """Between turns of different runtimes: the threads of some go on spinning for 0.2 s."""
+    time.sleep(REST_S)
 
 
 def machine(threads: int) -> dict[str, Any]:

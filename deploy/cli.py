@@ -170,6 +170,7 @@ def bench_speculation(
     minutes: o.Minutes = 14.0,
     threads: o.Threads = 2,
     openvino_python: o.OpenVinoPython = None,
+    only: o.Only = None,
     profile: o.BenchProfile = None,
     out: o.Out = Path("bench-results/speculation"),
     plots: o.Plots = True,
@@ -178,8 +179,10 @@ def bench_speculation(
     """What speculation earns over plain decoding, how often drafts agree, and what others do."""
     from deploy.commands import bench as command
 
-    python = openvino_python
-    command.speculation(large, full, rounds, minutes, threads, python, profile, out, plots, json_output)
+    python, named = openvino_python, tuple(only or ())
+    command.speculation(
+        large, full, rounds, minutes, threads, python, profile, named, out, plots, json_output
+    )
 
 
 @bench.command("kernels")

@@ -135,6 +135,12 @@ PeerShape = Annotated[
 Full = Annotated[bool, typer.Option("--full", help="Every combination: hours instead of minutes.")]
 LongPrompts = Annotated[bool, typer.Option("--full", help="Prompts up to 32,768 tokens, and more memory.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Only = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--only", help="Only what has this in its name, as 'raw draft' or 'batch 4'; may be given again."
+    ),
+]
 Rounds = Annotated[int, typer.Option(help="Times each cell is measured.", min=1)]
 Minutes = Annotated[float, typer.Option(help="Begin nothing new after this time.", min=0)]
 Threads = Annotated[int, typer.Option(help="Compute threads.", min=1)]

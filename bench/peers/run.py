@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +17,11 @@ from bench.measure import (
     Spread,
     console,
     flat,
+    in_turn,
     interleave,
     limits,
     machine,
+    rest,
     table,
     write_csv,
     write_json,
@@ -42,7 +43,6 @@ BITS = {"fp16": 16.0, "int8": 8.0, "int8-a8": 8.0, "nf4": 4.5}  # per linear wei
 OPENVINO_BITS = {"as stored": 16, "int8": 8, "int4": 4}
 CACHE_GB = 2
 BASE = "Tandem fp16"
-REST_S = 0.3  # after each turn: threads of some runtimes go on spinning for 0.2 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +178,9 @@ def _cell(
     everybody: Mapping[str, Arm], prompt_tokens: int, batch: int, vocab: int, rounds: int
 ) -> Iterator[Row]:
     asked = [_prompts(batch, prompt_tokens, vocab, number) for number in range(1 + rounds)]
-    arms = {name: _in_turn(arm, asked) for name, arm in everybody.items()}
-    times = interleave(arms, rounds, after=partial(time.sleep, REST_S))
+    # Other prompts in each round, so that nobody has their KV; the same ones for everybody.
+    arms = {name: in_turn(arm, asked) for name, arm in everybody.items()}
+    times = interleave(arms, rounds, after=rest)
     rates = {
         name: [_rates(phases, batch, prompt_tokens) for phases in found] for name, found in times.items()
     }
@@ -194,12 +195,6 @@ def _cell(
             Spread.of(decode for _, decode in found),
             Spread.of_ratios((decode for _, decode in base), (decode for _, decode in found)),
         )
-
-
-def _in_turn(arm: Arm, asked: Sequence[Sequence[Tokens]]) -> Callable[[], Phases]:
-    """Other prompts in each round, so that nobody has their KV; the same ones for everybody."""
-    rounds = iter(asked)
-    return lambda: arm(next(rounds))
 
 
 def _prompts(batch: int, length: int, vocab: int, number: int = 0) -> list[Tokens]:

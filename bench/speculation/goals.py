@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from bench.speculation.peers import TANDEM
-from bench.speculation.runner import RAW, Results
+from bench.speculation.runner import RAW, Results, small_draft
 from bench.speculation.sweep import Row
 
 BEST = {1: 2.0, 4: 1.4}  # speed-up of the grown pair with the best k, by batch
@@ -33,12 +33,13 @@ def goals(results: Results, large: str) -> list[Goal]:
 
 def _speedups(results: Results, large: str) -> Iterator[Goal]:
     ours = [row for row in results.rows if _has_whole_target(row) and row.sampling == "greedy"]
-    for batch, wanted in BEST.items():
-        rows = [row for row in ours if row.pair == large and row.batch == batch]
-        yield from _goal(f"{large}, batch {batch}, best k", rows, wanted, is_best=True)
+    for pair in (large, small_draft(large)):
+        for batch, wanted in BEST.items():
+            rows = [row for row in ours if row.pair == pair and row.batch == batch]
+            yield from _goal(f"{pair}, batch {batch}, best k", rows, wanted, is_best=True)
     rows = [row for row in ours if row.pair == RAW and row.batch == 1]
     yield from _goal("raw, batch 1, best k", rows, BEST_RAW, is_best=True)
-    for pair in (large, RAW):
+    for pair in (large, small_draft(large), RAW):
         rows = [row for row in ours if row.pair == pair and row.k == "auto"]
         yield from _goal(f"{pair}, k auto, worst batch", rows, NEVER_BELOW, is_best=False)
 

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from bench import greedy
 from bench.inflate import Pair
-from bench.measure import Spread, interleave
+from bench.measure import Spread, in_turn, interleave, rest
 from bench.openvino.peer import OpenVino, Pipeline
 from bench.speculation.rig import Rig
 from bench.speculation.text import Tokens
@@ -123,11 +123,9 @@ def openvino(peer: OpenVino, output_tokens: int) -> dict[str, Arm]:
 
 def measure(name: str, everybody: dict[str, Arm], prompts: Sequence[Tokens]) -> list[PeerRow]:
     """All systems in turns, one round per prompt, after a warm-up on the first."""
-    rates: dict[str, list[float]] = {system: [] for system in everybody}
-    for number, prompt in enumerate((prompts[0], *prompts)):
-        found = interleave({s: partial(arm, [prompt]) for s, arm in everybody.items()}, 1, warm_ups=0)
-        for system, values in found.items():
-            rates[system] += values if number else []
+    asked = [[prompt] for prompt in (prompts[0], *prompts)]
+    arms = {system: in_turn(arm, asked) for system, arm in everybody.items()}
+    rates = interleave(arms, len(prompts), after=rest)
     return [
         PeerRow(name, system, Spread.of(found), Spread.of_ratios(rates[TANDEM], found))
         for system, found in rates.items()

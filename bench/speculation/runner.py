@@ -34,6 +34,11 @@ RAW = "raw"
 RIGS_KEPT = 3
 
 
+def small_draft(large: str) -> str:
+    """The name of the grown target with the draft as it was trained."""
+    return f"{large}, raw draft"
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """What the command line may choose."""
@@ -45,6 +50,7 @@ class Options:
     threads: int = 2
     openvino_python: Path | None = None  # an interpreter that has OpenVINO GenAI
     profile: Path | None = None  # where to write what steps spend their time on
+    only: tuple[str, ...] = ()  # what has one of these in its name; acceptance and quality have none
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,10 @@ class Results:
     looping_share: float = 0.0  # of the prompts tried for the speed runs, which use the others
 
 
+def _others(pair: str) -> str:
+    return f"{pair}: others"
+
+
 class Benchmark:
     """One run over all pairs; models are loaded when they are needed."""
 
@@ -75,7 +85,7 @@ class Benchmark:
         torch.set_num_threads(options.threads)
         self._options = options
         large = inflated_pair(options.large)
-        self._small_draft = f"{options.large}, raw draft"
+        self._small_draft = small_draft(options.large)
         self.results = Results(
             {RAW: BUNDLED, options.large: large, self._small_draft: Pair(large.target, BUNDLED.draft)}
         )
@@ -85,12 +95,16 @@ class Benchmark:
     def run(self) -> Results:
         """Measure everything that can be had here in the time there is."""
         deadline_s = time.monotonic() + 60 * self._options.minutes
-        groups = self._groups()
+        groups, compared = self._groups(), self._compared()
+        if not groups and not compared:
+            wanted = " or ".join(map(repr, self._options.only))
+            raise ConfigError(f"nothing has {wanted} in its name; there are {self._names()}")
         total = sum(sweep.num_runs(group, self._options.rounds) for group in groups)
-        with Meter("acceptance", total) as meter:
-            self._measure_models(meter)
+        with Meter("prompts", total) as meter:
+            if not self._options.only:
+                self._measure_models(meter)
             asked = self._steady_prompts(max((group.num_prompts for group in groups), default=1))
-            for pair in (self._options.large, RAW):
+            for pair in compared:
                 self._measure_peers(pair, asked, meter)
             for group in groups:
                 if self._options.full or time.monotonic() < deadline_s:
@@ -111,10 +125,23 @@ class Benchmark:
         label, engine = f"speculation-{self._options.large}", rig.engine.model
         record(self._options.profile, label, engine, partial(rig.run, decoder, asked, 1, sampling))
 
+    def _all_groups(self) -> list[Group]:
+        pairs = self._options.large, self._small_draft, RAW
+        return everything(pairs) if self._options.full else designed(*pairs)
+
     def _groups(self) -> list[Group]:
-        if self._options.full:
-            return everything((self._options.large, self._small_draft, RAW))
-        return designed(self._options.large, self._small_draft, RAW)
+        return [group for group in self._all_groups() if self._is_wanted(group.label)]
+
+    def _compared(self) -> list[str]:
+        """Pairs of which whole requests are compared with others."""
+        return [pair for pair in self.results.pairs if self._is_wanted(_others(pair))]
+
+    def _is_wanted(self, name: str) -> bool:
+        only = self._options.only
+        return not only or any(text in name for text in only)
+
+    def _names(self) -> str:
+        return "; ".join([*map(_others, self.results.pairs), *(group.label for group in self._all_groups())])
 
     def _load(self, pair: str, setup: Setup) -> Rig:
         tokens = PROMPT_TOKENS + OUTPUT_TOKENS
@@ -150,7 +177,7 @@ class Benchmark:
     def _measure_peers(self, name: str, asked: list[Tokens], meter: Meter) -> None:
         """Everybody on one pair, in turns."""
         pair, python = self.results.pairs[name], self._options.openvino_python
-        meter.say(f"{name}: others")
+        meter.say(_others(name))
         everybody = peers.tandem(self._rig(name, Setup()), OUTPUT_TOKENS)
         everybody |= peers.transformers(pair, OUTPUT_TOKENS)
         with ExitStack() as stack:

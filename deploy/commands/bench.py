@@ -16,6 +16,7 @@ def speculation(
     threads: int,
     openvino_python: Path | None,
     profile: Path | None,
+    only: tuple[str, ...],
     out: Path,
     with_plots: bool,
     as_json: bool,
@@ -28,7 +29,7 @@ def speculation(
 
     if with_plots:
         require_matplotlib()
-    options = Options(large, full, rounds, minutes, threads, openvino_python, profile)
+    options = Options(large, full, rounds, minutes, threads, openvino_python, profile, only)
     results = Benchmark(options).run()
     content = report.document(results, options)
     report.save(out, content)
@@ -84,7 +85,8 @@ def forward(
     as_json: bool,
 ) -> None:
     """What one forward costs. Raises `ConfigError` for what cannot be measured here."""
-    from bench.forward.run import Options, run
+    from bench.forward.results import Options
+    from bench.forward.run import run
 
     content = run(Options(shape, full, rounds, threads, device, out, with_plots, profile), as_json)
     if as_json:

@@ -25,7 +25,7 @@ from bench.speculation.formula import StepCosts
 from bench.speculation.goals import goals
 from bench.speculation.precision import measure as measure_quality
 from bench.speculation.rig import Rig, Setup
-from bench.speculation.runner import Benchmark, Options, Results
+from bench.speculation.runner import Benchmark, Options, Results, small_draft
 from bench.speculation.sweep import Row
 from bench.speculation.text import held_out, prompts, windows
 from tandem.engine.model_runner import ModelRunner
@@ -258,6 +258,11 @@ def test_goals_take_the_best_k_and_the_worst_batch() -> None:
     assert not any(what.startswith("raw") for what in found)
 
 
+def test_goals_tell_the_grown_draft_from_the_small_one() -> None:
+    row = replace(ROW, pair=small_draft("111m"), batch=4, speedup=Spread(1.5, 1.4, 1.6))
+    assert [goal.what for goal in goals(results_of(row), "111m")] == ["111m, raw draft, batch 4, best k"]
+
+
 def test_results_are_shown_and_written(tmp_path) -> None:
     results, options = (
         results_of(
@@ -324,16 +329,47 @@ def test_the_whole_benchmark_in_small(monkeypatch) -> None:
     assert [row.identical for row in results.rows] == [True]
     assert results.skipped[-1].what == "raw: draft qspec, greedy, batch 1"
     assert "four-bit" in results.skipped[-1].why
-    assert {row.pair for row in results.peers} == {"raw", "111m"}
+    assert {row.pair for row in results.peers} == {"raw", "111m", small_draft("111m")}
     assert {"Tandem, plain", "transformers, assisted"} <= {row.system for row in results.peers}
     assert "held-out text" in {row.along for row in results.agreement}
     assert results.quality[0].precision == "fp32"
 
 
-def test_nothing_is_begun_when_the_time_is_over(monkeypatch) -> None:
+@pytest.fixture
+def called(monkeypatch) -> list[str]:
+    """Parts of the benchmark that were begun, none of which does anything."""
+    begun: list[str] = []
     monkeypatch.setattr(runner, "inflated_pair", lambda to: BUNDLED)
-    for part, nothing in (("_measure_models", None), ("_measure_peers", None), ("_steady_prompts", [])):
-        monkeypatch.setattr(Benchmark, part, lambda self, *rest, nothing=nothing: nothing)
+    monkeypatch.setattr(Benchmark, "_measure_models", lambda self, meter: begun.append("models"))
+    monkeypatch.setattr(Benchmark, "_steady_prompts", lambda self, count: [])
+    monkeypatch.setattr(
+        Benchmark, "_measure_peers", lambda self, pair, *rest: begun.append(f"{pair}: others")
+    )
+    monkeypatch.setattr(Benchmark, "_measure_group", lambda self, group, *rest: begun.append(group.label))
+    return begun
+
+
+def test_all_of_it_is_measured_without_being_named(called) -> None:
+    Benchmark(Options(threads=1)).run()
+    pairs = "111m", "111m, raw draft", "raw"
+    others = sorted(f"{pair}: others" for pair in pairs)
+    assert called[0] == "models"
+    assert sorted(called[1:4]) == others
+    assert called[4:] == [group.label for group in designed(*pairs)]
+
+
+def test_only_what_is_named_is_measured(called) -> None:
+    Benchmark(Options(threads=1, only=("raw draft: draft model, greedy, batch 4", "raw: others"))).run()
+    assert called == ["raw: others", "111m, raw draft: draft model, greedy, batch 4"]
+
+
+def test_a_name_that_nothing_has_is_refused_with_those_there_are(called) -> None:
+    with pytest.raises(ConfigError, match=r"nothing has 'eagle' in its name.*draft ngram, greedy, batch 1"):
+        Benchmark(Options(threads=1, only=("eagle",))).run()
+    assert called == []
+
+
+def test_nothing_is_begun_when_the_time_is_over(called) -> None:
     results = Benchmark(Options(minutes=0, threads=1)).run()
     assert results.rows == []
     assert [skipped.why for skipped in results.skipped] == ["no time left"] * len(designed("", "", ""))
