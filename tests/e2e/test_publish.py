@@ -46,12 +46,6 @@ NEXT = tuple(range(40, 60))  # what is said after an answer
 DRAFTS = ("none", "ngram", "twin", "stranger")
 
 
-@pytest.fixture(autouse=True)
-def _patient(monkeypatch):
-    """A busy machine is no reason to give up here."""
-    monkeypatch.setattr(publisher, "PUBLISH_S", 20.0)
-
-
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory):
     """A draft that knows nothing of the target: nearly all guesses are rejected."""

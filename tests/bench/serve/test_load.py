@@ -80,7 +80,8 @@ def test_a_server_that_keeps_time_is_measured_as_it_is(server, protocol) -> None
     # 20 tokens, 10 ms between them and one gap after the last; a busy machine is only ever slower.
     assert min(r.e2e_ms for r in run.records) >= 195
     gaps_ms = [1000 * (r.arrivals[-1][0] - r.arrivals[0][0]) / 19 for r in run.records]
-    assert 9 <= statistics.median(gaps_ms) < 20  # on average: a busy client reads several messages at once
+    assert statistics.median(gaps_ms) >= 9  # on average: a busy client reads several messages at once
+    assert min(gaps_ms) < 20  # of the request that the machine disturbed least
     assert len({r.digest for r in run.records}) == 1
     if protocol == "grpc":
         assert summary["acceptance_rate"] == pytest.approx(0.4)
