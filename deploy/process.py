@@ -20,8 +20,8 @@ import threading
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING
 
-from deploy.allocator import keep_objects, keep_pages
 from tandem import event_loop, log
+from tandem.allocator import keep_objects, keep_pages
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError
 

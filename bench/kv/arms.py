@@ -15,11 +15,11 @@ from typing import Any
 import xxhash
 
 from bench.kv.child import RAW
-from bench.kv.memory import keep_pages
 from kvstore.client import KvClient
 from kvstore.key import KvHandle
 from kvstore.records import ChunkRange, ObjectHeader
 from tandem import event_loop
+from tandem.allocator import keep_pages
 from tandem.errors import ConfigError
 from tandem.redis_url import redacted
 from tandem.rpc import channel

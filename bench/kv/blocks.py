@@ -10,9 +10,9 @@ from functools import partial
 import torch
 
 from bench.inflate import BUNDLED
-from bench.kv.memory import keep_pages
 from bench.measure import Spread, interleave
 from bench.shapes import SHAPES
+from tandem.allocator import keep_pages
 from tandem.engine.kv_transfer import export_kv
 from tandem.engine.paged_cache import PagedCache
 from tandem.geometry import ModelGeometry

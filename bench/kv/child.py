@@ -14,12 +14,12 @@ from typing import Any
 
 import grpc
 
-from bench.kv.memory import keep_pages
 from kvstore.server import KvServicer, add_to_server
 from kvstore.store import KvStore
 from kvstore.sweeper import Sweeper
 from kvstore.urls import backend_from_url
 from tandem import event_loop
+from tandem.allocator import keep_pages
 from tandem.rpc import bind, server
 
 RAW = "bench.Raw"

@@ -20,8 +20,8 @@ from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
-from deploy.allocator import keep_objects, keep_pages
 from tandem import log
+from tandem.allocator import keep_objects, keep_pages
 from tandem.audit import fetch_audit
 from tandem.config import ClusterConfig
 from tandem.errors import ConfigError

@@ -11,7 +11,7 @@ import pytest
 
 COUNT_FAULTS = """
 import resource
-from deploy.allocator import keep_pages
+from tandem.allocator import keep_pages
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -42,7 +42,7 @@ def test_the_collector_passes_over_what_was_loaded() -> None:
     code = """
 import gc
 import deploy.local
-from deploy.allocator import keep_objects
+from tandem.allocator import keep_objects
 
 keep_objects()
 later = [[]]
