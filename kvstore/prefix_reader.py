@@ -112,10 +112,10 @@ class PrefixReader:
             await self._elsewhere.close()
 
     async def _fetch_piece(self, number: int, piece: Piece, wanted: Wanted) -> bool:
-        """False if a store that the index named could not give it, which is no reason to give up others."""
+        """False if it is damaged, or a store that the index named could not give it: no reason to give up
+        others."""
         if self._elsewhere is None or isinstance(piece, KvHandle):
-            await self._read_own(cast(KvHandle, piece), number, wanted)
-            return True
+            return await self._read_own(cast(KvHandle, piece), number, wanted)
         try:
             await self._read(self._elsewhere.store(piece), piece.handle, number, wanted)
         except TandemError as error:
@@ -124,14 +124,16 @@ class PrefixReader:
         self.report.num_elsewhere += 1
         return True
 
-    async def _read_own(self, handle: KvHandle, number: int, wanted: Wanted) -> None:
+    async def _read_own(self, handle: KvHandle, number: int, wanted: Wanted) -> bool:
         """A piece that is damaged is given up: it would fail everybody who asks for it."""
         try:
             await self._read(self._client, handle, number, wanted)
-        except DataLoss:
+        except DataLoss as error:
+            self.note("restore", error)
             with suppress(TandemError):
                 await self._client.release(handle)
-            raise
+            return False
+        return True
 
     async def _read(self, store: KvClient, handle: KvHandle, number: int, wanted: Wanted) -> None:
         async with aclosing(store.get(handle, wanted.holder, tenant=wanted.tenant)) as chunks:

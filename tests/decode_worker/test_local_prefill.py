@@ -88,7 +88,7 @@ async def test_running_sequences_get_a_step_between_two_chunks():
         await rig.client.started("running")
         await until(lambda: gate.entered == 1)
         rig.worker.start(order("prompt", 30, max_tokens=3), None, rig.client.emit)
-        await until(lambda: rig.worker.num_waiting)
+        await until(lambda: rig.worker._inbox)  # nothing but the step thread is to act from here on
         gate.open()
         assert tokens_of(await rig.client.rest("prompt")) == greedy(prompt_of(30), 3)
         await rig.client.rest("running")
