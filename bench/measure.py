@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
@@ -30,7 +29,6 @@ T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 REST_S = 0.3
 WIDTH = 140  # of tables that go to a file
-LIMIT_FLOATS, LIMIT_SIZE = 1 << 26, 2048  # of the tensor that is summed; of the matrices multiplied
 PLAIN_LINE_EVERY_S = 10.0  # without a terminal: one line of progress this often at most
 
 
@@ -104,41 +102,6 @@ def machine(threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What no program on this machine gets past, as measured now."""
-
-    bytes_per_s: float  # read from memory
-    flops: float  # of fp32 products
-
-
-def limits(threads: int, rounds: int = 5, device: str = "cpu") -> Limits:
-    """The best of some rounds of summing a large tensor and of multiplying two large matrices."""
-    import torch
-
-    torch.set_num_threads(threads)
-    large = torch.ones(LIMIT_FLOATS, device=device)
-    matrix = torch.randn(LIMIT_SIZE, LIMIT_SIZE, device=device)
-    # A number that is fetched is a result that is there, on a GPU too.
-    arms = {
-        "sum": partial(_seconds, lambda: large.sum().item()),
-        "product": partial(_seconds, lambda: (matrix @ matrix)[0, 0].item()),
-    }
-    times = interleave(arms, rounds)
-    return Limits(4 * LIMIT_FLOATS / min(times["sum"]), 2 * LIMIT_SIZE**3 / min(times["product"]))
-
-
-def best(*found: Limits) -> Limits:
-    """What was reached at all, of several measurements of the limits."""
-    return Limits(max(limit.bytes_per_s for limit in found), max(limit.flops for limit in found))
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    began_s = time.perf_counter()
-    call()
-    return time.perf_counter() - began_s
 
 
 def _processor() -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.forward.cells import Beside, Output, Skipped, Timing
 from bench.forward.traffic import Slope, Traffic, slope
-from bench.measure import Limits
+from bench.limits import Limits
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from bench.forward.cells import OUTPUTS, Timing, kv_tokens
 from bench.forward.reference import Reference
 from bench.forward.results import Options, Results
 from bench.forward.rig import BLOCK_SIZE, Rig
-from bench.measure import Meter, best, console, flat, limits, machine, write_csv, write_json
+from bench.limits import best, limits
+from bench.measure import Meter, console, flat, machine, write_csv, write_json
 from bench.plotting import require_matplotlib
 from bench.shapes import checkpoint
 from tandem.errors import ConfigError

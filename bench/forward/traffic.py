@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from bench.measure import Limits
+from bench.limits import Limits
 from tandem.geometry import ModelGeometry
 
 

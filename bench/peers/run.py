@@ -11,15 +11,14 @@ from typing import Any
 
 import torch
 
+from bench.limits import Limits, limits
 from bench.measure import (
-    Limits,
     Meter,
     Spread,
     console,
     flat,
     in_turn,
     interleave,
-    limits,
     machine,
     rest,
     table,

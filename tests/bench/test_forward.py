@@ -16,7 +16,8 @@ from bench.forward.reference import Reference
 from bench.forward.results import Options
 from bench.forward.rig import Rig
 from bench.forward.traffic import Traffic, slope
-from bench.measure import Limits, Meter
+from bench.limits import Limits
+from bench.measure import Meter
 from tandem.errors import ConfigError
 from tandem.geometry import ModelGeometry
 

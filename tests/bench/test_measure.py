@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from bench.measure import (
-    Limits,
     Meter,
     Spread,
-    best,
     flat,
     interleave,
     machine,
@@ -111,7 +109,3 @@ def test_a_table_aligns_text_left_and_numbers_right() -> None:
         "plain         9",
         "b          12.5",
     ]
-
-
-def test_the_best_of_limits_is_taken_one_by_one() -> None:
-    assert best(Limits(1.0, 20.0), Limits(2.0, 10.0)) == Limits(2.0, 20.0)

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from bench import shapes
-from bench.measure import Limits, Spread
+from bench.limits import Limits
+from bench.measure import Spread
 from bench.peers import run as peers
 from bench.peers.arms import Phases, TransformersBatching
 from bench.peers.run import Options, Row
