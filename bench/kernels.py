@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from bench.measure import Meter, Spread, console, flat, interleave, machine, table, write_csv, write_json
 from tandem.engine.linear import fp16_kernel, fp32_kernel
-from tandem.engine.native import build, library
+from tandem.engine.native import build, library, packing
 from tandem.engine.native.arena import Arena
 from tandem.engine.quantization.formats import quantize
 
@@ -121,18 +121,18 @@ def _of_copies(packed: Sequence[Callable[[torch.Tensor], torch.Tensor]]) -> Run:
 def _native(weight: torch.Tensor, copies: int) -> Iterator[tuple[str, Kernel]]:
     isa = build.instruction_set()
 
-    def kernel(packed: list[library.PackedLinear], matrix: torch.Tensor) -> Kernel:
+    def kernel(packed: list[packing.PackedLinear], matrix: torch.Tensor) -> Kernel:
         return Kernel(lambda i, x: library.engine(isa).linear(packed[i % len(packed)], x), matrix.double())
 
     half = weight.half()
-    yield f"own fp16 ({isa})", kernel([library.pack_linear(half) for _ in range(2 * copies)], half.float())
+    yield f"own fp16 ({isa})", kernel([packing.pack_linear(half) for _ in range(2 * copies)], half.float())
     for kind in ("int8", "nf4", "int4", "int4-rotated", "int4-outliers"):
         quantized = quantize(weight, kind)
         assert quantized is not None
         bits = "W8" if kind == "int8" else "W4"
         for activation_bits, width in ((16, "A16"), (8, "A8")):
             packed = [
-                library.pack_quantized(quantized, activation_bits, None, Arena()) for _ in range(4 * copies)
+                packing.pack_quantized(quantized, activation_bits, None, Arena()) for _ in range(4 * copies)
             ]
             yield f"own {kind} {bits}{width} ({isa})", kernel(packed, quantized.dequantize())
 

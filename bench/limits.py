@@ -62,7 +62,8 @@ def _probes(large: torch.Tensor, device: str) -> tuple[dict[str, _Probe], dict[s
     import torch
 
     from tandem.engine.native.kernels import kernels_for
-    from tandem.engine.native.library import engine, pack_linear
+    from tandem.engine.native.library import engine
+    from tandem.engine.native.packing import pack_linear
 
     square = torch.randn(SIZE, SIZE, device=device)
     # A number that is fetched is a result that is there, on a GPU too.

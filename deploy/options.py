@@ -36,8 +36,8 @@ Dtype = Annotated[str, typer.Option(help="Precision of activations and KV: float
 Quantization = Annotated[
     str,
     typer.Option(
-        help=f"Linear weights: {', '.join(QUANTIZATIONS)}; with {EIGHT_BITS} behind it (int8{EIGHT_BITS}), "
-        "activations of eight bits, too."
+        help=f"Linear weights: {', '.join(QUANTIZATIONS)}. In bf16 activations are, too; from int8 on, with "
+        f"{EIGHT_BITS} behind it (int8{EIGHT_BITS}), they have eight bits."
     ),
 ]
 DraftQuantization = Annotated[str, typer.Option(help="The same for the draft's, or for a self-draft's.")]

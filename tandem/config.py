@@ -33,7 +33,7 @@ from tandem.config_profile import ProfileConfig as ProfileConfig
 from tandem.config_values import build, check, check_positive
 from tandem.geometry import DTYPE_BYTES, KV_CODECS
 from tandem.kv_dtypes import KvDtypes
-from tandem.quantizations import EIGHT_BITS, FOUR_BITS, parse_quantization
+from tandem.quantizations import CODED, FOUR_BITS, parse_quantization
 
 MIB = 1 << 20
 DRAFTS = ("none", "ngram", "model", "self", "qspec")
@@ -189,9 +189,9 @@ class SpeculationConfig:
     def _check_self_draft(self) -> None:
         name = self.draft_quantization
         check(
-            self.draft != "self" or (name != "none" and not name.endswith(EIGHT_BITS)),
-            "a self-draft needs speculation.draft_quantization, as unquantized it costs what a target costs; "
-            "its activations are set by speculation.draft_activation_bits, not behind the format",
+            self.draft != "self" or name in CODED,
+            "a self-draft needs speculation.draft_quantization, as whole or in bf16 it costs what a target "
+            "costs; its activations are set by speculation.draft_activation_bits, not behind the format",
         )
 
 

@@ -1,7 +1,8 @@
 """How linear weights may be quantized, by name: a format and, with `-a8` behind, activations of eight bits.
 
 Formats are in tandem/engine/quantization/formats.py. Activations have sixteen bits otherwise, which loses
-next to nothing; eight multiply faster where there are many rows, as in prompts.
+next to nothing; eight multiply faster where there are many rows, as in prompts. In `bf16` weights and
+activations are rounded to bfloat16, which processors with AVX-512 BF16 multiply twice as fast as floats.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ FOUR_BITS = (
     *("nf4", "nf4-dq", "fp4", "fp4-dq"),
     *("int4", "int4-rotated", "int4-outliers", "int4-rotated-outliers"),
 )
-QUANTIZATIONS = ("none", "int8", *FOUR_BITS)
+CODED = ("int8", *FOUR_BITS)  # codes with scales
+QUANTIZATIONS = ("none", "bf16", *CODED)
 ACTIVATION_BITS = 16  # that quantized weights meet in our own kernels; other paths compute with float32
 EIGHT_BITS = "-a8"  # behind a format
 
@@ -20,10 +22,10 @@ EIGHT_BITS = "-a8"  # behind a format
 def parse_quantization(name: str) -> tuple[str, int]:
     """The format of the weights, and the bits of activations. Raises `ConfigError` if there is none such."""
     weights = name.removesuffix(EIGHT_BITS)
-    if weights not in QUANTIZATIONS or (weights == "none" and name != weights):
+    if weights not in QUANTIZATIONS or (weights not in CODED and name != weights):
         known = ", ".join(QUANTIZATIONS)
         raise ConfigError(
-            f"quantization must be one of {known}, or one of these but none with {EIGHT_BITS} behind it; "
+            f"quantization must be one of {known}, or one from {CODED[0]} on with {EIGHT_BITS} behind it; "
             f"not {name}"
         )
     return weights, ACTIVATION_BITS if name == weights else 8

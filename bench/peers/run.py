@@ -37,8 +37,14 @@ from tandem.geometry import ModelGeometry
 
 OUTPUT_TOKENS = 64
 CELLS = {128: (1, 4, 8, 16), 1024: (1, 4)}  # prompt tokens → batch sizes
-PRECISIONS = {"fp16": "none", "int8": "int8", "int8-a8": "int8-a8", "nf4": "nf4"}
-BITS = {"fp16": 16.0, "int8": 8.0, "int8-a8": 8.0, "nf4": 4.5}  # per linear weight, scales included
+PRECISIONS = {"fp16": "none", "bf16": "bf16", "int8": "int8", "int8-a8": "int8-a8", "nf4": "nf4"}
+BITS = {
+    "fp16": 16.0,
+    "bf16": 16.0,
+    "int8": 8.0,
+    "int8-a8": 8.0,
+    "nf4": 4.5,
+}  # of a linear weight
 OPENVINO_BITS = {"as stored": 16, "int8": 8, "int4": 4}
 CACHE_GB = 2
 BASE = "Tandem fp16"

@@ -19,7 +19,7 @@ from tandem.engine.loading import DRAFT_ACTIVATION_BITS
 from tandem.engine.model_runner import ModelRunner
 from tandem.errors import ConfigError
 from tandem.geometry import num_blocks
-from tandem.quantizations import ACTIVATION_BITS, QUANTIZATIONS
+from tandem.quantizations import ACTIVATION_BITS, CODED
 
 Skip = Callable[[str, str], None]  # what, and why it is not measured
 DRAFTED = ("int8", "nf4", "int4")  # precisions of drafts, of which the speed is measured too
@@ -61,7 +61,8 @@ def _formats(path: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     Those of four bits are emulated: no hardware here multiplies them.
     """
     yield "fp16", path, {"linear": "fp16"}
-    for name in QUANTIZATIONS[1:]:
+    yield "bf16", path, {"quantization": "bf16"}
+    for name in CODED:
         widths = {ACTIVATION_BITS: "", 8: ", 8-bit activations"}
         if name.startswith("int4"):
             widths[4] = ", W4A4 emulated"

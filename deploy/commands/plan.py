@@ -16,7 +16,8 @@ from tandem.errors import ConfigError
 from tandem.geometry import DTYPE_BYTES, ModelGeometry, num_blocks
 from tandem.quantizations import parse_quantization
 
-BITS_PER_WEIGHT = {"int8": 8.0, "nf4": 4.5, "fp4": 4.5, "int4": 4.25}  # with the scales of their groups
+# With the scales of their groups.
+BITS_PER_WEIGHT = {"bf16": 16.0, "int8": 8.0, "nf4": 4.5, "fp4": 4.5, "int4": 4.25}
 OUTLIER_BITS = 8 / 32  # more, where one input in 32 is kept in eight bits beside them
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
 

@@ -65,6 +65,8 @@ def load_decoder(
     device_name = torch.device(device).type
     storage = _as_stored(storage, quantization_of(raw), path)
     name, reason = choose(path, raw, implementation, dtype_name, device_name, kv_dtype_name)
+    if storage.quantization == "bf16" and name != "native":
+        raise ConfigError(f"bf16 needs our own kernels, and {path} runs by {name} here ({reason}): take none")
     if name == "native":
         return NativeDecoder.load(path, LeanConfig.parse(raw), raw, storage)
     if name == "lean":

@@ -66,7 +66,7 @@ def test_a_run_writes_every_system_of_every_cell(tiny, tmp_path, monkeypatch, ca
     missing, profile = tmp_path / "python", tmp_path / "profile"
     peers.run(Options("tiny", 1, 1, missing, tmp_path / "out", missing, profile), as_json=False)
     document = json.loads((tmp_path / "out" / "peers.json").read_text())
-    systems = ["Tandem fp16", "Tandem int8", "Tandem int8-a8", "Tandem nf4"]
+    systems = ["Tandem fp16", "Tandem bf16", "Tandem int8", "Tandem int8-a8", "Tandem nf4"]
     systems += ["transformers fp32", "transformers generate_batch fp32"]
     assert [(row["batch"], row["system"]) for row in document["rows"]] == [
         (b, s) for b in (1, 2) for s in systems

@@ -139,7 +139,9 @@ def _forget_kernels() -> None:
     can_load.cache_clear()
 
 
-OTHERS = ["plain", "avx512-emulated", *(["avx2"] if build.NEEDS["avx512"] <= build.cpu_flags() else [])]
+LESSER = {"avx2": "avx512", "avx512": "avx512bf16"}  # instruction sets, and what has more
+OTHERS = ["plain", "avx512-emulated"]
+OTHERS += [isa for isa, more in LESSER.items() if build.NEEDS[more] <= build.cpu_flags()]
 
 
 @pytest.fixture(params=OTHERS)

@@ -15,7 +15,7 @@ from tandem.engine.batch import SequenceRows
 from tandem.engine.costs import measure_costs
 from tandem.engine.draw import Draw
 from tandem.engine.model_runner import ModelRunner
-from tandem.engine.native import build, library
+from tandem.engine.native import build, library, packing
 from tandem.engine.native.build import NotNativeError
 from tandem.engine.native.decoder import ANGLE_PAGE, _Angles
 from tandem.engine.paged_cache import PagedCache
@@ -45,7 +45,7 @@ def engines():
 def test_a_row_has_the_same_bits_in_every_batch(engines, rows, out_features, in_features, half, seed):
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator).half()
-    packed = library.pack_linear(weight if half else weight.float(), torch.randn(out_features))
+    packed = packing.pack_linear(weight if half else weight.float(), torch.randn(out_features))
     x = torch.randn(rows, in_features, generator=generator)
     alone, team = engines
     together = alone.linear(packed, x)
@@ -66,7 +66,7 @@ def test_a_library_shares_nothing_with_that_of_another_instruction_set():
 def test_storage_changes_no_bit(engines):
     """Half-precision weights are converted exactly."""
     weight, x = torch.randn(33, 257).half(), torch.randn(9, 257)
-    half, single = (library.pack_linear(stored) for stored in (weight, weight.float()))
+    half, single = (packing.pack_linear(stored) for stored in (weight, weight.float()))
     assert torch.equal(engines[0].linear(half, x), engines[0].linear(single, x))
     assert half.num_bytes * 2 == single.num_bytes
 
@@ -249,7 +249,9 @@ def test_off_means_torch(saved_model, monkeypatch):
     monkeypatch.setenv("TANDEM_NATIVE", "off")
     assert load(saved_model("llama3")[1]).implementation == "lean"
     monkeypatch.setenv("TANDEM_NATIVE", "sse9")
-    with pytest.raises(ConfigError, match="TANDEM_NATIVE must be auto, off, avx512, avx2, plain, not sse9"):
+    with pytest.raises(
+        ConfigError, match="TANDEM_NATIVE must be auto, off, avx512bf16, avx512, avx2, plain, not sse9"
+    ):
         load(saved_model("llama3")[1])
 
 

@@ -16,7 +16,7 @@ from tandem.config import ClusterConfig, ModelConfig, SpeculationConfig
 from tandem.engine.batch import SequenceRows
 from tandem.engine.loading import load_engine
 from tandem.engine.model_runner import ModelRunner
-from tandem.engine.native import build, library, probe
+from tandem.engine.native import build, library, packing, probe
 from tandem.engine.native.arena import Arena
 from tandem.engine.quantization.formats import (
     dynamic_map,
@@ -27,10 +27,9 @@ from tandem.engine.quantization.formats import (
 from tandem.engine.quantization.modules import round_weights, swap_for_bitsandbytes
 from tandem.errors import ConfigError
 from tandem.fingerprint import model_fingerprint
-from tandem.quantizations import QUANTIZATIONS
+from tandem.quantizations import CODED
 
-INTEGERS = tuple(kind for kind in QUANTIZATIONS if kind.startswith("int4"))
-KINDS = tuple(kind for kind in QUANTIZATIONS if kind != "none")
+INTEGERS = tuple(kind for kind in CODED if kind.startswith("int4"))
 BEST = build.instruction_set()
 # Worst error against the dequantized weights in float64, over the largest output: of sixteen bits, levels of
 # a codebook have 12 and activations at least 13; those of eight lose up to 1 / 254 of their group's largest.
@@ -80,7 +79,7 @@ def test_scales_survive_double_quantization(count, size):
     assert (requantized(scales) - scales).abs().max() <= 0.03 * size
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_an_idle_row_stays_zero(kind):
     w = weight()
     w[3] = 0
@@ -120,7 +119,7 @@ def test_an_outlier_of_the_activations_spoils_four_bits_less_when_turned():
     errors = {}
     for kind in ("int4", "int4-rotated"):
         quantized = quantize(w, kind)
-        got = engine.linear(library.pack_quantized(quantized, 4, None, Arena()), x)
+        got = engine.linear(packing.pack_quantized(quantized, 4, None, Arena()), x)
         errors[kind] = float((got - x @ quantized.dequantize().T).norm())
     assert errors["int4-rotated"] < 0.8 * errors["int4"]
 
@@ -147,7 +146,7 @@ def test_kernels_compute_with_the_dequantized_weights_row_by_row(
 ):
     in_features = 32 * blocks if kind != "int8" else 32 * blocks - seed % 7
     quantized = quantize(weight(out_features, in_features, seed), kind)
-    packed = library.pack_quantized(quantized, bits, None, Arena())
+    packed = packing.pack_quantized(quantized, bits, None, Arena())
     alone, team = (library.Engine(library.load(BEST), threads) for threads in (1, 3))
     x = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(seed))
     got = alone.linear(packed, x)
@@ -180,7 +179,7 @@ def test_members_of_a_team_prepare_rows_for_each_other(saved_model, quantization
 def test_the_largest_sums_fit(kind, bits):
     """All weights and activations as large as their formats have them."""
     weights = torch.ones(16, 512)
-    packed = library.pack_quantized(quantize(weights, kind), bits, None, Arena())
+    packed = packing.pack_quantized(quantize(weights, kind), bits, None, Arena())
     got = library.Engine(library.load(BEST), 1).linear(packed, -torch.ones(1, 512))
     assert torch.allclose(got, torch.full_like(got, -512), rtol=1e-3)
 
@@ -189,7 +188,7 @@ def test_the_largest_sums_fit(kind, bits):
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_number_that_is_none_stays_none_in_its_row(kind, bits, bad):
-    packed = library.pack_quantized(quantize(weight(), kind), bits, None, Arena())
+    packed = packing.pack_quantized(quantize(weight(), kind), bits, None, Arena())
     engine = library.Engine(library.load(BEST), 1)
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
     wanted = engine.linear(packed, x)
@@ -204,13 +203,13 @@ def test_a_number_that_is_none_stays_none_in_its_row(kind, bits, bad):
     ("kind", "bits"), [("int8", 32), *itertools.product(["int8", "nf4", *INTEGERS], [16, 8, 4])]
 )
 def test_every_instruction_set_gives_the_same_bits(other_isa, kind, bits):
-    packed = library.pack_quantized(quantize(weight(90, 384), kind), bits, torch.randn(90), Arena())
+    packed = packing.pack_quantized(quantize(weight(90, 384), kind), bits, torch.randn(90), Arena())
     x = torch.randn(9, 384)
     other, best = (library.Engine(library.load(isa), 1).linear(packed, x) for isa in (other_isa, BEST))
     assert torch.equal(other, best)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CODED)
 def test_a_quantized_model_is_the_model_with_dequantized_weights(saved_model, kind):
     path = saved_model("llama3", True)[1]
     rows = SequenceRows(list(range(3, 40)), 0, range(3), 37)
@@ -270,7 +269,7 @@ def test_a_draft_of_four_bits_takes_the_faster_width_layer_by_layer(saved_model)
 
 
 def test_the_probe_takes_what_is_faster(monkeypatch):
-    packed = library.pack_quantized(quantize(weight(), "nf4"), 16, None, Arena())
+    packed = packing.pack_quantized(quantize(weight(), "nf4"), 16, None, Arena())
     for slow in probe.WIDTHS:
         multiply = library.Engine.linear
 

@@ -1,8 +1,9 @@
 """Builds the C++ kernels with the system's compiler when they are first needed, and keeps the result.
 
-`TANDEM_NATIVE` chooses the instruction set: `auto` (default, the best this CPU runs), `avx512`, `avx2`,
-`plain`, or `off`. Libraries lie in `TANDEM_CACHE` (default `$XDG_CACHE_HOME/tandem`, `~/.cache/tandem`),
-named by the hash of what made them, so that a changed source or compiler never meets an old library.
+`TANDEM_NATIVE` chooses the instruction set: `auto` (default, the best this CPU runs), `avx512bf16` (AVX-512
+that multiplies bfloat16), `avx512`, `avx2`, `plain`, or `off`. Libraries lie in `TANDEM_CACHE` (default
+`$XDG_CACHE_HOME/tandem`, `~/.cache/tandem`), named by the hash of what made them, so that a changed source or
+compiler never meets an old library.
 """
 
 from __future__ import annotations
@@ -20,14 +21,18 @@ from tandem.errors import ConfigError
 
 SOURCES = Path(__file__).parent / "src"
 MAIN = "decoder.cpp"
+AVX512 = frozenset({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"})
 NEEDS = {  # instruction set → what /proc/cpuinfo must list
-    "avx512": frozenset({"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni"}),
+    "avx512bf16": AVX512 | {"avx512_bf16"},
+    "avx512": AVX512,
     "avx2": frozenset({"avx2", "fma", "f16c"}),
     "plain": frozenset[str](),
 }
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
+AVX512_FLAGS = (*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
-    "avx512": (*AVX2_FLAGS, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni"),
+    "avx512bf16": (*AVX512_FLAGS, "-mavx512bf16"),
+    "avx512": AVX512_FLAGS,
     "avx2": AVX2_FLAGS,
     "plain": (),
 }
@@ -55,7 +60,7 @@ def instruction_set() -> str:
         if missing:
             raise ConfigError(f"TANDEM_NATIVE={wanted}: this CPU lacks {', '.join(sorted(missing))}")
         return wanted
-    for name in ("avx512", "avx2"):
+    for name in ("avx512bf16", "avx512", "avx2"):
         if NEEDS[name] <= has:
             return name
     raise NotNativeError("the CPU has no AVX2, and without it the kernels are slower than torch's")

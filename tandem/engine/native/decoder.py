@@ -22,7 +22,7 @@ from tandem.engine.lean.config import LeanConfig
 from tandem.engine.lean.rope import inverse_frequencies
 from tandem.engine.lean.shapes import HEAD, tensor_shapes
 from tandem.engine.lean.weights import Weights
-from tandem.engine.native import build, library, structs
+from tandem.engine.native import build, library, packing, structs
 from tandem.engine.native.batch import NativeBatch
 from tandem.engine.native.loader import Loader
 from tandem.engine.paged_cache import PagedCache
@@ -44,7 +44,7 @@ class NativeDecoder:
         self._loader = loader  # owns what the structs point to
         self._model = loader.model()
         self._vocab = loader.config.geometry.vocab_size
-        self._width = -(-self._vocab // library.PANEL) * library.PANEL
+        self._width = -(-self._vocab // packing.PANEL) * packing.PANEL
         self._isa = isa
         self._inv_freq = inverse_frequencies(loader.config.rope, loader.config.geometry.head_dim).double()
         self._angles = _Angles(torch.empty(0, 2, loader.config.geometry.head_dim // 2))

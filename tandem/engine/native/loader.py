@@ -10,7 +10,7 @@ from tandem.engine.lean.config import LeanConfig
 from tandem.engine.lean.shapes import EMBEDDING, tensor_shapes
 from tandem.engine.lean.weights import Weights
 from tandem.engine.linear import LinearChoice, fits_fp16
-from tandem.engine.native import library, structs
+from tandem.engine.native import packing, structs
 from tandem.engine.native.arena import Arena
 from tandem.engine.native.probe import WidthProbe
 from tandem.engine.quantization.formats import quantize
@@ -34,7 +34,7 @@ class Loader:
         self._weights = weights
         self._storage = stored
         self._arena = Arena()
-        self._kept: list[torch.Tensor | library.PackedLinear] = []
+        self._kept: list[torch.Tensor | packing.PackedLinear] = []
         self._names = {name for name, _ in tensor_shapes(config)}
         layers = [self._layer(index) for index in range(config.geometry.num_layers)]
         self._layers = (structs.Layer * len(layers))(*layers)
@@ -50,7 +50,7 @@ class Loader:
         for index, layer in enumerate(layers):
             for field, name in LINEARS.items():
                 linear, full_name = getattr(layer, field), f"model.layers.{index}.{name}"
-                if linear.format == library.CODE4:
+                if linear.format == packing.CODE4:
                     linear.activation_bits, reason = (bits, "asked for") if bits else probe.faster(linear)
                     kernel = _kernel(self._storage.quantization, linear.activation_bits)
                     choices[full_name] = LinearChoice(kernel, reason)
@@ -116,12 +116,14 @@ class Loader:
 
     def _pack(
         self, name: str, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> tuple[library.PackedLinear, LinearChoice]:
+    ) -> tuple[packing.PackedLinear, LinearChoice]:
         storage = self._storage
+        if storage.quantization == "bf16" and name != "lm_head":
+            return packing.pack_bf16(weight, bias, self._arena), LinearChoice("native-bf16", "asked for")
         if storage.quantization != "none" and name != "lm_head":
             quantized = quantize(weight, storage.quantization, storage.is_given)
             if quantized is not None:
-                packed = library.pack_quantized(quantized, storage.activation_bits, bias, self._arena)
+                packed = packing.pack_quantized(quantized, storage.activation_bits, bias, self._arena)
                 kernel = _kernel(storage.quantization, storage.activation_bits)
                 return packed, LinearChoice(kernel, f"groups of {quantized.group}")
         plain = self._stored(weight)
@@ -131,7 +133,7 @@ class Loader:
         if storage.quantization != "none" and name != "lm_head":
             reason = f"{weight.shape[1]} inputs cannot be grouped"
         kernel = "native-fp16" if plain.dtype == torch.float16 else "native-fp32"
-        return library.pack_linear(plain, bias, self._arena), LinearChoice(kernel, reason)
+        return packing.pack_linear(plain, bias, self._arena), LinearChoice(kernel, reason)
 
     def _stored(self, weight: torch.Tensor) -> torch.Tensor:
         wanted = self._storage.linear

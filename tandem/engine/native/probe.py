@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from tandem.engine.native import library, structs
+from tandem.engine.native import library, packing, structs
 
 WIDTHS = (8, 16)  # the first wins a tie
 REPEATS = 7
@@ -44,8 +44,8 @@ class WidthProbe:
         return chosen, f"faster here: {times}"
 
 
-def _with_width(linear: structs.Linear, bits: int) -> library.PackedLinear:
+def _with_width(linear: structs.Linear, bits: int) -> packing.PackedLinear:
     """A copy of the struct; its tensors are kept by the model."""
     copy = structs.Linear.from_buffer_copy(linear)
     copy.activation_bits = bits
-    return library.PackedLinear(copy, (), linear.out_features)
+    return packing.PackedLinear(copy, (), linear.out_features)

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from tandem.errors import ConfigError
-from tandem.quantizations import QUANTIZATIONS
+from tandem.quantizations import CODED
 
 # Quantiles of the normal distribution, and 4-bit floats: the numbers bitsandbytes stores in its checkpoints.
 NF4 = (
@@ -114,8 +114,8 @@ def quantize(weight: torch.Tensor, quantization: str, is_given: bool = False) ->
 
     Numbers that are `is_given` as dequantized ones come back only if their groups end with the row.
     """
-    if quantization not in QUANTIZATIONS or quantization == "none":
-        raise ConfigError(f"unknown quantization {quantization}; known: {', '.join(QUANTIZATIONS)}")
+    if quantization not in CODED:
+        raise ConfigError(f"unknown quantization {quantization}; known: {', '.join(CODED)}")
     kind, *options = quantization.split("-")
     if kind == "int8":
         return _eight_bits(weight)

@@ -3,19 +3,20 @@
 // Each output is one chain of fused multiply-adds over ascending k, whatever the number of rows, threads
 // or the instruction set: a row's result cannot depend on its batch-mates. Weights lie in panels of 16
 // outputs, [panels, in, 16], so that the chains of a panel fill vector lanes. Widths of `y` are padded to
-// whole panels.
+// whole panels. In bfloat16 inputs go by pairs, [panels, in / 2, 16, 2], and of a pair the second comes first.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 #include <vector>
 
+#include "pairs.h"
 #include "simd.h"
 #include "unrolled.h"
 
 namespace tandem {
 
-enum Format : int32_t { F32 = 0, F16 = 1, INT8 = 2, CODE4 = 3 };
+enum Format : int32_t { F32 = 0, F16 = 1, INT8 = 2, CODE4 = 3, BF16 = 4 };
 
 // What a code of four bits stands for, over a factor, in eight and in sixteen bits.
 struct Codebook {
@@ -26,7 +27,8 @@ struct Codebook {
 
 struct Linear {
     int32_t format;
-    int32_t activation_bits;  // 32, or activations are quantized per row and group: 16, 8, or 4 in bytes
+    int32_t activation_bits;  // 32, or activations are quantized per row and group: 16, 8, or 4 in bytes;
+                              // 16 with weights in bfloat16: activations are, too
     int32_t in, out;
     int32_t group;            // inputs that share a scale
     const void* weights;      // panels, laid out as the format says
@@ -82,10 +84,20 @@ struct Rows {
     Rows from(int r) const { return {row(r), stride}; }
 };
 
+// What weights are multiplied with.
+template <class W>
+using InputOf = std::conditional_t<std::is_same_v<W, Pair>, Pair, float>;
+// How many of these an output has.
+template <class W>
+inline int inputs_of(const Linear& linear) {
+    return std::is_same_v<W, Pair> ? divide_up(linear.in, 2) : linear.in;
+}
+
 // y += R rows of `in` inputs times P panels. Weights are asked for ahead: with several rows the hardware's own
 // prefetch falls behind.
 template <int R, int P, class W>
-__attribute__((noinline)) void multiply_tile(Rows<const float> x, Panels<W> w, int in, Rows<float> y) {
+__attribute__((noinline)) void multiply_tile(Rows<const InputOf<W>> x, Panels<W> w, int in,
+                                             Rows<float> y) {
     constexpr int LINE = CACHE_LINE / (PANEL * sizeof(W));
     p16 acc[R][P];
     unrolled<R>([&](auto r) INLINE {
@@ -95,10 +107,10 @@ __attribute__((noinline)) void multiply_tile(Rows<const float> x, Panels<W> w, i
         if (R > 1 && k % LINE == 0)
             for (int p = 0; p < P; p++)
                 __builtin_prefetch(reinterpret_cast<const char*>(w.panel(p) + size_t(k) * PANEL) + AHEAD);
-        p16 weights[P];
+        decltype(load16(w.at)) weights[P];
         unrolled<P>([&](auto p) INLINE { weights[p] = load16(w.panel(p) + size_t(k) * PANEL); });
         unrolled<R>([&](auto r) INLINE {
-            const b16 value = broadcast16(x.row(r) + k);
+            const auto value = broadcast16(x.row(r) + k);
             unrolled<P>([&](auto p) INLINE { acc[r][p] = fma(weights[p], value, acc[r][p]); });
         });
     }
@@ -109,7 +121,7 @@ __attribute__((noinline)) void multiply_tile(Rows<const float> x, Panels<W> w, i
 
 // The tile of so many rows (at most R) and panels: as many as go with the tallest tile of a product, or one.
 template <int R, class W>
-inline void multiply_tile_of(int rows, int panels, Rows<const float> x, Panels<W> w, int in, Rows<float> y) {
+inline void multiply_tile_of(int rows, int panels, Rows<const InputOf<W>> x, Panels<W> w, int in, Rows<float> y) {
     if constexpr (R > 1)
         if (rows < R) return multiply_tile_of<R - 1>(rows, panels, x, w, in, y);
     constexpr int P = tile_panels(R), Q = R == TILE_ROWS ? P : tile_panels(R + 1);  // with a taller tile beside it
@@ -120,7 +132,7 @@ inline void multiply_tile_of(int rows, int panels, Rows<const float> x, Panels<W
 
 // All rows against some panels that fit a tile.
 template <class W>
-inline void multiply_panels(int rows, int panels, Rows<const float> x, Panels<W> w, int in, Rows<float> y) {
+inline void multiply_panels(int rows, int panels, Rows<const InputOf<W>> x, Panels<W> w, int in, Rows<float> y) {
     const int most = tile_rows(rows, TILE_ROWS);
     for (int row = 0; row < rows; row += most)
         multiply_tile_of<TILE_ROWS>(std::min(most, rows - row), panels, x.from(row), w, in,
@@ -140,22 +152,26 @@ inline Panels<float> widened(Panels<W> w, int panels, int in) {
 
 // All rows against panels [first, last).
 template <class W>
-inline void multiply(const Linear& linear, Rows<const float> x, int rows, Rows<float> y, int first, int last) {
-    const Panels<W> all{static_cast<const W*>(linear.weights), size_t(linear.in) * PANEL};
+inline void multiply(const Linear& linear, Rows<const InputOf<W>> x, int rows, Rows<float> y, int first, int last) {
+    const int in = inputs_of<W>(linear);
+    const Panels<W> all{static_cast<const W*>(linear.weights), size_t(in) * PANEL};
     const int together = panels_together(rows);
     for (int row = 0; row < rows; row++)
         std::fill_n(y.row(row) + first * PANEL, size_t(last - first) * PANEL, 0.0f);
     for (int row = 0; row < rows; row += ROW_BLOCK) {
-        const int count = std::min(ROW_BLOCK, rows - row), block = count >= MANY_ROWS ? INPUT_BLOCK : linear.in;
-        for (int input = 0; input < linear.in; input += block)
+        const int count = std::min(ROW_BLOCK, rows - row), block = count >= MANY_ROWS ? INPUT_BLOCK : in;
+        for (int input = 0; input < in; input += block)
             for (int panel = first; panel < last; panel += together) {
-                const int inputs = std::min(block, linear.in - input), panels = std::min(together, last - panel);
+                const int inputs = std::min(block, in - input), panels = std::min(together, last - panel);
                 const Panels<W> some{all.panel(panel) + size_t(input) * PANEL, all.stride};
-                const Rows<const float> from{x.row(row) + input, x.stride};
+                const Rows<const InputOf<W>> from{x.row(row) + input, x.stride};
                 const Rows<float> to{y.row(row) + panel * PANEL, y.stride};
-                if (count < MANY_ROWS || std::is_same_v<W, float>)
-                    multiply_panels(count, panels, from, some, inputs, to);
-                else multiply_panels(count, panels, from, widened(some, panels, inputs), inputs, to);
+                if constexpr (!std::is_same_v<W, float> && !std::is_same_v<W, Pair>)
+                    if (count >= MANY_ROWS) {
+                        multiply_panels(count, panels, from, widened(some, panels, inputs), inputs, to);
+                        continue;
+                    }
+                multiply_panels(count, panels, from, some, inputs, to);
             }
     }
 }

@@ -3,6 +3,7 @@
 //   INT8    one scale per output (LLM.int8, Dettmers et al. 2022)
 //   CODE4   codes into a codebook of 16, one scale per output and group of inputs (NF4 and FP4: QLoRA,
 //           Dettmers et al. 2023; int4 is the codebook -7 … 7)
+//   BF16    weights and activations in bfloat16, without scales, by the loops of linear.h
 //
 // Products and their sums over a group are exact integers, and groups are added in ascending order, so a row's bits
 // depend on the row alone here too. Activations are symmetric: sixteen bits lose less than half precision would of
@@ -134,20 +135,23 @@ inline bool prepares_rows(const Linear& l) { return l.activation_bits < 32 || l.
 struct PreparedRows {
     IntRows<int8_t> bytes;
     IntRows<int16_t> words;
+    std::vector<Pair> pairs;    // [rows, in / 2]
     std::vector<float> turned;  // [rows, in], without their outliers
     std::vector<float> apart;   // [rows, outliers]
 
     // Once for all members.
     void make_room(const Linear& l, int rows) {
         if (is_turned(l)) grow(turned, size_t(rows) * l.in), grow(apart, size_t(rows) * l.num_outliers);
-        if (l.activation_bits == 16) words.make_room(l, rows);
+        if (l.format == BF16) grow(pairs, size_t(rows) * inputs_of<Pair>(l));
+        else if (l.activation_bits == 16) words.make_room(l, rows);
         else if (l.activation_bits < 16) bytes.make_room(l, rows);
     }
 
     void fill(const Linear& l, Rows<const float> x, int first, int last) {
         Stopwatch quantizing(QUANTIZE);
         for (int r = first; is_turned(l) && r < last; r++) turn(l, x.row(r), r);
-        if (l.activation_bits == 16) words.fill(l, floats(l, x), first, last);
+        if (l.format == BF16) pair_up(l, x, first, last);
+        else if (l.activation_bits == 16) words.fill(l, floats(l, x), first, last);
         else if (l.activation_bits < 16) bytes.fill(l, floats(l, x), first, last);
     }
 
@@ -157,6 +161,16 @@ struct PreparedRows {
 
    private:
     static bool is_turned(const Linear& l) { return l.is_rotated || l.num_outliers; }
+
+    void pair_up(const Linear& l, Rows<const float> x, int first, int last) {
+        for (int r = first; r < last; r++) {
+            const float* from = x.row(r);
+            Pair* to = &pairs[size_t(r) * inputs_of<Pair>(l)];
+            for (int i = 0; i < l.in / 2; i++)
+                to[i].bits = to_bfloat16(from[2 * i]) | to_bfloat16(from[2 * i + 1]) << 16;
+            if (l.in % 2) to[l.in / 2].bits = to_bfloat16(from[l.in - 1]);
+        }
+    }
 
     void turn(const Linear& l, const float* from, int r) {
         float* to = &turned[size_t(r) * l.in];
@@ -183,6 +197,7 @@ inline void multiply_prepared(const Linear& l, const PreparedRows& prepared, Row
     const bool is_wide = l.activation_bits == 16;
     auto bytes = [](const uint8_t* p) { return load_int8(reinterpret_cast<const int8_t*>(p)); };
     auto words = [=](const uint8_t* p) { return widened(bytes(p)); };
+    if (l.format == BF16) return multiply<Pair>(l, {prepared.pairs.data(), inputs_of<Pair>(l)}, rows, y, first, last);
     if (l.activation_bits == 32) {
         multiply<int8_t>(l, prepared.floats(l, x), rows, y, first, last);  // panels of bytes, [in, 16]
         scale_outputs(l, rows, y, first, last);
