@@ -126,6 +126,8 @@ def _native(weight: torch.Tensor, copies: int) -> Iterator[tuple[str, Kernel]]:
 
     half = weight.half()
     yield f"own fp16 ({isa})", kernel([packing.pack_linear(half) for _ in range(2 * copies)], half.float())
+    brain = [packing.pack_bf16(weight) for _ in range(2 * copies)]
+    yield f"own bf16 ({isa})", kernel(brain, weight.bfloat16().float())
     for kind in ("int8", "nf4", "int4", "int4-rotated", "int4-outliers"):
         quantized = quantize(weight, kind)
         assert quantized is not None
