@@ -8,6 +8,13 @@ import json
 from bench import kernels
 
 
+def largest_error(name: str) -> float:
+    """What rounding activations leaves of a product, as a share of the largest output."""
+    if name.endswith("A8"):
+        return 0.03
+    return 2 * 2**-9 if "bf16" in name else 1e-3  # both factors are rounded to 8 bits of mantissa
+
+
 def test_every_kernel_is_measured_and_compared(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(kernels, "SHAPES", ((128, 64),))
     monkeypatch.setattr(kernels, "ROWS", (1, 3))
@@ -24,7 +31,7 @@ def test_every_kernel_is_measured_and_compared(tmp_path, monkeypatch, capsys) ->
     }
     for name, row in zip(names, content["kernels"], strict=True):
         assert row["microseconds"] > 0
-        assert row["max_error"] < (0.03 if name.endswith("A8") else 1e-3)
+        assert row["max_error"] < largest_error(name)
         assert name != kernels.BASE or row["speed_up"] == 1
     written = json.loads((tmp_path / "kernels.json").read_text())
     assert len(list(csv.DictReader((tmp_path / "kernels.csv").read_text().splitlines()))) == len(
