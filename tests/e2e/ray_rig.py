@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
+import os
+import signal
 import socket
 import tempfile
 from dataclasses import replace
@@ -12,6 +15,9 @@ from pathlib import Path
 
 import ray
 from ray import serve
+from ray._private.node import Node
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
+from ray.cluster_utils import Cluster
 
 from deploy.cluster.application import APP
 from tandem.client import TandemClient
@@ -82,6 +88,26 @@ def kill(deployment: str, replica: str) -> None:
     """End a replica's process at once; nothing of it runs any more code."""
     name = f"SERVE_REPLICA::{APP}#{deployment}#{replica}"
     ray.kill(ray.get_actor(name, namespace="serve"))
+
+
+def end_machine(cluster: Cluster, node: Node) -> None:
+    """End a node and, as a machine's death would, all that it runs; replicas outlive a raylet by seconds."""
+    (raylet,) = node.all_processes[PROCESS_TYPE_RAYLET]
+    orphans = children_of(raylet.process.pid)
+    cluster.remove_node(node, allow_graceful=False)
+    for pid in orphans:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def children_of(parent: int) -> list[int]:
+    """Ids of the processes that a process has started itself."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # one that has ended meanwhile
+            fields = path.read_text().rpartition(")")[2].split()
+            found += [int(path.parent.name)] * (int(fields[1]) == parent)
+    return found
 
 
 def running(deployment: str) -> int:
