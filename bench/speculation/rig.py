@@ -5,6 +5,7 @@ The loop is the worker's own (decode_worker/worker.py) without queue, KV transfe
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -157,10 +158,16 @@ class Rig:
         return make_decoder(replace(self._config.speculation, num_assistant_tokens=k), self.engine)
 
     def prefill(self, prompts: Sequence[Tokens]) -> None:
-        """Compute the KV of all tokens but the last; decoding again and again leaves it alone."""
+        """Compute the KV of prompts and the logits behind each, in forwards as large as a prefill worker's.
+
+        Decoding starts with each prompt's last token: it writes the same KV to the same place once more.
+        """
         model = self.engine.model.called("prefill")
-        for index, prompt in enumerate(prompts):
-            model.forward(model.batch([SequenceRows(prompt[:-1], 0, self._table(index))]))
+        together = max(1, self._config.prefill.token_budget // max(map(len, prompts)))
+        for first, some in enumerate(batches(prompts, together)):
+            tables = map(self._table, itertools.count(first * together))
+            rows = [SequenceRows(prompt, 0, table) for prompt, table in zip(some, tables, strict=False)]
+            model.forward(model.batch(rows))
 
     def run(
         self,
