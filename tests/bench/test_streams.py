@@ -18,8 +18,7 @@ def test_a_long_stream_is_one_the_model_may_answer(count):
 
 @pytest.mark.e2e
 def test_all_servers_are_measured_by_the_same_streams(tmp_path, capfd):
-    # Requests for many ticks of the CPU clock.
-    load = streams.Load(streams=4, steps_per_s=20.0, requests=100, seconds=1.0)
+    load = streams.Load(streams=4, steps_per_s=20.0, requests=20, seconds=1.0)
     for _ in range(3):  # others may use this machine too
         document = streams.run(load, 1, tmp_path, as_json=False)
         rows = {row["server"]: row for row in document["rows"]}
