@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -53,7 +53,7 @@ MAX_BACKLOG = 4096  # deltas a client may leave unread before it is given up
 
 
 class Flight:
-    """Runs one request in a task of its own. Iterate `events()` for what happens."""
+    """Runs one request in a task of its own. Iterate over it for what happens."""
 
     def __init__(self, ground: Ground, request: Request, on_landed: Callable[[Flight], None]) -> None:
         self._planner, self._links = ground.planner, ground.links
@@ -73,32 +73,32 @@ class Flight:
         self._exclude: set[str] = set()
         self._reason: TandemError | None = None  # why it was cancelled
         self._events: asyncio.Queue[FlightEvent | TandemError] = asyncio.Queue()
+        self._held: FlightEvent | TandemError | None = None  # to be told next
+        self._is_told = False  # to its end
         self._task = asyncio.get_running_loop().create_task(self._run())
         self._task.add_done_callback(self._end)
 
-    async def events(self) -> AsyncGenerator[FlightEvent]:
+    def __aiter__(self) -> Flight:
+        return self
+
+    async def __anext__(self) -> FlightEvent:
         """Admitted (again after a re-plan), deltas, Completed; or the one error that ended it.
 
-        Deltas that have piled up are merged. Leaving the loop early cancels the request.
+        Deltas that have piled up are merged. Who stops before the end calls `leave`.
         """
-        is_over = False
-        held: FlightEvent | TandemError | None = None
-        try:
-            while not is_over:
-                event = held or await self._events.get()
-                held = None
-                while isinstance(event, OutputDelta) and held is None and not self._events.empty():
-                    following = self._events.get_nowait()
-                    if isinstance(following, OutputDelta):
-                        event = event.followed_by(following)
-                    else:
-                        held = following
-                is_over = isinstance(event, (Completed, TandemError))
-                if isinstance(event, TandemError):
-                    raise event
-                yield event
-        finally:
-            self.leave()
+        if self._is_told:
+            raise StopAsyncIteration
+        event, self._held = self._held or await self._events.get(), None
+        while isinstance(event, OutputDelta) and not self._events.empty():
+            following = self._events.get_nowait()
+            if not isinstance(following, OutputDelta):
+                self._held = following
+                break
+            event = event.followed_by(following)
+        self._is_told = isinstance(event, (Completed, TandemError))
+        if isinstance(event, TandemError):
+            raise event
+        return event
 
     def leave(self) -> None:
         """Whoever followed it does so no more; that is the end of a request that has not ended."""

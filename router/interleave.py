@@ -4,30 +4,48 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 
 from router.flight import Flight
 from router.flight_events import FlightEvent
 
+Happening = tuple[int, FlightEvent]
 
-async def interleave(flights: Sequence[Flight]) -> AsyncGenerator[tuple[int, FlightEvent]]:
-    """(index, event) of all flights, as they happen; the first error ends all."""
-    if len(flights) == 1:
-        async with aclosing(flights[0].events()) as events:
-            async for event in events:
-                yield 0, event
-        return
+
+class Alone:
+    """The events of one flight, without a generator that every token would have to pass."""
+
+    def __init__(self, flight: Flight) -> None:
+        self._flight = flight
+
+    def __aiter__(self) -> Alone:
+        return self
+
+    async def __anext__(self) -> Happening:
+        return 0, await anext(self._flight)
+
+    async def aclose(self) -> None:
+        """Whoever followed it does so no more."""
+        self._flight.leave()
+
+
+def interleave(flights: Sequence[Flight]) -> Alone | AsyncGenerator[Happening]:
+    """(index, event) of all flights, as they happen; the first error ends all. Close it in the end."""
+    return Alone(flights[0]) if len(flights) == 1 else _several(flights)
+
+
+async def _several(flights: Sequence[Flight]) -> AsyncGenerator[Happening]:
     # The flights know how much a slow client leaves unread; so nothing piles up here.
-    merged: asyncio.Queue[tuple[int, FlightEvent] | Exception | None] = asyncio.Queue(1)
+    merged: asyncio.Queue[Happening | Exception | None] = asyncio.Queue(1)
 
     async def forward(index: int) -> None:
         try:
-            async with aclosing(flights[index].events()) as events:
-                async for event in events:
-                    await merged.put((index, event))
+            async for event in flights[index]:
+                await merged.put((index, event))
             await merged.put(None)
         except Exception as error:
             await merged.put(error)
+        finally:
+            flights[index].leave()
 
     tasks = [asyncio.ensure_future(forward(index)) for index in range(len(flights))]
     try:

@@ -476,11 +476,12 @@ async def test_what_outlives_the_drain_ends_with_a_count():
         assert failed.error.metadata == {"tokens_delivered": str(len(result.token_ids))}
 
 
-async def test_a_reader_that_never_reads_disturbs_nobody():
+@pytest.mark.parametrize("several", [1, 4])
+async def test_a_reader_that_never_reads_disturbs_nobody(several):
     """F3."""
     async with running() as cluster:
         wanted = await complete(cluster, ask("a story", **LONG))
-        call = open_stream(cluster, ask("unread", max_tokens=400, ignore_eos=True, n=4, logprobs=20))
+        call = open_stream(cluster, ask("unread", max_tokens=400, ignore_eos=True, n=several, logprobs=20))
         await call.read()
         began_s = time.monotonic()
         same(await complete(cluster, ask("a story", **LONG)), wanted)
@@ -495,7 +496,8 @@ async def test_a_client_with_too_much_unread_is_given_up(monkeypatch):
         [unread] = cluster.router.dispatcher.start(await cluster.router.intake.requests(asked))
         await unread.landed()
         with pytest.raises(Overloaded) as raised:
-            await read_all(unread.events())
+            await read_all(unread)
+        assert await anext(unread, None) is None, "it has ended"
 
         assert raised.value.reason == "CLIENT_TOO_SLOW"
         assert raised.value.message == "client too slow: too many tokens were left unread"
