@@ -32,6 +32,7 @@ CHUNKS = (256 << 10, 1 << 20, 4 << 20)
 CHANNELS = (1, 4)
 COUNTS = (1_000, 10_000, 100_000)
 MANY = 1_000_000  # takes gigabytes
+PREFIX_STORES = ("memory://", "shm://")  # over gRPC, and where it lies
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +68,14 @@ def run(backends: Sequence[str], rounds: int, out: Path, full: bool, as_json: bo
     moved = blocks.measure(rounds)
     grown = growth.measure([*COUNTS, *((MANY,) if full else ())])
     handed = handoff.measure(rounds)
-    hit = prefix.measure("memory://", rounds)
+    hits = {url: prefix.measure(url, rounds) for url in PREFIX_STORES}
     shown = console(as_json)
     shown.print(_cells_table(cells))
     shown.print(_blocks_table(moved))
     shown.print(_growth_table(grown))
     shown.print(_handoff_table(handed))
-    speedup, cold, warm = hit.speedup, hit.cold_ms.median, hit.hit_ms.median
-    shown.print(
-        f"\n{prefix.CACHED_TOKENS} cached prompt tokens: first token after {warm:.0f} ms, not {cold:.0f}, "
-        f"{speedup.median:.1f} times sooner ({speedup.low:.1f} to {speedup.high:.1f})"
-    )
+    for url, hit in hits.items():
+        shown.print(_prefix_line(url, hit))
     rows = [flat(cell) for cell in cells]
     document = {
         "machine": machine(1),
@@ -85,12 +83,20 @@ def run(backends: Sequence[str], rounds: int, out: Path, full: bool, as_json: bo
         "blocks": [flat(row) for row in moved],
         "growth": [dataclasses.asdict(row) for row in grown],
         "handoff": [flat(row) for row in handed],
-        "prefix_hit": flat(hit),
+        "prefix_hits": {url: flat(hit) for url, hit in hits.items()},
     }
     write_json(out / "kv.json", document)
     write_csv(out / "kv.csv", rows)
     shown.print(f"\nkv.json and kv.csv are in {out}")
     return document
+
+
+def _prefix_line(url: str, hit: prefix.PrefixHit) -> str:
+    speedup, cold, warm = hit.speedup, hit.cold_ms.median, hit.hit_ms.median
+    return (
+        f"{prefix.CACHED_TOKENS} prompt tokens cached in {url}: first token after {warm:.0f} ms, "
+        f"not {cold:.0f}, {speedup.median:.1f} times sooner ({speedup.low:.1f} to {speedup.high:.1f})"
+    )
 
 
 def _transfers(urls: Sequence[str], rounds: int) -> list[Cell]:
