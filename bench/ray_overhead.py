@@ -1,6 +1,6 @@
 """What Ray costs: the service on Ray against the embedded one, the same workers in the same run.
 
-    python -m bench.ray_overhead [--rounds 5] [--out bench-results/ray] [--json]
+    python -m bench.ray_overhead [--shape raw|111m] [--rounds 5] [--out bench-results/ray] [--json]
 
 Each arm starts its service, warms it up, measures and stops it, so that neither runs beside the other: what
 Ray's own processes use is part of what Ray costs. Two figures: output tokens per second of eight streams at
@@ -24,8 +24,8 @@ from typing import Any
 
 from bench.measure import Meter, Spread, console, flat, interleave, machine, table, write_csv, write_json
 from bench.service import OUTPUT_TOKENS, PROMPT_TOKENS, complete, prompts_of, serving
+from bench.shapes import checkpoint
 from tandem.client import TandemClient
-from tandem.config import BUNDLED_MODELS
 from tandem.sampling import SamplingParams
 
 STREAMS = 8
@@ -78,10 +78,10 @@ async def measure(address: str, prompts: Prompts, ready_s: float) -> Visit:
     return Visit(ready_s, statistics.median(rates), statistics.median(waits))
 
 
-def visit(options: Sequence[str], prompts: Prompts) -> Visit:
+def visit(path: Path, options: Sequence[str], prompts: Prompts) -> Visit:
     """Start the service, measure it, stop it."""
     began_s = time.perf_counter()
-    with serving(BUNDLED_MODELS / "target", "none", *options) as address:
+    with serving(path, "none", *options) as address:
         return asyncio.run(measure(address, prompts, time.perf_counter() - began_s))
 
 
@@ -94,18 +94,19 @@ def overhead(visits: Mapping[str, Sequence[Visit]]) -> Overhead:
     )
 
 
-def run(rounds: int, out: Path, as_json: bool) -> dict[str, Any]:
+def run(shape: str, rounds: int, out: Path, as_json: bool) -> dict[str, Any]:
     """Measure, print the table, write CSV and JSON; the document that was written."""
-    prompts = prompts_of(BUNDLED_MODELS / "target", STREAMS)
+    path = checkpoint(shape)
+    prompts = prompts_of(path, STREAMS)
     meter = Meter("embedded and Ray in turns", rounds * len(MODES))
     with TemporaryDirectory(prefix="tandem-") as folder, meter:
         settings = shared_cores(Path(folder))
-        arms = {mode: partial(visit, (*settings, *options), prompts) for mode, options in MODES.items()}
+        arms = {mode: partial(visit, path, (*settings, *options), prompts) for mode, options in MODES.items()}
         visits = interleave(arms, rounds, warm_ups=0, after=meter.step)
     found, shown = overhead(visits), console(as_json)
     shown.print(
         table(
-            f"{STREAMS} streams of {PROMPT_TOKENS} + {OUTPUT_TOKENS} tokens, no draft: median (low…high)",
+            f"{shape}: {STREAMS} streams of {PROMPT_TOKENS} + {OUTPUT_TOKENS} tokens: median (low…high)",
             ("mode", "ready s", "tokens/s", "TTFT p50 ms"),
             (
                 (mode, *(_text(v, name) for name in ("ready_s", "tokens_per_s", "ttft_ms")))
@@ -119,7 +120,7 @@ def run(rounds: int, out: Path, as_json: bool) -> dict[str, Any]:
         f"added TTFT {added.median:.2f} ms ({added.low:.2f}…{added.high:.2f}), goal ≤ {MOST_ADDED_TTFT_MS:g}"
     )
     rows = [{"mode": mode, **flat(one)} for mode, several in visits.items() for one in several]
-    content = {"machine": machine(THREADS), "rows": rows, **flat(found)}
+    content = {"machine": machine(THREADS), "shape": shape, "rows": rows, **flat(found)}
     write_csv(out / "ray_overhead.csv", rows)
     write_json(out / "ray_overhead.json", content)
     return content
@@ -141,11 +142,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--shape", default="raw", help="raw: the bundled target; or 111m, 1b: random weights")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("bench-results/ray"))
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    content = run(options.rounds, options.out, options.json)
+    content = run(options.shape, options.rounds, options.out, options.json)
     if options.json:
         print(json.dumps(content))
 
