@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <functional>
 #include <mutex>
@@ -21,7 +22,8 @@ inline void relax() {
 #endif
 }
 
-// A team of fixed size; the caller is member 0. Members sleep between runs.
+// A team of fixed size; the caller is member 0. Between runs members sleep; where runs follow close upon another they
+// watch for the next one, as to wake up takes as long as a small model's step.
 class Team {
    public:
     explicit Team(int size) : size_(size) {
@@ -84,21 +86,37 @@ class Team {
     }
 
    private:
+    using Clock = std::chrono::steady_clock;
+
     static constexpr int SPINS = 2000;
+    static constexpr std::chrono::microseconds WATCH{150}, GLANCE{20};
 
     void serve(int member) {
         unsigned seen = 0;
+        auto patience = WATCH;
         for (;;) {
-            for (int spins = 0; generation_.load(std::memory_order_acquire) == seen && spins < SPINS; spins++) relax();
+            const auto began = Clock::now();
+            watch(seen, began + patience);
             {
                 std::unique_lock<std::mutex> lock(mutex_);
                 wake_.wait(lock, [&] { return generation_.load() != seen; });
                 seen = generation_.load();
                 if (is_closing_) return;
             }
+            patience = Clock::now() - began < WATCH ? WATCH : GLANCE;
             (*work_)(member);
             barrier();
         }
+    }
+
+    // Until there is another run, or no longer than that.
+    void watch(unsigned seen, Clock::time_point until) const {
+        do {
+            for (int spins = 0; spins < 16; spins++) {
+                if (generation_.load(std::memory_order_acquire) != seen) return;
+                relax();
+            }
+        } while (Clock::now() < until);
     }
 
     const int size_;
