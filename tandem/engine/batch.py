@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,9 +33,11 @@ MAX_PADDING = 0.25  # prompts of one padded group differ from the longest by at 
 Ints = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceRows:
-    """The new rows of one sequence in a forward. `start` tokens are already in the cache."""
+class SequenceRows(NamedTuple):
+    """The new rows of one sequence in a forward. `start` tokens are already in the cache.
+
+    A tuple, as each step makes one or two for each sequence.
+    """
 
     token_ids: Sequence[int] | Ints
     start: int
@@ -47,13 +50,12 @@ class SequenceRows:
         return rows == 1 or (self.start > 0 and (rows == self.num_logits or rows <= MAX_DECODE_ROWS))
 
 
-@dataclass(frozen=True, slots=True)
-class Guess:
+class Guess(NamedTuple):
     """What a model would go on with, most probable or drawn token by token."""
 
     token_ids: list[int]
     is_unsure: bool  # it ended because the next token was not probable enough
-    probs: list[Probs] = field(default_factory=list)  # what each was drawn from; of draws for a draft only
+    probs: list[Probs]  # what each was drawn from; of draws for a draft only
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from tandem.engine.native import structs
 from tandem.engine.native.kernels import kernels_for
 from tandem.engine.native.transfer import BlockMover
 from tandem.geometry import ModelGeometry
@@ -44,9 +45,10 @@ class PagedCache:
         self._first_block_of_head = first.view(2, 1, -1, 1)  # [kv, rows, kv_heads, blocks] int64
         self._scratch = self._data.new_empty(0)
         self._layers_written = np.zeros(1, np.int32)
-        # For kernels, which index `[layers, 2, kv_heads, blocks, block_size, dim]` and store the int32.
-        self.address: int = self._data.data_ptr()
-        self.progress_address: int = self._layers_written.ctypes.data
+        self.for_kernels = structs.Cache(
+            *(self._data.data_ptr(), self._layers_written.ctypes.data),
+            *(num_blocks + 1, block_size, dtype == torch.float16),
+        )
         isa = kernels_for(self.device.type)
         self._mover = None if isa is None else BlockMover(isa, self._data)
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tandem.engine.batch import SequenceRows
 
 
-@dataclass(frozen=True, slots=True)
-class NativeBatch:
+class NativeBatch(NamedTuple):
     """Rows of all sequences behind each other, and where each sequence's blocks are.
 
     `numbers`: rows, sequences, rows of logits, length of all tables; then token ids [rows], positions [rows],
@@ -28,7 +27,10 @@ class NativeBatch:
     highest_token: int
     num_positions: int  # no row's position reaches this
 
-    padded_rows = 0  # rows that carry no token
+    @property
+    def padded_rows(self) -> int:
+        """Rows that carry no token."""
+        return 0
 
     @classmethod
     def build(

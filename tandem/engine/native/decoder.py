@@ -17,12 +17,12 @@ import torch
 
 from tandem.engine.batch import Guess, SequenceRows
 from tandem.engine.checkpoint import eos_token_ids
-from tandem.engine.draw import Drafted, Draw
+from tandem.engine.draw import Drafted, Draw, Probs
 from tandem.engine.lean.config import LeanConfig
 from tandem.engine.lean.rope import inverse_frequencies
 from tandem.engine.lean.shapes import HEAD, tensor_shapes
 from tandem.engine.lean.weights import Weights
-from tandem.engine.native import build, library, packing, structs
+from tandem.engine.native import build, library, packing
 from tandem.engine.native.batch import NativeBatch
 from tandem.engine.native.loader import Loader
 from tandem.engine.paged_cache import PagedCache
@@ -77,7 +77,7 @@ class NativeDecoder:
         """Fill the cache and return `[num_logits_rows, vocab]` float32."""
         angles, logits = self._reach(batch), torch.empty(batch.num_logits, self._width)
         engine = library.engine(self._isa)
-        engine.forward(self._model, _addressed(cache), batch.numbers, angles.address, logits.data_ptr())
+        engine.forward(self._model, cache.for_kernels, batch.numbers, angles.address, logits.data_ptr())
         return logits[:, : self._vocab]
 
     def choose(
@@ -94,7 +94,7 @@ class NativeDecoder:
         angles, chosen = self._reach(batch), array("i", bytes(4 * batch.num_logits))
         packed = None if draws is None else library.pack_draws(draws)
         judged = None if drafted is None else library.pack_drafted(drafted)
-        engine, memory = library.engine(self._isa), _addressed(cache)
+        engine, memory = library.engine(self._isa), cache.for_kernels
         engine.forward(self._model, memory, batch.numbers, angles.address, None, chosen, packed, judged)
         return chosen.tolist()
 
@@ -126,17 +126,10 @@ class NativeDecoder:
         is_judged = [draw.stream == Stream.DRAFT for draw in draws or ()]
         probs = np.empty((num, most, self._vocab), np.float32) if any(is_judged) else None
         address = None if probs is None else probs.ctypes.data
-        memory = _addressed(cache)
+        memory = cache.for_kernels
         found = engine.guess(self._model, memory, batch.numbers, angles.address, *wanted, packed, address)
-        lens, unsure = found[num * most : num * (most + 1)], found[num * (most + 1) :]
-        guesses = [
-            Guess(found[i * most : i * most + count].tolist(), bool(unsure[i]))
-            for i, count in enumerate(lens)
-        ]
-        for i, guess in enumerate(guesses):
-            if probs is not None and is_judged[i]:
-                guess.probs.extend(probs[i, : lens[i]])
-        return guesses
+        drawn = [() if probs is None or not is_judged[i] else probs[i] for i in range(num)]
+        return _guesses(found, num, most, drawn)
 
     def _reach(self, batch: NativeBatch) -> _Angles:
         """Of all positions of a batch, whose tokens are checked on the way; whoever uses them holds them."""
@@ -168,8 +161,11 @@ class _Angles:
         return _Angles(torch.cat((self._values, torch.from_numpy(turned))))
 
 
-def _addressed(cache: PagedCache) -> structs.Cache:
-    is_half = cache.dtype == torch.float16
-    return structs.Cache(
-        cache.address, cache.progress_address, cache.num_blocks + 1, cache.block_size, is_half
-    )
+def _guesses(found: array[int], num: int, most: int, drawn: Sequence[Sequence[Probs]]) -> list[Guess]:
+    """As `Engine.guess` lays them out; `drawn` [num] has at least as many as there are tokens, or none."""
+    guesses = []
+    for i in range(num):
+        count, is_unsure = found[num * most + i], found[num * (most + 1) + i]
+        token_ids = found[i * most : i * most + count].tolist()
+        guesses.append(Guess(token_ids, bool(is_unsure), list(drawn[i][:count])))
+    return guesses
