@@ -40,7 +40,9 @@ Quantization = Annotated[
         f"{EIGHT_BITS} behind it (int8{EIGHT_BITS}), they have eight bits."
     ),
 ]
-DraftQuantization = Annotated[str, typer.Option(help="The same for the draft's, or for a self-draft's.")]
+DraftQuantization = Annotated[
+    str, typer.Option(help="The same for the draft's, or for a self-draft's; auto: what makes it fastest.")
+]
 Server = Annotated[
     str | None, typer.Option(help="host:port of a running service; without it one is started.")
 ]

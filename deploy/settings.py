@@ -26,7 +26,7 @@ def load_config(
     draft: str | None = None,
     dtype: str = "float32",
     quantization: str = "none",
-    draft_quantization: str = "none",
+    draft_quantization: str = "auto",
     host: str = "127.0.0.1",
     port: int = 0,
     http_port: int | None = None,

@@ -33,7 +33,7 @@ from tandem.config_profile import ProfileConfig as ProfileConfig
 from tandem.config_values import build, check, check_positive
 from tandem.geometry import DTYPE_BYTES, KV_CODECS
 from tandem.kv_dtypes import KvDtypes
-from tandem.quantizations import CODED, FOUR_BITS, parse_quantization
+from tandem.quantizations import AUTO, CODED, FOUR_BITS, parse_quantization
 
 MIB = 1 << 20
 DRAFTS = ("none", "ngram", "model", "self", "qspec")
@@ -139,7 +139,7 @@ class SpeculationConfig:
 
     draft: str = "none"  # none | ngram | model | self | qspec
     draft_path: Path | None = None  # the draft model's checkpoint
-    draft_quantization: str = "none"  # of a draft model's or a self-draft's linear weights
+    draft_quantization: str = "auto"  # of a draft model's or a self-draft's linear weights; auto: the fastest
     draft_activation_bits: int = 0  # of self and qspec drafts: 4, 8 or 16; 0: the faster of 8 and 16
     draft_prefill: str = "decode_worker"  # or prefill_worker: who reads prompts for a draft model
     num_assistant_tokens: int = 0  # draft tokens per step where a request does not say; 0: what pays now
@@ -150,12 +150,7 @@ class SpeculationConfig:
 
     def __post_init__(self) -> None:
         check(self.draft in DRAFTS, f"unknown draft {self.draft}; known: {', '.join(DRAFTS)}")
-        parse_quantization(self.draft_quantization)
-        self._check_self_draft()
-        check(
-            self.draft_quantization == "none" or self.draft in ("model", "self"),
-            f"draft_quantization is for a draft model or a self-draft, not for draft {self.draft}",
-        )
+        self._check_quantization()
         check(
             (self.draft == "model") == (self.draft_path is not None),
             "a draft model needs a checkpoint, and only a draft model has one",
@@ -186,8 +181,15 @@ class SpeculationConfig:
         threshold = self.assistant_confidence_threshold
         check(0 <= threshold <= 1, "assistant_confidence_threshold must be in [0, 1]")
 
-    def _check_self_draft(self) -> None:
+    def _check_quantization(self) -> None:
         name = self.draft_quantization
+        if name == AUTO:
+            return
+        parse_quantization(name)
+        check(
+            name == "none" or self.draft in ("model", "self"),
+            f"draft_quantization is for a draft model or a self-draft, not for draft {self.draft}",
+        )
         check(
             self.draft != "self" or name in CODED,
             "a self-draft needs speculation.draft_quantization, as whole or in bf16 it costs what a target "

@@ -15,6 +15,9 @@ FOUR_BITS = (
 )
 CODED = ("int8", *FOUR_BITS)  # codes with scales
 QUANTIZATIONS = ("none", "bf16", *CODED)
+AUTO = "auto"  # of a draft: what makes it fastest,
+AUTO_DRAFT = "int8-a8"  # a model of its own where own kernels run it,
+AUTO_SELF_DRAFT = "nf4"  # and the target's own weights
 ACTIVATION_BITS = 16  # that quantized weights meet in our own kernels; other paths compute with float32
 EIGHT_BITS = "-a8"  # behind a format
 

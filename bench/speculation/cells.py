@@ -11,21 +11,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bench.speculation.rig import Setup
+from tandem.quantizations import AUTO as DEFAULT
 
 K = (1, 2, 3, 5, 7)
 AUTO = 0  # k by what pays
 TAU = (0.0001, 0.2, 0.4)
 BATCHES = (1, 2, 4, 8, 16)
-PRECISIONS = ("none", "int8", "nf4", "int4")
+PRECISIONS = ("none", "int8", "nf4", "int4")  # of a draft, beside what it takes by itself
 TEMPERATURE = 0.7
 TAU_OFF = TAU[0]
 
-MODEL = Setup()
+MODEL = Setup(draft_precision=DEFAULT)  # as a service has it where nobody says otherwise
 NGRAM = Setup(draft="ngram")
 SELF = tuple(Setup(draft="self", draft_precision=precision) for precision in ("nf4", "int8", "int4"))
 QSPEC = tuple(Setup(draft="qspec", target_precision=precision) for precision in ("nf4", "int4"))
-QUANTIZED_DRAFTS = tuple(Setup(draft_precision=precision) for precision in PRECISIONS[1:])
-INT8_DRAFT = QUANTIZED_DRAFTS[0]
+DRAFTS = tuple(Setup(draft_precision=precision) for precision in PRECISIONS)
+STORED_DRAFT = DRAFTS[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +80,8 @@ def _headline(large: str) -> Iterator[Group]:
     """Every k at batch 1, what pays in a batch, and thresholds."""
     thresholds = tuple(Cell(k, tau) for tau in TAU[1:] for k in (3, 5, 7))
     yield Group(large, MODEL, 1, "greedy", _at(*K, AUTO) + thresholds)
-    yield Group.filled(large, MODEL, 4, "greedy", _at(1, 3, 5, AUTO))
-    yield Group.filled(large, INT8_DRAFT, 4, "greedy", _at(1, AUTO))
+    yield Group.filled(large, MODEL, 4, "greedy", _at(1, 2, 3, AUTO))
+    yield Group.filled(large, STORED_DRAFT, 4, "greedy", _at(1, AUTO))
     yield Group.filled(large, MODEL, 16, "greedy", _at(1, 3, AUTO))
 
 
@@ -102,14 +103,14 @@ def _further(large: str, raw: str) -> Iterator[Group]:
 
 def _variants(large: str) -> Iterator[Group]:
     """Other drafts and precisions, and sampling in a batch."""
-    for setup in (NGRAM, *SELF, *QSPEC, *QUANTIZED_DRAFTS):
+    for setup in (NGRAM, *SELF, *QSPEC, *DRAFTS):
         yield Group(large, setup, 1, "greedy", _at(3, AUTO), 2)
     yield Group.filled(large, MODEL, 8, "sampled", _at(3, AUTO))
 
 
 def everything(pairs: tuple[str, ...]) -> list[Group]:
     """The whole product: hours."""
-    setups = (MODEL, NGRAM, *SELF, *QSPEC, *QUANTIZED_DRAFTS)
+    setups = (MODEL, NGRAM, *SELF, *QSPEC, *DRAFTS)
     cells = tuple(Cell(k, tau) for k in (*K, AUTO) for tau in TAU)
     product = itertools.product(pairs, setups, BATCHES, ("greedy", "sampled"))
     return [Group.filled(*chosen, cells) for chosen in product]

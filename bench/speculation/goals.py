@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from bench.speculation.peers import TANDEM
 from bench.speculation.runner import RAW, Results, small_draft
 from bench.speculation.sweep import Row
+from tandem.quantizations import AUTO
 
 BEST = {1: 2.0, 4: 1.4}  # speed-up of the grown pair with the best k, by batch
 BEST_RAW = 1.3  # of the pair as it was trained, batch 1
@@ -53,7 +54,7 @@ def _goal(what: str, rows: list[Row], wanted: float, is_best: bool) -> Iterator[
     if rows:
         ranked = sorted(rows, key=lambda row: row.speedup.median)
         row = ranked[-1 if is_best else 0]
-        draft = "" if row.draft_precision == "none" else f", {row.draft_precision} draft"
+        draft = "" if row.draft_precision == AUTO else f", {row.draft_precision} draft"
         where = f"batch {row.batch}, k {row.k}, tau {row.tau:g}{draft}"
         yield Goal(what, row.speedup.median, wanted, where, row.speedup.median >= wanted)
 

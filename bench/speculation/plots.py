@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from bench.plotting import COLORS, WIDE, label_axes, new_figure, require_matplotlib, save
 from bench.speculation.cells import TAU, TAU_OFF, K
 from bench.speculation.sweep import Row
+from tandem.quantizations import AUTO
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +33,8 @@ def draw(folder: Path, rows: Sequence[Row]) -> Iterator[Path]:
 
 
 def _is_default(row: Row) -> bool:
-    """With the draft model, nothing quantized."""
-    return row.draft == "model" and row.draft_precision == row.target_precision == "none"
+    """With the draft model as a service has it, and a target that is not quantized."""
+    return (row.draft, row.draft_precision, row.target_precision) == ("model", AUTO, "none")
 
 
 def _acceptance(file: Path, pair: str, rows: Sequence[Row]) -> Path:

@@ -19,7 +19,7 @@ from tandem.engine.loading import DRAFT_ACTIVATION_BITS
 from tandem.engine.model_runner import ModelRunner
 from tandem.errors import ConfigError
 from tandem.geometry import num_blocks
-from tandem.quantizations import ACTIVATION_BITS, CODED
+from tandem.quantizations import ACTIVATION_BITS, AUTO_DRAFT, CODED, parse_quantization
 
 Skip = Callable[[str, str], None]  # what, and why it is not measured
 DRAFTED = ("int8", "nf4", "int4")  # precisions of drafts, of which the speed is measured too
@@ -49,6 +49,10 @@ def drafts(pair: Pair, skip: Skip) -> dict[str, ModelRunner]:
     """What may draft for the target: the draft model, and the target itself as a self-draft runs it."""
     wanted: list[tuple[str, Path, dict[str, Any]]] = [("draft model", pair.draft, {})]
     wanted += [(f"draft model, {name}", pair.draft, {"quantization": name}) for name in DRAFTED]
+    weights, bits = parse_quantization(AUTO_DRAFT)
+    wanted.append(
+        (f"draft model, {AUTO_DRAFT}", pair.draft, {"quantization": weights, "activation_bits": bits})
+    )
     for name in DRAFTED:
         options = {"quantization": name, "activation_bits": DRAFT_ACTIVATION_BITS}
         wanted.append((f"the target in {name}", pair.target, options))

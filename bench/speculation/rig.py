@@ -26,6 +26,7 @@ from tandem.engine.loading import load_engine
 from tandem.engine.work_state import sampling_state
 from tandem.geometry import ModelGeometry, num_blocks
 from tandem.profiling.spans import span
+from tandem.quantizations import AUTO
 from tandem.sampling import SamplingParams
 from tandem.speculation import MAX_ASSISTANT_TOKENS, SpeculationParams
 from tandem.tokenizer import Tokenizer
@@ -46,15 +47,17 @@ class Setup:
     """What is loaded: which draft, and the precision of both."""
 
     draft: str = "model"  # none | ngram | model | self | qspec
-    draft_precision: str = "none"  # a quantization, of the target's weights for a self-draft
+    draft_precision: str = "none"  # a quantization, of the target's weights for a self-draft, or auto
     target_precision: str = "none"
     activation_bits: int = 0  # of a draft by the target's own weights; 0: the faster of 8 and 16
 
     @property
     def label(self) -> str:
         parts = [f"draft {self.draft}"]
-        if self.draft_precision != "none":
+        if self.draft_precision not in ("none", AUTO):
             parts.append(self.draft_precision)
+        elif self.draft == "model" and self.draft_precision == "none":
+            parts.append("as stored")
         if self.target_precision != "none":
             parts.append(f"target {self.target_precision}")
         if self.activation_bits:

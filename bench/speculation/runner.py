@@ -17,7 +17,7 @@ from bench.openvino import peer as openvino_peer
 from bench.profile import record
 from bench.speculation import agreement, peers, precision, sweep
 from bench.speculation.agreement import Agreement
-from bench.speculation.cells import TEMPERATURE, Group, designed, everything
+from bench.speculation.cells import MODEL, TEMPERATURE, Group, designed, everything
 from bench.speculation.peers import PeerRow
 from bench.speculation.precision import Quality
 from bench.speculation.rig import Rig, Setup
@@ -118,7 +118,7 @@ class Benchmark:
         """One more prompt of the large pair, drafted for."""
         if self._options.profile is None:
             return
-        rig = self._rig(self._options.large, Setup())
+        rig = self._rig(self._options.large, MODEL)
         sampling = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
         rig.prefill(asked)
         decoder = rig.constant  # it drafts whatever this machine makes of it today
@@ -152,7 +152,7 @@ class Benchmark:
 
     def _measure_models(self, meter: Meter) -> None:
         """Acceptance and quality: of the raw pair, as the grown one computes the same."""
-        rig = self._rig(RAW, Setup())
+        rig = self._rig(RAW, MODEL)
         found = agreement.corpora(rig, self._data, TEMPERATURE)
         texts = windows(self._data, agreement.TEXT_WINDOWS, agreement.WINDOW_TOKENS)
         drafts = precision.drafts(BUNDLED, self._skip)
@@ -166,7 +166,7 @@ class Benchmark:
         """At least so many prompts whose greedy continuation does not end in a loop."""
         asked = prompts(self._data, CANDIDATES, PROMPT_TOKENS)
         sampling = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
-        outputs = self._rig(RAW, Setup()).outputs(asked, BATCH, sampling)
+        outputs = self._rig(RAW, MODEL).outputs(asked, BATCH, sampling)
         texts = [prompt + output for prompt, output in zip(asked, outputs, strict=True)]
         steady, looping = agreement.by_looping(texts, PROMPT_TOKENS)
         self.results.looping_share = len(looping) / len(texts)
@@ -178,7 +178,7 @@ class Benchmark:
         """Everybody on one pair, in turns."""
         pair, python = self.results.pairs[name], self._options.openvino_python
         meter.say(_others(name))
-        everybody = peers.tandem(self._rig(name, Setup()), OUTPUT_TOKENS)
+        everybody = peers.tandem(self._rig(name, MODEL), OUTPUT_TOKENS)
         everybody |= peers.transformers(pair, OUTPUT_TOKENS)
         with ExitStack() as stack:
             if python is not None:

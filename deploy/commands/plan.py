@@ -14,7 +14,7 @@ from deploy.models import resolve_model
 from tandem.config import CacheConfig
 from tandem.errors import ConfigError
 from tandem.geometry import DTYPE_BYTES, ModelGeometry, num_blocks
-from tandem.quantizations import parse_quantization
+from tandem.quantizations import AUTO, AUTO_SELF_DRAFT, parse_quantization
 
 # With the scales of their groups.
 BITS_PER_WEIGHT = {"bf16": 16.0, "int8": 8.0, "nf4": 4.5, "fp4": 4.5, "int4": 4.25}
@@ -40,6 +40,8 @@ class Sides:
         """From the words of the command line. Raises `ConfigError` for what cannot be planned."""
         if dtype not in DTYPE_BYTES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {dtype}")
+        if draft_quantization == AUTO:  # a draft model may stay whole
+            draft_quantization = AUTO_SELF_DRAFT if draft == "self" else "none"
         for name in (quantization, draft_quantization):
             parse_quantization(name)
         geometry = ModelGeometry.from_path(resolve_model(model))

@@ -22,6 +22,7 @@ from tandem.engine.paged_cache import PagedCache
 from tandem.engine.quantization.bitsandbytes import quantization_of
 from tandem.engine.storage import Storage
 from tandem.errors import ConfigError
+from tandem.quantizations import AUTO_DRAFT
 
 
 class Batch(Protocol):
@@ -76,6 +77,16 @@ def load_decoder(
     from tandem.engine.transformers_decoder import TransformersDecoder  # two seconds and more to import
 
     return TransformersDecoder.load(path, dtype, storage, device, reason)
+
+
+def best_for_draft(path: Path, dtype: str, kv_dtype: str) -> str:
+    """The quantization with which a draft model is fastest and agrees about as often: eight bits, activations
+    too, where own kernels run it; as it comes elsewhere, and if it is quantized already."""
+    raw = read_config(path)
+    if quantization_of(raw) is not None:
+        return "none"
+    name, _ = choose(path, raw, "auto", dtype, "cpu", kv_dtype)
+    return AUTO_DRAFT if name == "native" else "none"
 
 
 def _as_stored(storage: Storage, found: str | None, path: Path) -> Storage:

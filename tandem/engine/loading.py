@@ -10,11 +10,12 @@ import torch
 
 from tandem.config import ClusterConfig
 from tandem.engine.block_pool import BlockPool
+from tandem.engine.decoder import best_for_draft
 from tandem.engine.model_runner import ModelRunner
 from tandem.errors import ConfigError
 from tandem.geometry import ModelGeometry
 from tandem.pb.worker.v1 import worker_pb2 as pb
-from tandem.quantizations import ACTIVATION_BITS, parse_quantization
+from tandem.quantizations import ACTIVATION_BITS, AUTO, AUTO_SELF_DRAFT, parse_quantization
 
 log = logging.getLogger(__name__)
 
@@ -92,14 +93,17 @@ def _draft(
 ) -> ModelRunner | None:
     """A draft model over a cache of its own, or the target's weights in fewer bits over the target's."""
     speculation = config.speculation
+    name = speculation.draft_quantization
     if path is not None:
-        model = _load(config, path, num_blocks, kv_dtype, speculation.draft_quantization)
+        name = best_for_draft(path, config.model.dtype, kv_dtype) if name == AUTO else name
+        model = _load(config, path, num_blocks, kv_dtype, name)
         model.warm_up()
         return model
     if speculation.draft == "self":
+        name = AUTO_SELF_DRAFT if name == AUTO else name
         bits = speculation.draft_activation_bits
         width = bits or DRAFT_ACTIVATION_BITS
-        model = _load(config, config.model.path, 1, kv_dtype, speculation.draft_quantization, width)
+        model = _load(config, config.model.path, 1, kv_dtype, name, width)
         model = model.over(target.cache)
         return model if bits else model.with_activations_of(0)
     if speculation.draft == "qspec":

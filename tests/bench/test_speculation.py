@@ -20,7 +20,19 @@ from bench.measure import Spread
 from bench.plotting import require_matplotlib
 from bench.speculation import agreement, formula, plots, report, runner, sweep
 from bench.speculation.agreement import Corpus, agreements, by_looping, modesty
-from bench.speculation.cells import AUTO, BATCHES, MODEL, NGRAM, TAU, Cell, Group, K, designed, everything
+from bench.speculation.cells import (
+    AUTO,
+    BATCHES,
+    MODEL,
+    NGRAM,
+    STORED_DRAFT,
+    TAU,
+    Cell,
+    Group,
+    K,
+    designed,
+    everything,
+)
 from bench.speculation.formula import StepCosts
 from bench.speculation.goals import goals
 from bench.speculation.precision import measure as measure_quality
@@ -41,7 +53,7 @@ GREEDY = SamplingParams(max_tokens=12, ignore_eos=True)
 ROW = Row(
     pair="111m",
     draft="model",
-    draft_precision="none",
+    draft_precision="auto",
     target_precision="none",
     sampling="greedy",
     batch=1,
@@ -71,7 +83,7 @@ def stranger(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("pair") / "stranger", seed=5)
 
 
-def rig_of(draft, setup: Setup = MODEL) -> Rig:
+def rig_of(draft, setup: Setup = STORED_DRAFT) -> Rig:
     return Rig(Pair(tiny_llama(), draft), setup, max_sequences=4, max_tokens=40, threads=1)
 
 

@@ -162,6 +162,8 @@ def test_a_draft_on_the_targets_own_cache_changes_nothing(target, tmp_path, para
         ("qspec", ("nf4", "none")),
         ("qspec", ("int4", "none")),
         ("model", ("fp4-dq", "int8")),
+        ("model", ("none", "auto")),
+        ("self", ("none", "auto")),
     ],
 )
 def test_quantized_drafts_change_no_token(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -32,7 +31,7 @@ POLICIES = (SpeculationPolicy.EXACT, SpeculationPolicy.AUTO)
 PRECISIONS = [("none", "none"), ("none", "int8"), ("none", "nf4"), ("none", "fp4-dq"), ("none", "int4")]
 PRECISIONS += [("int8", "nf4"), ("nf4", "int8")]
 SETUPS = [("model", *pair) for pair in PRECISIONS]
-SETUPS += [("model", "int8-a8", "nf4-a8")]
+SETUPS += [("model", "int8-a8", "nf4-a8"), ("model", "none", "auto")]
 SETUPS += [("self", *pair) for pair in PRECISIONS[1:]]
 SETUPS += [("qspec", kind, "none") for kind in ("nf4", "fp4", "int4")] + [("ngram", "none", "none")]
 
@@ -69,7 +68,7 @@ def sequences(target: ModelRunner, *, speculates: bool) -> list[DecodeSequence]:
             )
         )
     rows = [SequenceRows(s.work.token_ids[:-1], 0, s.blocks, num_logits=0) for s in found]
-    target.forward(target.batch([replace(row, num_logits=1) for row in rows]))
+    target.forward(target.batch([row._replace(num_logits=1) for row in rows]))
     return found
 
 

@@ -293,7 +293,7 @@ def test_the_probe_takes_what_is_faster(monkeypatch):
             {"speculation": {"draft": "self", "draft_quantization": "nf4-a8"}},
             "set by speculation.draft_activation_bits",
         ),
-        ({"speculation": {"draft": "self"}}, "a self-draft needs"),
+        ({"speculation": {"draft": "self", "draft_quantization": "none"}}, "a self-draft needs"),
         ({"speculation": {"draft": "ngram", "draft_quantization": "nf4"}}, "draft_quantization is for"),
         ({"speculation": {"draft": "qspec"}}, "draft qspec shares"),
         ({"speculation": {"draft": "oracle"}}, "unknown draft oracle"),
