@@ -25,6 +25,8 @@ inline void relax() {
 // A team of fixed size; the caller is member 0. Between runs members sleep; where runs follow close upon another they
 // watch for the next one, as to wake up takes as long as a small model's step.
 class Team {
+    using Clock = std::chrono::steady_clock;
+
    public:
     explicit Team(int size) : size_(size) {
         for (int member = 1; member < size; member++) threads_.emplace_back([this, member] { serve(member); });
@@ -48,6 +50,7 @@ class Team {
         {
             std::lock_guard<std::mutex> lock(mutex_);
             work_ = &work;
+            called_ = Clock::now();
             generation_.fetch_add(1);
         }
         wake_.notify_all();
@@ -86,8 +89,6 @@ class Team {
     }
 
    private:
-    using Clock = std::chrono::steady_clock;
-
     static constexpr int SPINS = 2000;
     static constexpr std::chrono::microseconds WATCH{150}, GLANCE{20};
 
@@ -102,8 +103,8 @@ class Team {
                 wake_.wait(lock, [&] { return generation_.load() != seen; });
                 seen = generation_.load();
                 if (is_closing_) return;
+                patience = called_ - began < WATCH ? WATCH : GLANCE;  // not counting how long it took to wake up
             }
-            patience = Clock::now() - began < WATCH ? WATCH : GLANCE;
             (*work_)(member);
             barrier();
         }
@@ -125,6 +126,7 @@ class Team {
     std::condition_variable wake_;
     std::atomic<unsigned> generation_{0};
     const std::function<void(int)>* work_ = nullptr;
+    Clock::time_point called_;
     bool is_closing_ = false;
     std::atomic<int> arrived_{0};
     std::atomic<unsigned> phase_{0};
