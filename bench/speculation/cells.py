@@ -103,8 +103,10 @@ def _further(large: str, raw: str) -> Iterator[Group]:
 
 def _variants(large: str) -> Iterator[Group]:
     """Other drafts and precisions, and sampling in a batch."""
-    for setup in (NGRAM, *SELF, *QSPEC, *DRAFTS):
+    for setup in (NGRAM, *SELF, *QSPEC):
         yield Group(large, setup, 1, "greedy", _at(3, AUTO), 2)
+    for setup in DRAFTS:  # on the prompts of the headline, to be set beside it
+        yield Group(large, setup, 1, "greedy", _at(3, AUTO))
     yield Group.filled(large, MODEL, 8, "sampled", _at(3, AUTO))
 
 
