@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from prefill_worker.job import PrefillJob
 from tandem.engine.batch import SequenceRows
@@ -105,7 +105,7 @@ class PrefillRunner:
         if not following:
             return
         try:
-            draft.forward(draft.batch([replace(self._rows(chunk), num_logits=0) for chunk in following]))
+            draft.forward(draft.batch([self._rows(chunk)._replace(num_logits=0) for chunk in following]))
         except Exception:  # whatever a draft does, prompts go on
             log.exception("the draft could not read %d prompts", len(following))
             for chunk in following:
