@@ -178,20 +178,18 @@ class SpeculationConfig:
         )
         check(self.num_assistant_tokens >= 0, "num_assistant_tokens must be 0 (what pays now) or more")
         check(self.max_assistant_tokens <= 15, "at most 15 assistant tokens are checked in one step")
-        threshold = self.assistant_confidence_threshold
-        check(0 <= threshold <= 1, "assistant_confidence_threshold must be in [0, 1]")
+        check(0 <= self.assistant_confidence_threshold <= 1, "assistant_confidence_threshold must be 0 to 1")
 
     def _check_quantization(self) -> None:
         name = self.draft_quantization
-        if name == AUTO:
-            return
-        parse_quantization(name)
+        if name != AUTO:
+            parse_quantization(name)
         check(
-            name == "none" or self.draft in ("model", "self"),
+            name in ("none", AUTO) or self.draft in ("model", "self"),
             f"draft_quantization is for a draft model or a self-draft, not for draft {self.draft}",
         )
         check(
-            self.draft != "self" or name in CODED,
+            self.draft != "self" or name in (AUTO, *CODED),
             "a self-draft needs speculation.draft_quantization, as whole or in bf16 it costs what a target "
             "costs; its activations are set by speculation.draft_activation_bits, not behind the format",
         )
