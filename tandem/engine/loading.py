@@ -95,7 +95,8 @@ def _draft(
     speculation = config.speculation
     name = speculation.draft_quantization
     if path is not None:
-        name = best_for_draft(path, config.model.dtype, kv_dtype) if name == AUTO else name
+        if name == AUTO:
+            name = best_for_draft(path, _implementation(config, path), config.model.dtype, kv_dtype)
         model = _load(config, path, num_blocks, kv_dtype, name)
         model.warm_up()
         return model
@@ -115,6 +116,11 @@ def _block_bytes(config: ClusterConfig, path: Path, kv_dtype: str) -> int:
     return ModelGeometry.from_path(path).block_bytes(config.cache.block_size, kv_dtype)
 
 
+def _implementation(config: ClusterConfig, path: Path) -> str:
+    """The configured one is the target's."""
+    return config.model.implementation if path == config.model.path else "auto"
+
+
 def _load(
     config: ClusterConfig,
     path: Path,
@@ -131,7 +137,7 @@ def _load(
         dtype=config.model.dtype,
         kv_dtype=kv_dtype,
         linear=config.model.linear,
-        implementation=config.model.implementation if path == config.model.path else "auto",
+        implementation=_implementation(config, path),
         quantization=weights,
         activation_bits=self_draft_bits or bits,
         is_draft=bool(self_draft_bits),

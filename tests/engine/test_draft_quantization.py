@@ -18,10 +18,11 @@ BUDGET_BYTES = 8 << 20
 def test_a_draft_model_takes_eight_bits_where_own_kernels_run_it(saved_model):
     _, llama = saved_model("llama3")
     _, gemma = saved_model("gemma2")
-    assert best_for_draft(llama, "float32", "float32") == EIGHT_BITS
-    assert best_for_draft(llama, "bfloat16", "float32") == "none"
-    assert best_for_draft(llama, "float32", "bfloat16") == "none"
-    assert best_for_draft(gemma, "float32", "float32") == "none"
+    assert best_for_draft(llama, "auto", "float32", "float32") == EIGHT_BITS
+    assert best_for_draft(llama, "auto", "bfloat16", "float32") == "none"
+    assert best_for_draft(llama, "auto", "float32", "bfloat16") == "none"
+    assert best_for_draft(llama, "lean", "float32", "float32") == "none"
+    assert best_for_draft(gemma, "auto", "float32", "float32") == "none"
 
 
 def test_a_quantized_draft_stays_as_it_is(saved_model, tmp_path):
@@ -30,7 +31,7 @@ def test_a_quantized_draft_stays_as_it_is(saved_model, tmp_path):
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (path / "config.json").write_text(json.dumps(config))
-    assert best_for_draft(path, "float32", "float32") == "none"
+    assert best_for_draft(path, "auto", "float32", "float32") == "none"
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,15 @@ def test_only_the_draft_is_quantized(speculation, kernel):
     assert kernel in engine.draft.describe()
     assert "int8" not in engine.model.describe()
     assert "nf4" not in engine.model.describe()
+
+
+def test_a_target_that_drafts_for_itself_runs_as_it_is_told_to():
+    path = BUNDLED_MODELS / "draft"
+    values = {
+        "model": {"path": str(path), "implementation": "lean"},
+        "speculation": {"draft": "model", "draft_path": str(path)},
+    }
+    config = ClusterConfig.from_dict(values)
+    engine = load_engine(config, "decode", BUDGET_BYTES, 1, usable_draft(config))
+    assert engine.draft is not None
+    assert engine.draft.implementation == "lean"
