@@ -33,7 +33,7 @@ from tandem.config_profile import ProfileConfig as ProfileConfig
 from tandem.config_values import build, check, check_positive
 from tandem.geometry import DTYPE_BYTES, KV_CODECS
 from tandem.kv_dtypes import KvDtypes
-from tandem.quantizations import AUTO, CODED, FOUR_BITS, parse_quantization
+from tandem.quantizations import AUTO, CODED, FOUR_BITS, natural_kv_dtype, parse_quantization
 
 MIB = 1 << 20
 DRAFTS = ("none", "ngram", "model", "self", "qspec")
@@ -79,7 +79,7 @@ class CacheConfig:
     block_size: int = 16  # tokens
     prefill_bytes: int = 256 * MIB
     decode_bytes: int = 512 * MIB
-    prefill_dtype: str = "auto"  # of KV in prefill workers: float32, bfloat16, float16; auto: the model's
+    prefill_dtype: str = "auto"  # of KV in prefill workers: float32, bfloat16, float16; auto: as it computes
     decode_dtype: str = "auto"  # of KV in decode workers; where it is another one, KV is rounded on its way
     store_bytes: int = 512 * MIB  # of prompts on their way from prefill to decode
     prefix_bytes: int = 0  # of the store, for prompts' beginnings to be used again; 0: none is kept
@@ -289,8 +289,8 @@ class ClusterConfig:
     @property
     def kv_dtypes(self) -> KvDtypes:
         """Of KV on both sides."""
-        sides = (self.cache.prefill_dtype, self.cache.decode_dtype)
-        return KvDtypes(*(self.model.dtype if dtype == "auto" else dtype for dtype in sides))
+        natural = natural_kv_dtype(*parse_quantization(self.model.quantization), self.model.dtype)
+        return KvDtypes(self.cache.prefill_dtype, self.cache.decode_dtype).settled(natural)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), default=str)

@@ -14,6 +14,10 @@ class KvDtypes:
     prefill: str
     decode: str
 
+    def settled(self, natural: str) -> KvDtypes:
+        """With a dtype for `auto`."""
+        return KvDtypes(*(natural if dtype == "auto" else dtype for dtype in (self.prefill, self.decode)))
+
     @property
     def are_one(self) -> bool:
         """Whether KV that travels raw is what it was, bit for bit."""

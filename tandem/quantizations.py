@@ -32,3 +32,9 @@ def parse_quantization(name: str) -> tuple[str, int]:
             f"not {name}"
         )
     return weights, ACTIVATION_BITS if name == weights else 8
+
+
+def natural_kv_dtype(weights: str, activation_bits: int, dtype: str) -> str:
+    """In which numbers a model that computes in `dtype` holds its KV where nobody says: in bfloat16 if its
+    activations are rounded to that or to less."""
+    return "bfloat16" if weights == "bf16" or activation_bits < ACTIVATION_BITS else dtype

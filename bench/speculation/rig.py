@@ -147,7 +147,7 @@ class Rig:
 
     def _bytes_of(self, pair: Pair, blocks: int) -> int:
         """A KV budget that holds that many blocks, whatever drafts."""
-        dtype = self._config.model.dtype
+        dtype = self._config.kv_dtypes.decode
         return blocks * sum(ModelGeometry.from_path(path).block_bytes(BLOCK_SIZE, dtype) for path in pair)
 
     def auto(self) -> Decoder:

@@ -14,7 +14,7 @@ from deploy.models import resolve_model
 from tandem.config import CacheConfig
 from tandem.errors import ConfigError
 from tandem.geometry import DTYPE_BYTES, ModelGeometry, num_blocks
-from tandem.quantizations import AUTO, AUTO_SELF_DRAFT, parse_quantization
+from tandem.quantizations import AUTO, AUTO_SELF_DRAFT, natural_kv_dtype, parse_quantization
 
 # With the scales of their groups.
 BITS_PER_WEIGHT = {"bf16": 16.0, "int8": 8.0, "nf4": 4.5, "fp4": 4.5, "int4": 4.25}
@@ -57,8 +57,12 @@ class Sides:
     def draft_weights_bytes(self) -> int:
         return weights_bytes(self.draft, self.dtype, self.draft_quantization) if self.draft else 0
 
+    @property
+    def kv_dtype(self) -> str:
+        return natural_kv_dtype(*parse_quantization(self.quantization), self.dtype)
+
     def draft_block_bytes(self, block_size: int) -> int:
-        return self.draft.block_bytes(block_size, self.dtype) if self.draft and self.draft_has_kv else 0
+        return self.draft.block_bytes(block_size, self.kv_dtype) if self.draft and self.draft_has_kv else 0
 
 
 def weights_bytes(geometry: ModelGeometry, dtype: str, quantization: str) -> int:
@@ -99,7 +103,7 @@ def plan(sides: Sides, context: int, batch: int, memory: int | None, block_size:
 
     Without `memory` the service's default KV budget of a decode worker is what must hold the KV.
     """
-    geometry, dtype = sides.model, sides.dtype
+    geometry, dtype = sides.model, sides.kv_dtype
     weights = sides.weights_bytes() + sides.draft_weights_bytes()
     block_bytes = geometry.block_bytes(block_size, dtype) + sides.draft_block_bytes(block_size)
     kv_budget = CacheConfig().decode_bytes if memory is None else max(memory - weights, 0)
@@ -120,7 +124,7 @@ def plan(sides: Sides, context: int, batch: int, memory: int | None, block_size:
         "max_context": geometry.max_context,
         "context": context,
         "batch": batch,
-        "dtype": dtype,
+        "dtype": sides.dtype,
     }
 
 

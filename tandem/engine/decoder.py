@@ -57,15 +57,12 @@ def load_decoder(
     storage: Storage,
     device: torch.device | str,
     implementation: str,
-    kv_dtype: torch.dtype,
 ) -> Decoder:
-    """Open a local checkpoint, to run over caches of `kv_dtype`. Raises `ConfigError` for what cannot be
-    served."""
+    """Open a local checkpoint. Raises `ConfigError` for what cannot be served."""
     raw = read_config(path)
-    dtype_name, kv_dtype_name = (str(each).removeprefix("torch.") for each in (dtype, kv_dtype))
-    device_name = torch.device(device).type
+    dtype_name, device_name = str(dtype).removeprefix("torch."), torch.device(device).type
     storage = _as_stored(storage, quantization_of(raw), path)
-    name, reason = choose(path, raw, implementation, dtype_name, device_name, kv_dtype_name)
+    name, reason = choose(path, raw, implementation, dtype_name, device_name)
     if storage.quantization == "bf16" and name != "native":
         raise ConfigError(f"bf16 needs our own kernels, and {path} runs by {name} here ({reason}): take none")
     if name == "native":
@@ -79,13 +76,13 @@ def load_decoder(
     return TransformersDecoder.load(path, dtype, storage, device, reason)
 
 
-def best_for_draft(path: Path, implementation: str, dtype: str, kv_dtype: str) -> str:
+def best_for_draft(path: Path, implementation: str, dtype: str) -> str:
     """The quantization with which a draft model is fastest and agrees about as often: eight bits, activations
     too, where own kernels run it; as it comes elsewhere, and if it is quantized already."""
     raw = read_config(path)
     if quantization_of(raw) is not None:
         return "none"
-    name, _ = choose(path, raw, implementation, dtype, "cpu", kv_dtype)
+    name, _ = choose(path, raw, implementation, dtype, "cpu")
     return AUTO_DRAFT if name == "native" else "none"
 
 

@@ -22,9 +22,7 @@ from tandem.errors import ConfigError
 VECTOR = 8  # head dimensions come in whole vectors of the kernels
 
 
-def choose(
-    path: Path, raw: dict[str, Any], wanted: str, dtype: str, device: str, kv_dtype: str
-) -> tuple[str, str]:
+def choose(path: Path, raw: dict[str, Any], wanted: str, dtype: str, device: str) -> tuple[str, str]:
     """The implementation and why. Builds the kernels if they are to run.
 
     Raises `ConfigError` if the one asked for cannot run this checkpoint here.
@@ -44,8 +42,6 @@ def choose(
     if wanted == "lean":
         return wanted, "asked for"
     try:
-        if kv_dtype not in build.KV_DTYPES:
-            raise build.NotNativeError(f"they hold KV in {' or '.join(build.KV_DTYPES)}, not in {kv_dtype}")
         isa = build.instruction_set()
         if config.geometry.head_dim % VECTOR:
             raise build.NotNativeError(f"head_dim {config.geometry.head_dim} is no multiple of {VECTOR}")
@@ -59,8 +55,8 @@ def choose(
 
 def settle(config: ClusterConfig) -> ClusterConfig:
     """The same settings with `auto` replaced by what runs here, where all workers are to run the same."""
-    model, held = config.model, config.kv_dtypes
-    if model.implementation != "auto" or not held.are_one:
+    model = config.model
+    if model.implementation != "auto":
         return config
-    name, _ = choose(model.path, read_config(model.path), "auto", model.dtype, "cpu", held.decode)
+    name, _ = choose(model.path, read_config(model.path), "auto", model.dtype, "cpu")
     return replace(config, model=replace(model, implementation=name))

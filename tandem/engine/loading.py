@@ -15,7 +15,13 @@ from tandem.engine.model_runner import ModelRunner
 from tandem.errors import ConfigError
 from tandem.geometry import ModelGeometry
 from tandem.pb.worker.v1 import worker_pb2 as pb
-from tandem.quantizations import ACTIVATION_BITS, AUTO, AUTO_SELF_DRAFT, parse_quantization
+from tandem.quantizations import (
+    ACTIVATION_BITS,
+    AUTO,
+    AUTO_SELF_DRAFT,
+    natural_kv_dtype,
+    parse_quantization,
+)
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +68,8 @@ def load_engine(
     shares_weights: bool = True,
     kv_dtype: str = "auto",
 ) -> Engine:
-    """Load the configured checkpoint, and a draft, with as many KV blocks of `kv_dtype` (the model's dtype by
-    default) as the budget holds.
+    """Load the configured checkpoint, and a draft, with as many KV blocks of `kv_dtype` (what it
+    computes with by default) as the budget holds.
 
     `draft` is a draft model's checkpoint; without one the target's own weights may draft, unless
     `shares_weights` is False.
@@ -71,7 +77,8 @@ def load_engine(
     Raises `ConfigError` if a checkpoint is unusable or the budget is smaller than one block.
     """
     torch.set_num_threads(threads or 1)
-    held = config.model.dtype if kv_dtype == "auto" else kv_dtype
+    natural = natural_kv_dtype(*parse_quantization(config.model.quantization), config.model.dtype)
+    held = natural if kv_dtype == "auto" else kv_dtype
     block_bytes = _block_bytes(config, config.model.path, held)
     num_blocks = budget_bytes // (block_bytes + (_block_bytes(config, draft, held) if draft else 0))
     if num_blocks < 1:
@@ -96,7 +103,7 @@ def _draft(
     name = speculation.draft_quantization
     if path is not None:
         if name == AUTO:
-            name = best_for_draft(path, _implementation(config, path), config.model.dtype, kv_dtype)
+            name = best_for_draft(path, _implementation(config, path), config.model.dtype)
         model = _load(config, path, num_blocks, kv_dtype, name)
         model.warm_up()
         return model

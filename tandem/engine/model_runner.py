@@ -17,14 +17,13 @@ from tandem.engine.batch import Guess, SequenceRows
 from tandem.engine.decoder import Batch, Decoder, load_decoder
 from tandem.engine.draw import Drafted, Draw
 from tandem.engine.linear import LinearChoice
-from tandem.engine.native.build import KV_DTYPES
 from tandem.engine.native.decoder import NativeDecoder
 from tandem.engine.paged_cache import PagedCache
 from tandem.engine.sampler import choose, most_probable
 from tandem.engine.storage import Storage
 from tandem.geometry import ModelGeometry
 from tandem.profiling.spans import span
-from tandem.quantizations import ACTIVATION_BITS
+from tandem.quantizations import ACTIVATION_BITS, natural_kv_dtype
 
 WARM_UP_TOKENS = 96
 P = ParamSpec("P")
@@ -76,27 +75,24 @@ class ModelRunner:
         device: torch.device | str = "cpu",
         implementation: str = "auto",
     ) -> Self:
-        """Open a local checkpoint; its KV is held in `dtype` too unless `kv_dtype` names another. Raises
-        `ConfigError` for what cannot be served."""
+        """Open a local checkpoint; its KV is held in what it computes with unless `kv_dtype` names another.
+        Raises `ConfigError` for what cannot be served."""
         torch_dtype: torch.dtype = getattr(torch, dtype)
-        held: torch.dtype = torch_dtype if kv_dtype == "auto" else getattr(torch, kv_dtype)
+        natural = natural_kv_dtype(quantization, activation_bits, dtype)
+        held: torch.dtype = getattr(torch, natural if kv_dtype == "auto" else kv_dtype)
         geometry = ModelGeometry.from_path(path)
         storage = Storage(linear, quantization, activation_bits, is_draft)
         with torch.inference_mode():
-            model = load_decoder(path, torch_dtype, storage, device, implementation, held)
+            model = load_decoder(path, torch_dtype, storage, device, implementation)
             cache = PagedCache(geometry, num_blocks, block_size, held, device)
         return cls(model, geometry, cache, model.linears)
 
     def over(self, cache: PagedCache) -> ModelRunner:
-        """The same weights over another runner's cache. ValueError unless its tokens have the same shape, in
-        numbers that the kernels can read."""
+        """The same weights over another runner's cache. ValueError unless its tokens have the same shape."""
         mine, theirs = self.cache.geometry, cache.geometry
         for name in ("num_layers", "num_kv_heads", "head_dim"):
             if getattr(mine, name) != getattr(theirs, name):
                 raise ValueError(f"the models differ in {name}: they cannot share a cache")
-        held = str(cache.dtype).removeprefix("torch.")
-        if isinstance(self._model, NativeDecoder) and held not in KV_DTYPES:
-            raise ValueError(f"own kernels hold KV in {' or '.join(KV_DTYPES)}, not in {held}")
         return ModelRunner(self._model, self.geometry, cache, self._linears)
 
     def called(self, label: str) -> ModelRunner:

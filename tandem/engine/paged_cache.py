@@ -47,7 +47,7 @@ class PagedCache:
         self._layers_written = np.zeros(1, np.int32)
         self.for_kernels = structs.Cache(
             *(self._data.data_ptr(), self._layers_written.ctypes.data),
-            *(num_blocks + 1, block_size, dtype == torch.float16),
+            *(num_blocks + 1, block_size, structs.NUMBERS[dtype]),
         )
         isa = kernels_for(self.device.type)
         self._mover = None if isa is None else BlockMover(isa, self._data)

@@ -17,6 +17,7 @@ from tandem.errors import ConfigError
 from tandem.fingerprint import model_fingerprint
 from tandem.geometry import DTYPE_BYTES
 from tandem.kv_dtypes import KvDtypes
+from tandem.quantizations import parse_quantization
 from tandem.sampling import SamplingParams
 from tests.checkpoints import tiny_llama
 from tests.e2e.harness import BLOCK_BYTES, BLOCK_SIZE, ask, complete, config, failure, running, store_of
@@ -37,8 +38,12 @@ def asked(prompt):
 
 @cache
 def alone(dtype: str) -> tuple[list[int], ...]:
-    """What the target says by itself, token by token, over KV of that dtype."""
-    runner = ModelRunner.load(tiny_llama(), kv_dtype=dtype, num_blocks=32, block_size=BLOCK_SIZE)
+    """What the target says by itself over KV of that dtype."""
+    return said_by(ModelRunner.load(tiny_llama(), kv_dtype=dtype, num_blocks=32, block_size=BLOCK_SIZE))
+
+
+def said_by(runner: ModelRunner) -> tuple[list[int], ...]:
+    """Token by token."""
     outputs = []
     for prompt in PROMPTS:
         ids, start = list(prompt), 0
@@ -59,6 +64,20 @@ async def test_one_narrower_dtype_on_both_sides_is_exact(dtype):
         assert cluster.prefills[0].worker._model.cache.dtype == getattr(torch, dtype)
         assert cluster.decodes[0].worker._model.cache.dtype == getattr(torch, dtype)
     assert tuple(found) == alone(dtype)
+
+
+@pytest.mark.parametrize("quantization", ["bf16", "int8-a8"])
+async def test_where_activations_are_rounded_kv_is_in_bfloat16(quantization):
+    settings = config(model={"quantization": quantization}, prefill={"token_budget": 24})
+    weights, bits = parse_quantization(quantization)
+    runner = ModelRunner.load(
+        tiny_llama(), quantization=weights, activation_bits=bits, num_blocks=32, block_size=BLOCK_SIZE
+    )
+    async with running(settings) as cluster:
+        found = [(await complete(cluster, asked(prompt))).token_ids for prompt in PROMPTS]
+        for worker in (cluster.prefills[0].worker, cluster.decodes[0].worker):
+            assert worker._model.cache.dtype == runner.cache.dtype == torch.bfloat16
+    assert tuple(found) == said_by(runner)
 
 
 @pytest.mark.parametrize(("prefill", "decode"), PAIRS)
@@ -152,10 +171,3 @@ def test_the_wire_is_as_narrow_as_the_narrower_side(prefill, decode):
 def test_what_cannot_work_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         ClusterConfig.from_dict(settings)
-
-
-def test_own_kernels_say_what_they_hold():
-    with pytest.raises(ConfigError, match="they hold KV in float32 or float16, not in bfloat16"):
-        ModelRunner.load(
-            tiny_llama(), implementation="native", kv_dtype="bfloat16", num_blocks=2, block_size=BLOCK_SIZE
-        )

@@ -31,6 +31,9 @@ inline float16 from_halves(__m256i h) {
 inline int16 from_bytes(__m128i b) {
     return {_mm256_cvtepi8_epi32(b), _mm256_cvtepi8_epi32(_mm_srli_si128(b, 8))};
 }
+inline int16 from_words(__m256i w) {
+    return {_mm256_cvtepu16_epi32(_mm256_castsi256_si128(w)), _mm256_cvtepu16_epi32(_mm256_extracti128_si256(w, 1))};
+}
 inline float16 from_ints(int16 i) { return {_mm256_cvtepi32_ps(i.lo), _mm256_cvtepi32_ps(i.hi)}; }
 
 inline int16 loadu_ints(const void* p) {
@@ -138,6 +141,7 @@ inline int16 dpwssd(int16 sums, int16 a, int16 b) {
 #define _mm512_fmadd_ps emulated::fmadd
 #define _mm512_cvtph_ps emulated::from_halves
 #define _mm512_cvtepi8_epi32 emulated::from_bytes
+#define _mm512_cvtepu16_epi32 emulated::from_words
 #define _mm512_cvtepi32_ps emulated::from_ints
 #define _mm512_loadu_si512 emulated::loadu_ints
 #define _mm512_setzero_si512() emulated::both(_mm256_setzero_si256())

@@ -18,11 +18,10 @@ BUDGET_BYTES = 8 << 20
 def test_a_draft_model_takes_eight_bits_where_own_kernels_run_it(saved_model):
     _, llama = saved_model("llama3")
     _, gemma = saved_model("gemma2")
-    assert best_for_draft(llama, "auto", "float32", "float32") == EIGHT_BITS
-    assert best_for_draft(llama, "auto", "bfloat16", "float32") == "none"
-    assert best_for_draft(llama, "auto", "float32", "bfloat16") == "none"
-    assert best_for_draft(llama, "lean", "float32", "float32") == "none"
-    assert best_for_draft(gemma, "auto", "float32", "float32") == "none"
+    assert best_for_draft(llama, "auto", "float32") == EIGHT_BITS
+    assert best_for_draft(llama, "auto", "bfloat16") == "none"
+    assert best_for_draft(llama, "lean", "float32") == "none"
+    assert best_for_draft(gemma, "auto", "float32") == "none"
 
 
 def test_a_quantized_draft_stays_as_it_is(saved_model, tmp_path):
@@ -31,7 +30,7 @@ def test_a_quantized_draft_stays_as_it_is(saved_model, tmp_path):
     config = json.loads((path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (path / "config.json").write_text(json.dumps(config))
-    assert best_for_draft(path, "auto", "float32", "float32") == "none"
+    assert best_for_draft(path, "auto", "float32") == "none"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ TRANSFORMERS = ("llama2-auto", "llama3-auto", "llama3-fp32", "llama3-plain", "mi
 @pytest.fixture(
     scope="module",
     params=[f"{name}-{own}" for own in ("native", "lean") for name in LEAN]
-    + [f"{name}-native:float16" for name in HALVES]
+    + [f"{name}-native:{dtype}" for dtype in ("float16", "bfloat16") for name in HALVES]
     + [f"{name}-transformers" for name in TRANSFORMERS],
 )
 def runner(request, make_runner):
@@ -132,6 +132,6 @@ def test_moved_blocks_change_no_bit(runner, alone):
     forward(runner, (tokens[:70], 0, table(0), 0))
     source, target = table(0)[:5], [59, 12, 33, 48, 27]
     for layer in range(runner.geometry.num_layers):
-        wire = runner.cache.read_blocks(source, layer, 1).numpy().tobytes()
+        wire = runner.cache.read_blocks(source, layer, 1).view(torch.uint8).numpy().tobytes()
         runner.cache.write_blocks(target, wire, layer, 1)
     assert torch.equal(forward(runner, (tokens[70:73], 70, target, 3)), logits[70:73])

@@ -28,11 +28,7 @@ def test_auto_becomes_what_runs_here(saved_model, monkeypatch):
     assert settled(llama, dtype="bfloat16") == "transformers"
     assert settled(gemma) == "transformers"
     assert settled(llama, implementation="lean") == "lean"
-    halves = CacheConfig(prefill_dtype="float16", decode_dtype="float16")
-    assert settled(llama, halves) == "native"
-    narrow = CacheConfig(prefill_dtype="bfloat16", decode_dtype="bfloat16")
-    assert settled(llama, narrow) == "lean"  # own kernels hold KV in floats or halves
-    assert settled(llama, CacheConfig(decode_dtype="bfloat16")) == "auto"  # each side takes its own
+    assert settled(llama, CacheConfig(prefill_dtype="float16", decode_dtype="bfloat16")) == "native"
     monkeypatch.setenv("TANDEM_NATIVE", "off")
     assert settled(llama) == "lean"
 

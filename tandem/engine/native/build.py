@@ -40,7 +40,6 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
 # Hidden, or libraries of several instruction sets in one process would share their static variables.
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-fPIC", "-shared", "-pthread")
 BUILD_TIMEOUT_S = 300.0
-KV_DTYPES = ("float32", "float16")  # that the kernels read and write
 
 
 class NotNativeError(Exception):

@@ -17,7 +17,7 @@ from tandem.engine.native.packing import BF16, PANEL, PackedLinear, pack_bf16, p
 from tandem.engine.native.structs import Cache, Model
 from tandem.errors import ConfigError
 
-ABI = 12
+ABI = 13
 CHECK_TOLERANCE = 1e-5
 
 

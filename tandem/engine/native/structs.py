@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ctypes
 
+import torch
+
 
 class Codebook(ctypes.Structure):
     _fields_ = (
@@ -77,13 +79,16 @@ class Model(ctypes.Structure):
     )
 
 
+NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # that a cache may hold
+
+
 class Cache(ctypes.Structure):
     _fields_ = (
         ("data", ctypes.c_void_p),
         ("layers_written", ctypes.c_void_p),
         ("num_blocks", ctypes.c_int64),
         ("block_size", ctypes.c_int32),
-        ("is_half", ctypes.c_int32),
+        ("number", ctypes.c_int32),
     )
 
 

@@ -13,7 +13,7 @@
 
 namespace tandem {
 
-// Keys and values of one layer and one KV head of one sequence, floats or halves.
+// Keys and values of one layer and one KV head of one sequence.
 template <class T>
 struct Context {
     const T* keys;          // block 0 of this head; a block is [block_size, dim]

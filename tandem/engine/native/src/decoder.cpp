@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "attention_pairs.h"
 #include "choose.h"
 #include "clock.h"
 #include "guess.h"
@@ -111,7 +112,10 @@ class Forward {
         for (int i = 0; i < b.rows; i++) longest = std::max(longest, b.positions[i] + 1);
         buffers.attention.resize(team.size());
         buffers.samplers.resize(team.size());
-        for (auto& buffer : buffers.attention) grow(buffer, Scratch::size_for(longest, m.dim));
+        const bool in_pairs = cache.number == BFLOAT16S;
+        most_vectors = in_pairs ? MAX_PAIR_VECTORS : MAX_VECTORS;
+        for (auto& buffer : buffers.attention)
+            grow(buffer, in_pairs ? PairAttention::size_for(m.dim) : Scratch::size_for(longest, m.dim));
         for (int i = 0; i < m.num_layers; i++)
             for (const Linear* l : {&m.layers[i].qkv, &m.layers[i].output, &m.layers[i].gate_up, &m.layers[i].down})
                 make_room(buffers.prepared, *l, int(block), team);
@@ -128,8 +132,7 @@ class Forward {
             if (member == 0) __atomic_store_n(cache.layers_written, layer + 1, __ATOMIC_RELEASE);
             team.divide(int(work.size()), 1, [&](int first, int last) {
                 for (int i = first; i < last; i++)
-                    cache.is_half ? attend_some<uint16_t>(l, layer, work[i], member)
-                                  : attend_some<float>(l, layer, work[i], member);
+                    in_its_numbers([&](auto zero) { attend_some<decltype(zero)>(l, layer, work[i], member); });
             });
             meet(member, ATTEND);
             for (int row = 0; row < b.rows; row += ROW_BLOCK) finish(l, row, block_rows(row), member);
@@ -145,7 +148,8 @@ class Forward {
     Team& team;
     Buffers& buffers;
     int hidden, query, kv, qkv_width, attended_width, gate_up_width, ffn_width;
-    int longest = 0;  // context of a row
+    int longest = 0;   // context of a row
+    int most_vectors;  // of queries that attend together
     float *x, *qkv, *attended, *normed, *projected, *gate_up, *activated, *last;
     std::vector<Work> work;
     Laps laps;  // of member 0
@@ -165,7 +169,7 @@ class Forward {
     Share rows_of(int rows, int member) const { return Share(rows, member, team.size()); }
 
     void plan_attention() {
-        const int rows_at_once = std::max(1, MAX_VECTORS / (m.heads / m.kv_heads));
+        const int rows_at_once = std::max(1, most_vectors / (m.heads / m.kv_heads));
         for (int s = 0; s < b.sequences; s++)
             for (int head = 0; head < m.kv_heads; head++)
                 for (int row = b.first_rows[s]; row < b.first_rows[s + 1]; row += rows_at_once)
@@ -236,20 +240,30 @@ class Forward {
         }
         const float scale = 1.0f / std::sqrt(float(m.dim));
         for (int i = 0; i < query; i++) q[i] *= scale;
-        cache.is_half ? keep<uint16_t>(k, v, layer, slot_of(row)) : keep<float>(k, v, layer, slot_of(row));
+        in_its_numbers([&](auto zero) { keep<decltype(zero)>(k, v, layer, slot_of(row)); });
+    }
+
+    // f(zero), of the type that the cache holds.
+    template <class F>
+    void in_its_numbers(const F& f) const {
+        if (cache.number == BFLOAT16S) f(bfloat16{});
+        else if (cache.number == HALVES) f(uint16_t{});
+        else f(float{});
     }
 
     // Keys and values of all heads of one row.
     template <class T>
     void keep(const float* k, const float* v, int layer, size_t slot) const {
         for (int h = 0; h < m.kv_heads; h++) {
-            T *keys = head_data<T>(layer, 0, h) + slot * m.dim, *values = head_data<T>(layer, 1, h) + slot * m.dim;
-            for (int i = 0; i < m.dim; i += LANES) {
-                store(keys + i, load(k + h * m.dim + i));
-                store(values + i, load(v + h * m.dim + i));
-            }
+            put(head_data<T>(layer, 0, h) + slot * m.dim, k + h * m.dim);
+            put(head_data<T>(layer, 1, h) + slot * m.dim, v + h * m.dim);
         }
     }
+    template <class T>
+    void put(T* to, const float* from) const {
+        for (int i = 0; i < m.dim; i += LANES) store(to + i, load(from + i));
+    }
+    void put(bfloat16* to, const float* from) const { pair_up(from, m.dim, reinterpret_cast<Pair*>(to)); }
 
     void turn(float* head, int position) const {
         const int half = m.dim / 2;
@@ -280,12 +294,14 @@ class Forward {
         Context<T> context{head_data<T>(layer, 0, w.kv_head), head_data<T>(layer, 1, w.kv_head),
                            b.tables + b.first_blocks[w.sequence], __builtin_ctz(cache.block_size), m.dim,
                            b.positions[w.row + w.rows - 1]};
-        for (int first = 0; first < group; first += MAX_VECTORS) {  // a group larger than a tile goes in parts
+        for (int first = 0; first < group; first += most_vectors) {  // a group larger than a tile goes in parts
             const size_t head = size_t(w.kv_head * group + first) * m.dim;
-            Queries queries{w.rows, std::min(MAX_VECTORS, group - first), b.positions[w.row], l.window,
+            Queries queries{w.rows, std::min(most_vectors, group - first), b.positions[w.row], l.window,
                             qkv + size_t(w.row) * qkv_width + head, attended + size_t(w.row) * attended_width + head,
                             size_t(qkv_width), size_t(attended_width)};
-            attend(context, queries, Scratch(buffers.attention[member].data(), longest));
+            float* buffer = buffers.attention[member].data();
+            if constexpr (std::is_same_v<T, bfloat16>) PairAttention(context, queries, buffer).run();
+            else attend(context, queries, Scratch(buffer, longest));
         }
     }
 
@@ -381,7 +397,7 @@ struct Engine {
 extern "C" {
 
 // Bumped with every change of a struct or function below.
-int32_t tandem_abi() { return 12; }
+int32_t tandem_abi() { return 13; }
 
 void* tandem_engine_new(int32_t threads) { return new tandem::Engine(threads); }
 void tandem_engine_delete(void* engine) { delete static_cast<tandem::Engine*>(engine); }

@@ -130,10 +130,10 @@ inline void multiply_tile_of(int rows, int panels, Rows<const InputOf<W>> x, Pan
     for (; panels; panels--, w.at += w.stride, y.at += PANEL) multiply_tile<R, 1>(x, w, in, y);
 }
 
-// All rows against some panels that fit a tile.
+// All rows, at most so many together, against some panels that fit a tile of these.
 template <class W>
-inline void multiply_panels(int rows, int panels, Rows<const InputOf<W>> x, Panels<W> w, int in, Rows<float> y) {
-    const int most = tile_rows(rows, TILE_ROWS);
+inline void multiply_panels(int rows, int most, int panels, Rows<const InputOf<W>> x, Panels<W> w, int in,
+                            Rows<float> y) {
     for (int row = 0; row < rows; row += most)
         multiply_tile_of<TILE_ROWS>(std::min(most, rows - row), panels, x.from(row), w, in,
                                     y.from(row));
@@ -159,7 +159,8 @@ inline void multiply(const Linear& linear, Rows<const InputOf<W>> x, int rows, R
     for (int row = 0; row < rows; row++)
         std::fill_n(y.row(row) + first * PANEL, size_t(last - first) * PANEL, 0.0f);
     for (int row = 0; row < rows; row += ROW_BLOCK) {
-        const int count = std::min(ROW_BLOCK, rows - row), block = count >= MANY_ROWS ? INPUT_BLOCK : in;
+        const int count = std::min(ROW_BLOCK, rows - row), most = tile_rows(count, TILE_ROWS);
+        const int block = count >= MANY_ROWS ? INPUT_BLOCK : in;
         for (int input = 0; input < in; input += block)
             for (int panel = first; panel < last; panel += together) {
                 const int inputs = std::min(block, in - input), panels = std::min(together, last - panel);
@@ -168,10 +169,10 @@ inline void multiply(const Linear& linear, Rows<const InputOf<W>> x, int rows, R
                 const Rows<float> to{y.row(row) + panel * PANEL, y.stride};
                 if constexpr (!std::is_same_v<W, float> && !std::is_same_v<W, Pair>)
                     if (count >= MANY_ROWS) {
-                        multiply_panels(count, panels, from, widened(some, panels, inputs), inputs, to);
+                        multiply_panels(count, most, panels, from, widened(some, panels, inputs), inputs, to);
                         continue;
                     }
-                multiply_panels(count, panels, from, some, inputs, to);
+                multiply_panels(count, most, panels, from, some, inputs, to);
             }
     }
 }

@@ -28,12 +28,14 @@ struct Model {
     const Layer* layers;
 };
 
+enum Number : int32_t { FLOATS = 0, HALVES = 1, BFLOAT16S = 2 };
+
 struct Cache {
-    void* data;  // [layers, 2, kv_heads, blocks, block_size, dim], floats or halves
+    void* data;  // [layers, 2, kv_heads, blocks, block_size, dim]
     int32_t* layers_written;  // for other threads: so many layers have the keys and values of all rows
     int64_t num_blocks;
     int32_t block_size;  // a power of two
-    int32_t is_half;
+    int32_t number;      // what it holds
 };
 
 struct Batch {

@@ -6,20 +6,23 @@
 #include <cstring>
 
 #include "simd.h"
+#include "unrolled.h"
 
 namespace tandem {
 
 struct Pair { uint32_t bits; };  // the one with the even index in the lower half
 constexpr uint32_t ODD = 0xffff0000u;
 
-// The nearest bfloat16 (to even), a float's upper half. What is too small for a normal float becomes zero, which is what
-// the instruction takes it for.
-inline uint32_t to_bfloat16(float x) {
+// A number in bfloat16: a float's upper half.
+struct bfloat16 { uint16_t bits; };
+
+// The nearest one (to even). What is too small for a normal float becomes zero, as by the instruction.
+inline bfloat16 to_bfloat16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     const uint32_t size = bits & 0x7fffffff, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    const uint32_t number = size < 0x00800000 ? 0 : rounded;
-    return size > 0x7f800000 ? bits >> 16 | 0x40 : number;
+    const uint32_t number = size < 0x00800000 ? bits >> 16 & 0x8000 : rounded;
+    return {uint16_t(size > 0x7f800000 ? bits >> 16 | 0x40 : number)};
 }
 
 #if TANDEM_AVX512
@@ -87,5 +90,87 @@ inline pair_b16 broadcast16(const Pair* p) {
 inline p16 fma(pairs16 w, pair_b16 x, p16 acc) { return fma(w.even, x.even, fma(w.odd, x.odd, acc)); }
 
 #endif
+
+// --- floats and rows of bfloat16 as pairs ---
+
+inline Pair pair_of(bfloat16 even, bfloat16 odd) { return {even.bits | uint32_t(odd.bits) << 16}; }
+#if TANDEM_AVX2
+inline __m256i load_words(const bfloat16* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void store_words(Pair* p, __m256i words) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), words); }
+#endif
+inline bool is_finite(Pair p) { return (p.bits & 0x7f80) != 0x7f80 && (p.bits & 0x7f800000) != 0x7f800000; }
+
+// Sixteen floats and the sixteen behind them: neighbours with each other.
+inline void store_pairs(Pair* to, p16 first, p16 second) {
+#if defined(__AVX512BF16__)
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
+#else
+    float numbers[2 * PANEL];
+    store16(numbers, first), store16(numbers + PANEL, second);
+    for (int i = 0; i < PANEL; i++) to[i] = pair_of(to_bfloat16(numbers[2 * i]), to_bfloat16(numbers[2 * i + 1]));
+#endif
+}
+
+// The same of a row; an odd one with zero.
+inline void pair_up(const float* from, int count, Pair* to) {
+    int i = 0;
+    for (; i + 2 * PANEL <= count; i += 2 * PANEL)
+        store_pairs(to + i / 2, load16(from + i), load16(from + i + PANEL));
+    for (; i < count; i += 2)
+        to[i / 2] = pair_of(to_bfloat16(from[i]), i + 1 < count ? to_bfloat16(from[i + 1]) : bfloat16{0});
+}
+
+// Numbers of two rows with each other, panels of 16, `stride` from one to the next. Whether all are finite.
+inline bool pair_rows(const bfloat16* even, const bfloat16* odd, int count, Pair* to, size_t stride) {
+    bool are_finite = true;
+    int i = 0;
+#if TANDEM_AVX2
+    const __m256i exponent = _mm256_set1_epi16(0x7f80);
+    __m256i endless = _mm256_setzero_si256();
+    for (; i + PANEL <= count; i += PANEL, to += stride) {
+        const __m256i a = load_words(even + i), b = load_words(odd + i);
+        for (const __m256i x : {a, b})
+            endless = _mm256_or_si256(endless, _mm256_cmpeq_epi16(_mm256_and_si256(x, exponent), exponent));
+        const __m256i low = _mm256_unpacklo_epi16(a, b), high = _mm256_unpackhi_epi16(a, b);
+        store_words(to, _mm256_permute2x128_si256(low, high, 0x20));
+        store_words(to + LANES, _mm256_permute2x128_si256(low, high, 0x31));
+    }
+    are_finite = _mm256_testz_si256(endless, endless);
+#endif
+    for (; i < count; i += PANEL, to += stride)
+        for (int j = 0; j < PANEL; j++) {
+            to[j] = i + j < count ? pair_of(even[i + j], odd[i + j]) : Pair{0};
+            are_finite &= is_finite(to[j]);
+        }
+    return are_finite;
+}
+
+// Numbers of 16 rows, an even `count` of each, to [count / 2][16].
+inline void turn_over(const bfloat16* const* rows, int count, Pair* to) {
+    int first = 0;
+#if TANDEM_AVX2
+    for (; first + PANEL <= count; first += PANEL, to += LANES * PANEL)
+        for (int half = 0; half < PANEL; half += LANES) {
+            __m256i a[LANES], b[LANES];
+            unrolled<LANES>([&](auto i) INLINE { a[i] = load_words(rows[half + i] + first); });
+            unrolled<LANES / 2>([&](auto i) INLINE {
+                b[2 * i] = _mm256_unpacklo_epi32(a[2 * i], a[2 * i + 1]);
+                b[2 * i + 1] = _mm256_unpackhi_epi32(a[2 * i], a[2 * i + 1]);
+            });
+            unrolled<LANES / 4>([&](auto n) INLINE {  // of four rows the first to fourth pair of each half
+                constexpr int i = 4 * n;
+                a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]), a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+                a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+                a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+            });
+            unrolled<4>([&](auto i) INLINE {
+                store_words(to + i * PANEL + half, _mm256_permute2x128_si256(a[i], a[4 + i], 0x20));
+                store_words(to + (4 + i) * PANEL + half, _mm256_permute2x128_si256(a[i], a[4 + i], 0x31));
+            });
+        }
+#endif
+    for (; first < count; first += 2, to += PANEL)
+        for (int i = 0; i < PANEL; i++) to[i] = pair_of(rows[i][first], rows[i][first + 1]);
+}
 
 }  // namespace tandem

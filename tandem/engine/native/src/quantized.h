@@ -150,8 +150,10 @@ struct PreparedRows {
     void fill(const Linear& l, Rows<const float> x, int first, int last) {
         Stopwatch quantizing(QUANTIZE);
         for (int r = first; is_turned(l) && r < last; r++) turn(l, x.row(r), r);
-        if (l.format == BF16) pair_up(l, x, first, last);
-        else if (l.activation_bits == 16) words.fill(l, floats(l, x), first, last);
+        for (int r = first; l.format == BF16 && r < last; r++)
+            pair_up(x.row(r), l.in, &pairs[size_t(r) * inputs_of<Pair>(l)]);
+        if (l.format == BF16) return;
+        if (l.activation_bits == 16) words.fill(l, floats(l, x), first, last);
         else if (l.activation_bits < 16) bytes.fill(l, floats(l, x), first, last);
     }
 
@@ -161,16 +163,6 @@ struct PreparedRows {
 
    private:
     static bool is_turned(const Linear& l) { return l.is_rotated || l.num_outliers; }
-
-    void pair_up(const Linear& l, Rows<const float> x, int first, int last) {
-        for (int r = first; r < last; r++) {
-            const float* from = x.row(r);
-            Pair* to = &pairs[size_t(r) * inputs_of<Pair>(l)];
-            for (int i = 0; i < l.in / 2; i++)
-                to[i].bits = to_bfloat16(from[2 * i]) | to_bfloat16(from[2 * i + 1]) << 16;
-            if (l.in % 2) to[l.in / 2].bits = to_bfloat16(from[l.in - 1]);
-        }
-    }
 
     void turn(const Linear& l, const float* from, int r) {
         float* to = &turned[size_t(r) * l.in];

@@ -7,6 +7,7 @@
 //   p16   16 lanes  one panel of a linear layer's outputs
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -53,6 +54,10 @@ inline f8 scale_by_power(f8 a, f8 n) {
     __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
     return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(bits))};
 }
+// The float that these bits are, shifted left.
+inline f8 shifted(f8 a, int by) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), by))};
+}
 inline f8 load_bytes(const int8_t* p) {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -77,6 +82,11 @@ inline void store_ints(int8_t* p, f8 a) {
 inline void sum4(f8 a, f8 b, f8 c, f8 d, float* out) {
     __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a.v, b.v), _mm256_hadd_ps(c.v, d.v));
     _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+inline float largest(f8 a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
 #else
@@ -117,6 +127,14 @@ inline uint16_t float_to_half(float f) {
 inline void store(uint16_t* p, f8 a) {
     for (int i = 0; i < LANES; i++) p[i] = float_to_half(a.v[i]);
 }
+inline float shifted(float a, int by) {
+    uint32_t bits;
+    std::memcpy(&bits, &a, sizeof bits);
+    bits <<= by;
+    std::memcpy(&a, &bits, sizeof bits);
+    return a;
+}
+inline f8 shifted(f8 a, int by) { TANDEM_EACH(shifted(a.v[i], by)); }
 inline f8 load_bytes(const int8_t* p) { TANDEM_EACH(float(p[i])); }
 template <class T>
 inline void store_ints(T* p, f8 a) {
@@ -128,6 +146,7 @@ inline float sum_of(f8 a) {
 inline void sum4(f8 a, f8 b, f8 c, f8 d, float* out) {
     out[0] = sum_of(a), out[1] = sum_of(b), out[2] = sum_of(c), out[3] = sum_of(d);
 }
+inline float largest(f8 a) { return *std::max_element(a.v, a.v + LANES); }
 #undef TANDEM_EACH
 
 #endif
@@ -170,6 +189,18 @@ inline F exp(F x) {
     p = fma(p, r, every<F>(5.0000001201e-1f));
     p = fma(mul(r, r), p, add(r, every<F>(1.0f)));
     return zero_below(scale_by_power(p, n), x, low);
+}
+
+// 2^x for x <= 0 within one part of 13,000, of which bfloat16 sees nothing; 0 below -126.5; NaN stays.
+template <class F>
+inline F small_power_of_two(F x) {
+    const F magic = every<F>(12582912.0f + 127.0f);  // rounds to whole numbers, with their exponent in the last bits
+    const F clamped = max(every<F>(-127.0f), x), n = add(clamped, magic), r = sub(clamped, sub(n, magic));
+    F p = every<F>(5.5171669e-2f);
+    p = fma(p, r, every<F>(2.4261115e-1f));
+    p = fma(p, r, every<F>(6.9326099e-1f));
+    p = fma(p, r, every<F>(9.9992807e-1f));
+    return mul(shifted(n, 23), p);
 }
 
 #if TANDEM_AVX512
@@ -215,6 +246,9 @@ inline p16 scale_by_power(p16 a, p16 n) {
     __m512i bits = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23);
     return {_mm512_mul_ps(a.v, _mm512_castsi512_ps(bits))};
 }
+inline p16 shifted(p16 a, int by) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), by))};
+}
 inline p16 add_pairs(p16 a, p16 b) {
     return {_mm512_add_ps(_mm512_shuffle_ps(a.v, b.v, 0x88), _mm512_shuffle_ps(a.v, b.v, 0xdd))};
 }
@@ -241,9 +275,12 @@ template <>
 inline p16 every<p16>(float x) { return {set1(x), set1(x)}; }
 inline f8 low_half(p16 a) { return a.lo; }
 inline f8 high_half(p16 a) { return a.hi; }
+inline p16 add(p16 a, p16 b) { return {add(a.lo, b.lo), add(a.hi, b.hi)}; }
 inline p16 sub(p16 a, p16 b) { return {sub(a.lo, b.lo), sub(a.hi, b.hi)}; }
+inline p16 mul(p16 a, p16 b) { return {mul(a.lo, b.lo), mul(a.hi, b.hi)}; }
 inline p16 max(p16 a, p16 b) { return {max(a.lo, b.lo), max(a.hi, b.hi)}; }
 inline p16 exp(p16 x) { return {exp(x.lo), exp(x.hi)}; }
+inline p16 small_power_of_two(p16 x) { return {small_power_of_two(x.lo), small_power_of_two(x.hi)}; }
 
 #endif
 
