@@ -171,6 +171,7 @@ def bench_speculation(
     threads: o.Threads = 2,
     openvino_python: o.OpenVinoPython = None,
     only: o.Only = None,
+    quantization: o.Quantization = "none",
     profile: o.BenchProfile = None,
     out: o.Out = Path("bench-results/speculation"),
     plots: o.Plots = True,
@@ -181,7 +182,7 @@ def bench_speculation(
 
     python, named = openvino_python, tuple(only or ())
     command.speculation(
-        large, full, rounds, minutes, threads, python, profile, named, out, plots, json_output
+        large, full, rounds, minutes, threads, python, profile, named, quantization, out, plots, json_output
     )
 
 

@@ -27,13 +27,14 @@ class Goal:
     holds: bool
 
 
-def goals(results: Results, large: str) -> list[Goal]:
-    """Those whose cells were measured."""
-    return [*_speedups(results, large), *_peers(results, large)]
+def goals(results: Results, large: str, quantization: str) -> list[Goal]:
+    """Those whose cells were measured, with the draft model in any precision and the target in that one."""
+    return [*_speedups(results, large, quantization), *_peers(results, large)]
 
 
-def _speedups(results: Results, large: str) -> Iterator[Goal]:
-    ours = [row for row in results.rows if _has_whole_target(row) and row.sampling == "greedy"]
+def _speedups(results: Results, large: str, quantization: str) -> Iterator[Goal]:
+    wanted_rows = ("model", quantization, "greedy")
+    ours = [row for row in results.rows if (row.draft, row.target_precision, row.sampling) == wanted_rows]
     for pair in (large, small_draft(large)):
         for batch, wanted in BEST.items():
             rows = [row for row in ours if row.pair == pair and row.batch == batch]
@@ -43,11 +44,6 @@ def _speedups(results: Results, large: str) -> Iterator[Goal]:
     for pair in (large, small_draft(large), RAW):
         rows = [row for row in ours if row.pair == pair and row.k == "auto"]
         yield from _goal(f"{pair}, k auto, worst batch", rows, NEVER_BELOW, is_best=False)
-
-
-def _has_whole_target(row: Row) -> bool:
-    """With the draft model in any precision, and a target that is not quantized: no token is another one."""
-    return row.draft == "model" and row.target_precision == "none"
 
 
 def _goal(what: str, rows: list[Row], wanted: float, is_best: bool) -> Iterator[Goal]:

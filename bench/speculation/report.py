@@ -32,9 +32,10 @@ def document(results: Results, options: Options) -> dict[str, Any]:
         "output_tokens": OUTPUT_TOKENS,
         "rounds": options.rounds,
         "temperature": TEMPERATURE,
+        "quantization": options.quantization,
         "pairs": {name: describe(pair) for name, pair in results.pairs.items()},
         "looping_share": results.looping_share,
-        "goals": [asdict(goal) for goal in goals(results, options.large)],
+        "goals": [asdict(goal) for goal in goals(results, options.large, options.quantization)],
         "rows": [flat(row) for row in results.rows],
         "agreement": [flat(row) for row in results.agreement],
         "quality": [flat(row) for row in results.quality],
@@ -70,7 +71,7 @@ def _show_setting(results: Results, options: Options, console: Console) -> None:
     console.print(
         f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads, {facts['isa']}, "
         f"load {facts['load_before']}; {PROMPT_TOKENS} tokens in, {OUTPUT_TOKENS} out, "
-        f"medians of {options.rounds} rounds, low…high over rounds"
+        f"medians of {options.rounds} rounds, low…high over rounds; target weights: {options.quantization}"
     )
     for name, pair in results.pairs.items():
         how = "as it was trained" if name == RAW else "grown to that cost, computes the same as raw"
@@ -159,7 +160,7 @@ def _show_peers(results: Results, console: Console) -> None:
 def _show_goals(results: Results, options: Options, console: Console) -> None:
     rows = [
         (goal.what, goal.where, f"{goal.measured:.2f}x", f"{goal.wanted:.2f}x", "yes" if goal.holds else "NO")
-        for goal in goals(results, options.large)
+        for goal in goals(results, options.large, options.quantization)
     ]
     columns = ("goal", "at", "measured", "wanted", "holds")
     console.print(table("goals, speed over plain decoding unless it says otherwise", columns, rows, left=2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -51,6 +51,11 @@ class Options:
     openvino_python: Path | None = None  # an interpreter that has OpenVINO GenAI
     profile: Path | None = None  # where to write what steps spend their time on
     only: tuple[str, ...] = ()  # what has one of these in its name; acceptance and quality have none
+    quantization: str = "none"  # of the target where no group has its own
+
+    def of_target(self, setup: Setup) -> Setup:
+        has_own = setup.target_precision != "none"
+        return setup if has_own else replace(setup, target_precision=self.quantization)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,7 @@ class Benchmark:
             {RAW: BUNDLED, options.large: large, self._small_draft: Pair(large.target, BUNDLED.draft)}
         )
         self._rig = lru_cache(RIGS_KEPT)(self._load)
+        self._model = options.of_target(MODEL)
         self._data = held_out(BUNDLED.target)
 
     def run(self) -> Results:
@@ -118,7 +124,7 @@ class Benchmark:
         """One more prompt of the large pair, drafted for."""
         if self._options.profile is None:
             return
-        rig = self._rig(self._options.large, MODEL)
+        rig = self._rig(self._options.large, self._model)
         sampling = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
         rig.prefill(asked)
         decoder = rig.constant  # it drafts whatever this machine makes of it today
@@ -127,7 +133,8 @@ class Benchmark:
 
     def _all_groups(self) -> list[Group]:
         pairs = self._options.large, self._small_draft, RAW
-        return everything(pairs) if self._options.full else designed(*pairs)
+        groups = everything(pairs) if self._options.full else designed(*pairs)
+        return [replace(group, setup=self._options.of_target(group.setup)) for group in groups]
 
     def _groups(self) -> list[Group]:
         return [group for group in self._all_groups() if self._is_wanted(group.label)]
@@ -152,7 +159,7 @@ class Benchmark:
 
     def _measure_models(self, meter: Meter) -> None:
         """Acceptance and quality: of the raw pair, as the grown one computes the same."""
-        rig = self._rig(RAW, MODEL)
+        rig = self._rig(RAW, self._model)
         found = agreement.corpora(rig, self._data, TEMPERATURE)
         texts = windows(self._data, agreement.TEXT_WINDOWS, agreement.WINDOW_TOKENS)
         drafts = precision.drafts(BUNDLED, self._skip)
@@ -166,7 +173,7 @@ class Benchmark:
         """At least so many prompts whose greedy continuation does not end in a loop."""
         asked = prompts(self._data, CANDIDATES, PROMPT_TOKENS)
         sampling = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
-        outputs = self._rig(RAW, MODEL).outputs(asked, BATCH, sampling)
+        outputs = self._rig(RAW, self._model).outputs(asked, BATCH, sampling)
         texts = [prompt + output for prompt, output in zip(asked, outputs, strict=True)]
         steady, looping = agreement.by_looping(texts, PROMPT_TOKENS)
         self.results.looping_share = len(looping) / len(texts)
@@ -178,7 +185,7 @@ class Benchmark:
         """Everybody on one pair, in turns."""
         pair, python = self.results.pairs[name], self._options.openvino_python
         meter.say(_others(name))
-        everybody = peers.tandem(self._rig(name, MODEL), OUTPUT_TOKENS)
+        everybody = peers.tandem(self._rig(name, self._model), OUTPUT_TOKENS)
         everybody |= peers.transformers(pair, OUTPUT_TOKENS)
         with ExitStack() as stack:
             if python is not None:

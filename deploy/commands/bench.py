@@ -17,6 +17,7 @@ def speculation(
     openvino_python: Path | None,
     profile: Path | None,
     only: tuple[str, ...],
+    quantization: str,
     out: Path,
     with_plots: bool,
     as_json: bool,
@@ -29,7 +30,7 @@ def speculation(
 
     if with_plots:
         require_matplotlib()
-    options = Options(large, full, rounds, minutes, threads, openvino_python, profile, only)
+    options = Options(large, full, rounds, minutes, threads, openvino_python, profile, only, quantization)
     results = Benchmark(options).run()
     content = report.document(results, options)
     report.save(out, content)

@@ -262,7 +262,7 @@ def test_goals_take_the_best_k_and_the_worst_batch() -> None:
     batch = replace(ROW, k="auto", batch=16, speedup=Spread(0.95, 0.9, 1.0))
     other = replace(ROW, target_precision="nf4", speedup=Spread(9.0, 9.0, 9.0))  # has other tokens
     small = replace(ROW, draft_precision="int8", speedup=Spread(2.3, 2.2, 2.4))
-    found = {goal.what: goal for goal in goals(results_of(ROW, fast, batch, other, small), "111m")}
+    found = {goal.what: goal for goal in goals(results_of(ROW, fast, batch, other, small), "111m", "none")}
     assert found["111m, batch 1, best k"].measured == 2.3
     assert found["111m, batch 1, best k"].where.endswith("int8 draft")
     assert found["111m, batch 1, best k"].holds
@@ -270,9 +270,16 @@ def test_goals_take_the_best_k_and_the_worst_batch() -> None:
     assert not any(what.startswith("raw") for what in found)
 
 
+def test_goals_are_those_of_the_target_that_was_asked_for() -> None:
+    bf16 = replace(ROW, target_precision="bf16", speedup=Spread(2.5, 2.4, 2.6))
+    for quantization, measured in (("none", ROW.speedup.median), ("bf16", 2.5)):
+        (goal,) = goals(results_of(ROW, bf16), "111m", quantization)
+        assert goal.measured == measured
+
+
 def test_goals_tell_the_grown_draft_from_the_small_one() -> None:
     row = replace(ROW, pair=small_draft("111m"), batch=4, speedup=Spread(1.5, 1.4, 1.6))
-    assert [goal.what for goal in goals(results_of(row), "111m")] == ["111m, raw draft, batch 4, best k"]
+    assert [goal.what for goal in goals(results_of(row), "111m", "none")] == ["111m, raw draft, batch 4, best k"]
 
 
 def test_results_are_shown_and_written(tmp_path) -> None:
@@ -373,6 +380,16 @@ def test_all_of_it_is_measured_without_being_named(called) -> None:
 def test_only_what_is_named_is_measured(called) -> None:
     Benchmark(Options(threads=1, only=("raw draft: draft model, greedy, batch 4", "raw: others"))).run()
     assert called == ["raw: others", "111m, raw draft: draft model, greedy, batch 4"]
+
+
+def test_a_target_in_another_precision_is_that_of_every_group_without_its_own(called) -> None:
+    only = ("111m: draft model target bf16, greedy, batch 4", "111m: draft qspec")
+    Benchmark(Options(threads=1, only=only, quantization="bf16")).run()
+    assert called == [
+        "111m: draft model target bf16, greedy, batch 4",
+        "111m: draft qspec target nf4, greedy, batch 1",
+        "111m: draft qspec target int4, greedy, batch 1",
+    ]
 
 
 def test_a_name_that_nothing_has_is_refused_with_those_there_are(called) -> None:
