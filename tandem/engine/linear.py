@@ -80,9 +80,9 @@ class TiledLinear(torch.nn.Module):
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[:rows]
 
 
-def fits_fp16(weight: torch.Tensor) -> bool:
-    """Whether every number is exactly representable in half precision."""
-    return bool((weight.half().to(weight.dtype) == weight).all())
+def fits(weight: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether every number is exactly representable in that type."""
+    return bool((weight.to(dtype).to(weight.dtype) == weight).all())
 
 
 def fp16_kernel(linear: torch.nn.Linear) -> Kernel:
@@ -170,7 +170,7 @@ def _preference(linear: torch.nn.Linear, wanted: str) -> tuple[tuple[str, ...], 
         return ("fp16", "fp32", "plain"), "asked for"
     if wanted == "fp32":
         return ("fp32", "plain"), "asked for"
-    if fits_fp16(linear.weight.detach()):
+    if fits(linear.weight.detach(), torch.float16):
         return ("fp16", "fp32", "plain"), "weights are exact in half precision"
     return ("fp32", "plain"), "weights need single precision"
 

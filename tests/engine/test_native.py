@@ -39,13 +39,13 @@ def engines():
     rows=st.integers(1, 130),
     out_features=st.integers(1, 100),
     in_features=st.integers(1, 600),
-    half=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
-def test_a_row_has_the_same_bits_in_every_batch(engines, rows, out_features, in_features, half, seed):
+def test_a_row_has_the_same_bits_in_every_batch(engines, rows, out_features, in_features, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(out_features, in_features, generator=generator).half()
-    packed = packing.pack_linear(weight if half else weight.float(), torch.randn(out_features))
+    weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
+    packed = packing.pack_linear(weight, torch.randn(out_features))
     x = torch.randn(rows, in_features, generator=generator)
     alone, team = engines
     together = alone.linear(packed, x)
@@ -63,12 +63,33 @@ def test_a_library_shares_nothing_with_that_of_another_instruction_set():
     assert ["T", "tandem_forward"] in symbols
 
 
-def test_storage_changes_no_bit(engines):
-    """Half-precision weights are converted exactly."""
-    weight, x = torch.randn(33, 257).half(), torch.randn(9, 257)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 9, 60])
+def test_storage_changes_no_bit(engines, dtype, rows):
+    """Weights of two bytes are converted exactly."""
+    weight, x = torch.randn(33, 257).to(dtype), torch.randn(rows, 257)
     half, single = (packing.pack_linear(stored) for stored in (weight, weight.float()))
     assert torch.equal(engines[0].linear(half, x), engines[0].linear(single, x))
     assert half.num_bytes * 2 == single.num_bytes
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama-linear"])
+def test_a_checkpoint_in_bfloat16_keeps_its_two_bytes_and_its_bits(tmp_path, monkeypatch, other_isa, name):
+    """Small numbers of it are none in half precision, and every checkpoint has such."""
+    model = build_model(name).bfloat16()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.view(-1)[0] = 1e-7
+    model.save_pretrained(tmp_path)
+    rows, found = [SequenceRows(PROMPT, 0, range(4), len(PROMPT))], []
+    for isa, linear in ((BEST, "auto"), (BEST, "fp32"), (other_isa, "auto")):
+        monkeypatch.setenv("TANDEM_NATIVE", isa)
+        runner = ModelRunner.load(tmp_path, num_blocks=4, block_size=16, linear=linear)
+        kernels = {choice.kernel for choice in runner.linear_report().values()}
+        assert kernels == {"native-fp32" if linear == "fp32" else "native-bf16-weights"}
+        found.append(runner.forward(runner.batch(rows)))
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], found[0])
 
 
 def test_angles_are_what_they_are_and_not_torchs():

@@ -17,7 +17,7 @@ from tandem.engine.native.packing import BF16, PANEL, PackedLinear, pack_bf16, p
 from tandem.engine.native.structs import Cache, Model
 from tandem.errors import ConfigError
 
-ABI = 13
+ABI = 14
 CHECK_TOLERANCE = 1e-5
 
 
@@ -179,7 +179,8 @@ def _check(library: ctypes.CDLL, isa: str) -> None:
     weight = torch.randn(70, 300, generator=generator).bfloat16().float()  # which half precision holds, too
     x = torch.randn(19, 300, generator=generator)
     engine = Engine(library, 1)
-    for packed in (pack_linear(weight), pack_linear(weight.half()), pack_bf16(weight)):
+    stored = (weight, weight.half(), weight.bfloat16())
+    for packed in (*map(pack_linear, stored), pack_bf16(weight)):
         inputs = x.bfloat16() if packed.struct.format == BF16 else x
         expected = (inputs.double() @ weight.double().T).float()
         for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 19):

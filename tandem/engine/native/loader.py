@@ -9,7 +9,7 @@ import torch
 from tandem.engine.lean.config import LeanConfig
 from tandem.engine.lean.shapes import EMBEDDING, tensor_shapes
 from tandem.engine.lean.weights import Weights
-from tandem.engine.linear import LinearChoice, fits_fp16
+from tandem.engine.linear import LinearChoice, fits
 from tandem.engine.native import packing, structs
 from tandem.engine.native.arena import Arena
 from tandem.engine.native.probe import WidthProbe
@@ -22,6 +22,12 @@ LINEARS = {  # fields of a layer's struct, and what the report calls them
     "output": "self_attn.o_proj",
     "gate_up": "mlp.gate_up_proj",
     "down": "mlp.down_proj",
+}
+
+STORED = {  # kernels of weights that are not quantized, and why they are kept so
+    torch.float16: ("native-fp16", "exact in half precision"),
+    torch.bfloat16: ("native-bf16-weights", "exact in bfloat16"),
+    torch.float32: ("native-fp32", "weights need single precision"),
 }
 
 
@@ -69,7 +75,7 @@ class Loader:
             vocab=geometry.vocab_size,
             plain_norm=config.architecture.plain_norm,
             qk_norm=QK_NORM[config.architecture.qk_norm],
-            is_embedding_half=self._embedding.dtype == torch.float16,
+            embedding_number=structs.NUMBERS[self._embedding.dtype],
             eps=config.norm_eps,
             clip_qkv=config.clip_qkv or 0.0,
             embedding=self._embedding.data_ptr(),
@@ -127,18 +133,18 @@ class Loader:
                 kernel = _kernel(storage.quantization, storage.activation_bits)
                 return packed, LinearChoice(kernel, f"groups of {quantized.group}")
         plain = self._stored(weight)
-        reason = "asked for" if storage.linear != "auto" else "weights need single precision"
-        if plain.dtype == torch.float16 and storage.linear == "auto":
-            reason = "exact in half precision"
+        kernel, reason = STORED[plain.dtype]
+        if storage.linear != "auto":
+            reason = "asked for"
         if storage.quantization != "none" and name != "lm_head":
             reason = f"{weight.shape[1]} inputs cannot be grouped"
-        kernel = "native-fp16" if plain.dtype == torch.float16 else "native-fp32"
         return packing.pack_linear(plain, bias, self._arena), LinearChoice(kernel, reason)
 
     def _stored(self, weight: torch.Tensor) -> torch.Tensor:
         wanted = self._storage.linear
-        half = wanted == "fp16" or (wanted == "auto" and fits_fp16(weight))
-        return weight.half() if half else weight
+        if wanted == "fp16" or (wanted == "auto" and fits(weight, torch.float16)):
+            return weight.half()
+        return weight.bfloat16() if wanted == "auto" and fits(weight, torch.bfloat16) else weight
 
 
 def _kernel(quantization: str, activation_bits: int) -> str:

@@ -14,7 +14,7 @@ from tandem.engine.native.structs import Codebook, Linear
 from tandem.engine.quantization.formats import CODEBOOKS, INT8_MOST, QuantizedWeight
 
 PANEL = 16  # outputs that lie together
-FORMATS = {torch.float32: 0, torch.float16: 1}
+FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 5}
 INT8, CODE4, BF16 = 2, 3, 4
 PIECE_INPUTS = 4  # inputs whose codes lie together
 
@@ -37,7 +37,7 @@ class PackedLinear:
 def pack_linear(
     weight: torch.Tensor, bias: torch.Tensor | None = None, arena: Arena | None = None
 ) -> PackedLinear:
-    """`weight` [out, in] float32 or float16, to panels `[out / 16, in, 16]` of the same type."""
+    """`weight` [out, in] float32, float16 or bfloat16, to panels `[out / 16, in, 16]` of the same type."""
     out_features, in_features = weight.shape
     padded = F.pad(weight, (0, 0, 0, -out_features % PANEL))
     panels = (arena or Arena()).keep(padded.view(-1, PANEL, in_features).transpose(1, 2))

@@ -7,6 +7,8 @@ import ctypes
 
 import torch
 
+NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of a cache or an embedding
+
 
 class Codebook(ctypes.Structure):
     _fields_ = (
@@ -67,7 +69,7 @@ class Model(ctypes.Structure):
                 "vocab",
                 "plain_norm",
                 "qk_norm",
-                "is_embedding_half",
+                "embedding_number",
             )
         ),
         ("eps", ctypes.c_float),
@@ -77,9 +79,6 @@ class Model(ctypes.Structure):
         ("head", Linear),
         ("layers", ctypes.POINTER(Layer)),
     )
-
-
-NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # that a cache may hold
 
 
 class Cache(ctypes.Structure):

@@ -48,6 +48,8 @@ void multiply_shared(const Linear& linear, Rows<const float> x, int rows, Rows<f
         return divide([&](int first, int last) { multiply<float>(linear, x, rows, y, first, last); });
     if (linear.format == F16)
         return divide([&](int first, int last) { multiply<uint16_t>(linear, x, rows, y, first, last); });
+    if (linear.format == BF16_WEIGHTS)
+        return divide([&](int first, int last) { multiply<bfloat16>(linear, x, rows, y, first, last); });
     const bool are_few = rows < team.size();  // cheaper to prepare by each member than to wait for
     PreparedRows& mine = prepared[are_few ? member : team.size()];
     if (prepares_rows(linear)) {
@@ -59,7 +61,7 @@ void multiply_shared(const Linear& linear, Rows<const float> x, int rows, Rows<f
 }
 
 void make_room(std::vector<PreparedRows>& prepared, const Linear& linear, int rows, const Team& team) {
-    if (linear.format == F32 || linear.format == F16) return;
+    if (linear.format == F32 || linear.format == F16 || linear.format == BF16_WEIGHTS) return;
     prepared.resize(team.size() + 1);
     prepared.back().make_room(linear, rows);
     for (int member = 0; member < team.size(); member++)  // the last rows of many may be few
@@ -132,7 +134,7 @@ class Forward {
             if (member == 0) __atomic_store_n(cache.layers_written, layer + 1, __ATOMIC_RELEASE);
             team.divide(int(work.size()), 1, [&](int first, int last) {
                 for (int i = first; i < last; i++)
-                    in_its_numbers([&](auto zero) { attend_some<decltype(zero)>(l, layer, work[i], member); });
+                    as_numbers(cache.number, [&](auto zero) { attend_some<decltype(zero)>(l, layer, work[i], member); });
             });
             meet(member, ATTEND);
             for (int row = 0; row < b.rows; row += ROW_BLOCK) finish(l, row, block_rows(row), member);
@@ -192,20 +194,22 @@ class Forward {
         for (int row = rows.first; row < rows.last; row++) {
             float* to = x + size_t(row) * hidden;
             const size_t from = size_t(b.token_ids[row]) * m.hidden;
-            if (!m.is_embedding_half) {
-                std::copy_n(static_cast<const float*>(m.embedding) + from, m.hidden, to);
-                continue;
-            }
-            uint16_t padded[LANES] = {};
-            const uint16_t* half = static_cast<const uint16_t*>(m.embedding) + from;
-            int i = 0;
-            for (; i + LANES <= m.hidden; i += LANES) store(to + i, load_half(half + i));
-            std::copy_n(half + i, m.hidden - i, padded);
-            float rest[LANES];
-            store(rest, load_half(padded));
-            std::copy_n(rest, m.hidden - i, to + i);
+            as_numbers(m.embedding_number, [&](auto zero) {
+                widen(static_cast<const decltype(zero)*>(m.embedding) + from, m.hidden, to);
+            });
         }
         meet(member, EMBED);
+    }
+
+    template <class T>
+    static void widen(const T* from, int count, float* to) {
+        int i = 0;
+        for (; i + LANES <= count; i += LANES) store(to + i, load(from + i));
+        T padded[LANES] = {};
+        std::copy_n(from + i, count - i, padded);
+        float rest[LANES];
+        store(rest, load(padded));
+        std::copy_n(rest, count - i, to + i);
     }
 
     // Queries, keys and values of some rows; keys and values go to the cache.
@@ -240,15 +244,7 @@ class Forward {
         }
         const float scale = 1.0f / std::sqrt(float(m.dim));
         for (int i = 0; i < query; i++) q[i] *= scale;
-        in_its_numbers([&](auto zero) { keep<decltype(zero)>(k, v, layer, slot_of(row)); });
-    }
-
-    // f(zero), of the type that the cache holds.
-    template <class F>
-    void in_its_numbers(const F& f) const {
-        if (cache.number == BFLOAT16S) f(bfloat16{});
-        else if (cache.number == HALVES) f(uint16_t{});
-        else f(float{});
+        as_numbers(cache.number, [&](auto zero) { keep<decltype(zero)>(k, v, layer, slot_of(row)); });
     }
 
     // Keys and values of all heads of one row.
@@ -397,7 +393,7 @@ struct Engine {
 extern "C" {
 
 // Bumped with every change of a struct or function below.
-int32_t tandem_abi() { return 13; }
+int32_t tandem_abi() { return 14; }
 
 void* tandem_engine_new(int32_t threads) { return new tandem::Engine(threads); }
 void tandem_engine_delete(void* engine) { delete static_cast<tandem::Engine*>(engine); }

@@ -16,7 +16,7 @@
 
 namespace tandem {
 
-enum Format : int32_t { F32 = 0, F16 = 1, INT8 = 2, CODE4 = 3, BF16 = 4 };
+enum Format : int32_t { F32 = 0, F16 = 1, INT8 = 2, CODE4 = 3, BF16 = 4, BF16_WEIGHTS = 5 };
 
 // What a code of four bits stands for, over a factor, in eight and in sixteen bits.
 struct Codebook {

@@ -16,19 +16,27 @@ struct Layer {
     int32_t window;  // 0: all
 };
 
+enum Number : int32_t { FLOATS = 0, HALVES = 1, BFLOAT16S = 2 };
+
+// f(zero), of the type of such numbers.
+template <class F>
+inline void as_numbers(int32_t number, const F& f) {
+    if (number == BFLOAT16S) f(bfloat16{});
+    else if (number == HALVES) f(uint16_t{});
+    else f(float{});
+}
+
 struct Model {
     int32_t num_layers, hidden, heads, kv_heads, dim, ffn, vocab;
     int32_t plain_norm;  // LayerNorm without weights instead of RMSNorm
     int32_t qk_norm;
-    int32_t is_embedding_half;
+    int32_t embedding_number;
     float eps, clip_qkv;  // clip_qkv 0: none
-    const void* embedding;  // [vocab, hidden], float or half
+    const void* embedding;  // [vocab, hidden]
     const float* norm;
     Linear head;
     const Layer* layers;
 };
-
-enum Number : int32_t { FLOATS = 0, HALVES = 1, BFLOAT16S = 2 };
 
 struct Cache {
     void* data;  // [layers, 2, kv_heads, blocks, block_size, dim]

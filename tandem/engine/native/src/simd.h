@@ -27,6 +27,9 @@ constexpr int PANEL = 16;
 
 constexpr int CACHE_LINE = 64;  // bytes
 
+// A number in bfloat16: a float's upper half.
+struct bfloat16 { uint16_t bits; };
+
 inline int divide_up(int n, int by) { return (n + by - 1) / by; }
 inline int round_up(int n, int multiple) { return divide_up(n, multiple) * multiple; }
 
@@ -63,6 +66,10 @@ inline f8 load_bytes(const int8_t* p) {
 }
 inline f8 load_half(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+inline f8 load(const bfloat16* p) {
+    const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16))};
 }
 inline void store(uint16_t* p, f8 a) {
     const __m128i halves = _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -115,6 +122,14 @@ inline float half_to_float(uint16_t h) {
     return f;
 }
 inline f8 load_half(const uint16_t* p) { TANDEM_EACH(half_to_float(p[i])); }
+inline f8 load(const bfloat16* p) {
+    f8 r;
+    for (int i = 0; i < LANES; i++) {
+        const uint32_t bits = uint32_t(p[i].bits) << 16;
+        std::memcpy(&r.v[i], &bits, sizeof bits);
+    }
+    return r;
+}
 inline uint16_t float_to_half(float f) {
     uint32_t bits;
     std::memcpy(&bits, &f, sizeof bits);
@@ -211,6 +226,10 @@ inline p16 load16(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline p16 load16(const uint16_t* p) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+inline p16 load16(const bfloat16* p) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))};
+}
 inline p16 load16(const int8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -265,6 +284,7 @@ struct p16 { f8 lo, hi; };
 struct b16 { f8 v; };
 inline p16 load16(const float* p) { return {load(p), load(p + LANES)}; }
 inline p16 load16(const uint16_t* p) { return {load_half(p), load_half(p + LANES)}; }
+inline p16 load16(const bfloat16* p) { return {load(p), load(p + LANES)}; }
 inline p16 load16(const int8_t* p) { return {load_bytes(p), load_bytes(p + LANES)}; }
 inline void store16(float* p, p16 a) { store(p, a.lo), store(p + LANES, a.hi); }
 inline p16 zero16() { return {zero(), zero()}; }
