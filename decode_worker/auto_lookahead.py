@@ -26,7 +26,7 @@ from decode_worker.race import Race
 from decode_worker.sequence import DecodeSequence
 from decode_worker.step_costs import MAX_ACCEPTANCE, Division, StepCosts
 
-PRIOR_ACCEPTANCE = 0.7
+PRIOR_ACCEPTANCE = 0.7  # before anything was judged, and forgotten rates come back to it
 MEMORY = 64.0  # draft tokens of a sequence that count; older ones fade
 PRIOR_WEIGHT = 8.0  # draft tokens that the worker's own rate counts for in a new sequence
 SMOOTHING = 0.02  # of the newest draft token in the worker's rate
@@ -47,7 +47,8 @@ def _nothing(_: DecodeSequence) -> int:
 
 
 class AutoLookahead:
-    """Reads `costs`, which somebody keeps up to date, and how much its draft has `unread` of a sequence."""
+    """Reads `costs`, which somebody keeps up to date, and how much its draft has `unread` of a sequence;
+    tokens are accepted at the `prior` rate until it is known better."""
 
     def __init__(
         self,
@@ -56,10 +57,11 @@ class AutoLookahead:
         unread: Callable[[DecodeSequence], int] = _nothing,
         *,
         has_confidence: bool = False,
+        prior: float = PRIOR_ACCEPTANCE,
     ) -> None:
         self.worth = 0.0
         self.patience = PATIENCE
-        self.acceptance = PRIOR_ACCEPTANCE
+        self.acceptance = self._prior = prior
         self._costs = costs
         self._most = most
         self._unread = unread
@@ -109,7 +111,7 @@ class AutoLookahead:
         if not self._is_drafting:
             self._plan_age += num_steps - 1
             self._probe.pass_by(num_steps)
-            self.acceptance += num_steps * FORGET * max(PRIOR_ACCEPTANCE - self.acceptance, 0.0)
+            self.acceptance += num_steps * FORGET * max(self._prior - self.acceptance, 0.0)
 
     def _learn_acceptance(self, outcome: StepOutcome) -> None:
         for sequence, advance in zip(outcome.sequences, outcome.advances, strict=True):

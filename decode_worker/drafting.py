@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decode_worker.auto_lookahead import AutoLookahead
+from decode_worker.auto_lookahead import PRIOR_ACCEPTANCE, AutoLookahead
 from decode_worker.decoder import Decoder, PlainDecoder
 from decode_worker.drafts.draft import Draft
 from decode_worker.drafts.model import ModelDraft
@@ -16,6 +16,7 @@ from tandem.engine.costs import measure_costs
 from tandem.engine.loading import Engine
 from tandem.engine.model_runner import ModelRunner
 
+OWN_WEIGHTS_PRIOR = 0.9  # of guesses by the target itself in fewer bits, so many are accepted at least
 DEEP = 5  # a guess of so many tokens, beside one of a single token, tells forwards from what each guess costs
 
 
@@ -47,6 +48,8 @@ def _draft_costs(draft: ModelRunner | None) -> DraftCosts | None:
 def _lookahead(config: SpeculationConfig, costs: StepCosts, draft: Draft) -> Lookahead:
     if not config.num_assistant_tokens:
         knows = config.draft != "ngram"
-        return AutoLookahead(config.max_assistant_tokens, costs, draft.num_unread, has_confidence=knows)
+        prior = OWN_WEIGHTS_PRIOR if isinstance(draft, SharedDraft) else PRIOR_ACCEPTANCE
+        most = config.max_assistant_tokens
+        return AutoLookahead(most, costs, draft.num_unread, has_confidence=knows, prior=prior)
     is_heuristic = config.num_assistant_tokens_schedule == "heuristic"
     return HeuristicLookahead(config) if is_heuristic else ConstantLookahead(config)

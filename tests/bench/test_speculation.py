@@ -279,7 +279,9 @@ def test_goals_are_those_of_the_target_that_was_asked_for() -> None:
 
 def test_goals_tell_the_grown_draft_from_the_small_one() -> None:
     row = replace(ROW, pair=small_draft("111m"), batch=4, speedup=Spread(1.5, 1.4, 1.6))
-    assert [goal.what for goal in goals(results_of(row), "111m", "none")] == ["111m, raw draft, batch 4, best k"]
+    assert [goal.what for goal in goals(results_of(row), "111m", "none")] == [
+        "111m, raw draft, batch 4, best k"
+    ]
 
 
 def test_results_are_shown_and_written(tmp_path) -> None:

@@ -79,6 +79,20 @@ def test_a_draft_that_knows_how_sure_it_is_goes_as_far_as_that_pays() -> None:
     assert (without.counts([greedy]), without.worth) == ([planned], 0.0)
 
 
+def test_a_draft_known_to_agree_starts_where_another_would_have_to_show_it() -> None:
+    """Half as dear as the target: it pays from an acceptance of 0.8 on."""
+    costs = costs_of(ForwardCosts((1, 64), (1.0, 4.0)), ForwardCosts((1, 64), (0.6, 0.6)))
+    assert AutoLookahead(8, costs).counts([Sequence()]) == [0]
+    sure = AutoLookahead(8, costs, prior=0.9)
+    assert sure.counts([Sequence()])[0] >= 1
+    for _ in range(40):
+        tell(sure, (Sequence(), 1, 0))
+    assert sure.counts([Sequence()]) == [0]
+    for _ in range(2000):
+        tell(sure, (Sequence(), 0, 0))
+    assert 0.85 < sure.acceptance <= 0.9
+
+
 def test_one_more_token_is_worth_its_forward_and_its_row() -> None:
     """By hand: two sequences, rows of 0.2 s each, a forward of the draft 0.3 s, tokens of 0.5 s each."""
     costs = costs_of(ForwardCosts((1, 64), (1.0, 13.6)), ForwardCosts((1, 64), (0.3, 0.3)))
