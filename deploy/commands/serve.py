@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     Service = EmbeddedService | RayService
 
+BF16_ISA = "avx512bf16"  # whose processors multiply bfloat16 twice as fast as floats
 TRY_PROMPT = "def fibonacci(n):"
 TRY_TOKENS = 64
 
@@ -68,7 +69,7 @@ async def _serve(
     err.print(f"starting [bold]{config.model.served_name}[/]: router + store, prefill, decode …")
     start = _ray_service if on_ray else partial(_embedded_service, err=err)
     async with start(config, num_prefill, num_decode, log_level) as service:
-        _say_serving(service, time.monotonic() - began_s, err)
+        say_serving(service, time.monotonic() - began_s, err)
         if as_json:
             print(json.dumps(_facts(service)), flush=True)
         if try_prompt:
@@ -125,12 +126,17 @@ def _facts(service: Service) -> dict[str, Any]:
     }
 
 
-def _say_serving(service: Service, took_s: float, err: Console) -> None:
+def say_serving(service: Service, took_s: float, err: Console) -> None:
+    """Where it listens, what computes, and what would compute faster here."""
     err.print(f"serving on [bold]{service.address}[/] (gRPC), ready in {took_s:.1f} s")
     if service.http_address:
         err.print(f"       and [bold]{service.base_url}[/] (OpenAI API)")
-    for worker, kernels in getattr(service, "kernels", {}).items():
+    found = getattr(service, "kernels", {})
+    for worker, kernels in found.items():
         err.print(f"[dim]{worker}: {kernels}[/]")
+    multiplies_bf16 = any(f"kernels for {BF16_ISA}" in kernels for kernels in found.values())
+    if multiplies_bf16 and service.config.model.quantization == "none":
+        err.print("[dim]with --quantization bf16 prompts are read 1.7 times as fast here[/]")
 
 
 def _say_next(service: Service, err: Console) -> None:
