@@ -33,7 +33,7 @@ SMOOTHING = 0.02  # of the newest draft token in the worker's rate
 START_GAIN = 1.08  # drafting starts if it promises this much over plain decoding,
 STOP_GAIN = 1.0  # and ends when it promises no more than this
 CALIBRATE_EVERY = 64  # among so many drafting steps
-CALIBRATE_AT = (6, 12)  # these are plain ones: they show what plain decoding costs now
+CALIBRATE_AT = (6, 7, 8)  # these are plain ones: they show what plain decoding costs now (race.py)
 PAUSE = 128  # plain steps after drafting has lost the race; doubles each time
 MAX_PAUSE = 4096
 PLAN_STEPS = 16  # a division of the rows is used for so many, while the batch stays the same
@@ -102,7 +102,7 @@ class AutoLookahead:
             self._pass_by(outcome.num_steps)
         if outcome.draft_s and not is_drafting:
             return  # the draft was asked and is still reading: neither kind of step
-        seconds = (outcome.draft_s + outcome.verify_s) / self._costs.pace
+        seconds = outcome.draft_s + outcome.verify_s
         self._race.note(len(outcome.advances), is_drafting, outcome.num_tokens, seconds)
 
     def _pass_by(self, num_steps: int) -> None:

@@ -47,11 +47,6 @@ class StepCosts:
         self._draft_start_s = draft.start_s if draft else 0.0
         self._rows_each = 0.0  # of a sequence that drafts, of late; 0 while none has
 
-    @property
-    def pace(self) -> float:
-        """How slow the machine is now: forwards of the target beside what they once took."""
-        return self._target.pace
-
     def plain_s(self, num_sequences: int) -> float:
         """Seconds of a plain step."""
         return self._target.at(num_sequences)

@@ -278,10 +278,15 @@ def test_a_draft_that_is_always_wrong_never_pays_whatever_costs_seem_to_be() -> 
 
 def test_steps_in_which_the_draft_only_reads_are_no_plain_ones_to_race_against() -> None:
     lookahead, running = auto(8, FLAT, CHEAP), [Sequence(left=10**6)]
-    lookahead.observe(StepOutcome(running, [Advance([SampledToken(1)])], 9.0, 1.0))  # read for nine seconds
-    assert lookahead._race._sides[0][0] == 0
-    lookahead.observe(StepOutcome(running, [Advance([SampledToken(1)])], 0.0, 1.0))
-    assert lookahead._race._sides[0][0] == 1
+    drafted = Advance([SampledToken(1)] * 2, num_drafted=1, num_accepted=1)
+    for _ in range(20):
+        lookahead.observe(StepOutcome(running, [drafted], 0.5, 1.0))
+    for _ in range(3):  # read for nine seconds
+        lookahead.observe(StepOutcome(running, [Advance([SampledToken(1)])], 9.0, 1.0))
+    assert lookahead._race.gain is None
+    for _ in range(2):
+        lookahead.observe(StepOutcome(running, [Advance([SampledToken(1)])], 0.0, 1.0))
+    assert lookahead._race.gain == pytest.approx(2 / 1.5)
 
 
 def test_the_heuristic_is_that_of_transformers() -> None:
@@ -371,6 +376,22 @@ def test_drafting_that_loses_the_race_pauses_ever_longer() -> None:
         lookahead.observe(StepOutcome(running, [advance], 0.0, slow_s))
     assert len(drafting) < 0.1 * 20 * PAUSE
     assert drafting[-1] - drafting[0] > PAUSE  # it was tried again
+
+
+def test_a_plain_step_that_the_draft_made_slow_is_no_news_of_plain_decoding() -> None:
+    """Forwards that follow the draft find its weights in the caches, and drafting at 0.8 of plain decoding
+    loses, though it would win against a plain step among its own."""
+    costs = costs_of(ForwardCosts((1, 2, 64), (1.0, 1.02, 30.0)), CHEAP)
+    lookahead, running, drafting = AutoLookahead(1, costs), [Sequence(left=10**6)], []
+    for step in range(40 * PAUSE):
+        depth = lookahead.counts(running)[0]
+        is_cold = bool(depth) or drafting[-1:] == [step - 1]
+        drafting += [step] if depth else []
+        advance = Advance([SampledToken(1)] * (1 + depth), num_drafted=depth, num_accepted=depth)
+        outcome = StepOutcome(running, [advance], 0.05 * depth, 2.45 if is_cold else 1.0)
+        costs.observe(outcome)
+        lookahead.observe(outcome)
+    assert len(drafting) < 0.1 * 40 * PAUSE
 
 
 def test_drafting_that_wins_goes_on() -> None:
