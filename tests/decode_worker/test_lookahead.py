@@ -80,7 +80,7 @@ def test_a_draft_that_knows_how_sure_it_is_goes_as_far_as_that_pays() -> None:
 
 
 def test_a_draft_known_to_agree_starts_where_another_would_have_to_show_it() -> None:
-    """Half as dear as the target: it pays from an acceptance of 0.8 on."""
+    """Six tenths as dear as the target."""
     costs = costs_of(ForwardCosts((1, 64), (1.0, 4.0)), ForwardCosts((1, 64), (0.6, 0.6)))
     assert AutoLookahead(8, costs).counts([Sequence()]) == [0]
     sure = AutoLookahead(8, costs, prior=0.9)
