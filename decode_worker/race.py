@@ -45,4 +45,4 @@ class Race:
     def _clear(self) -> None:
         self._drafting = [0.0, 0.0, 0.0]  # steps, tokens per sequence, seconds
         self._num_plain = 0  # since the last drafting one
-        self._gain = self._weight = 0.0
+        self._gain, self._weight = 0.0, 0.0
