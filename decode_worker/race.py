@@ -20,6 +20,11 @@ class Race:
         self._num_sequences = 0
         self._clear()
 
+    def _clear(self) -> None:
+        self._drafting = [0.0, 0.0, 0.0]  # steps, tokens per sequence, seconds
+        self._num_plain = 0  # since the last drafting one
+        self._gain = self._weight = 0.0
+
     def note(self, num_sequences: int, is_drafting: bool, num_tokens: int, seconds: float) -> None:
         """One step of this many sequences."""
         low, high = sorted((max(self._num_sequences, 1), num_sequences))
@@ -41,8 +46,3 @@ class Race:
     def gain(self) -> float | None:
         """None before both kinds have shown theirs."""
         return self._gain if self._drafting[0] >= MIN_STEPS and self._weight else None
-
-    def _clear(self) -> None:
-        self._drafting = [0.0, 0.0, 0.0]  # steps, tokens per sequence, seconds
-        self._num_plain = 0  # since the last drafting one
-        self._gain, self._weight = 0.0, 0.0
