@@ -39,7 +39,7 @@ class Rig:
     def traffic(self) -> Traffic:
         """With the weights as this machine keeps them."""
         kernels = (choice.kernel for choice in self.runner.linear_report().values())
-        halves = all("16" in kernel for kernel in kernels)
+        halves = all("fp16" in kernel or "bf16" in kernel for kernel in kernels)
         width = 2 if halves else DTYPE_BYTES[self.dtype]
         return Traffic(self.runner.geometry, width, self.dtype)
 

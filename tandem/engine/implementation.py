@@ -1,10 +1,8 @@
 """What would run a checkpoint's forward on this machine, found out without loading torch.
 
-`native`: own C++ kernels (Llama family, float32 activations on a CPU, KV in float32 or float16). `lean`: the
-same architectures by torch, with KV of any dtype. `transformers`: its own modules, for everything else. Their
-KV differs in the last bits, so all workers of a service use one; `settle` fixes it before they start. Where
-prefill and decode hold KV in different dtypes nothing is exact to the last bit, and each side takes what
-suits it.
+`native`: own C++ kernels (Llama family, float32 activations on a CPU). `lean`: the same architectures by
+torch. `transformers`: its own modules, for everything else. Their KV differs in the last bits, so all workers
+of a service use one; `settle` fixes it before they start.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ namespace tandem {
 struct Pair { uint32_t bits; };  // the one with the even index in the lower half
 constexpr uint32_t ODD = 0xffff0000u;
 
-// The nearest one (to even). What is too small for a normal float becomes zero, as by the instruction.
+// The nearest bfloat16 (to even). What is too small for a normal float becomes zero, as by the instruction.
 inline bfloat16 to_bfloat16(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
