@@ -1,10 +1,16 @@
-"""Prefill and decode on the cores of one machine: what sharing them brings. Part of `tandem bench split`.
+"""Prefill and decode on the cores of one machine: what long prompts cost those who read. Part of
+`tandem bench split`.
 
-Three services take turns at the same work, round by round:
+Five services take turns at the same work, round by round. Prefill and decode apart:
 
     shared  workers that compute together split the cores, one that computes alone has them all (the default)
     halves  half of the cores' number of threads each, always
     all     as many threads as cores each, always, wherever the machine runs them
+
+and together, on one worker with as many threads as cores:
+
+    chunks  prompts between steps in chunks that take about 30 ms
+    whole   prompts between steps in one piece
 
 The work: a batch of sequences while no prompt comes; a long prompt while nothing is decoded; and the same
 batch while one long prompt after the other comes, where the gaps between tokens show what prompts cost those
@@ -35,6 +41,7 @@ PROMPT_TOKENS, OUTPUT_TOKENS = 96, 192
 LONG_TOKENS = 1536
 PROMPT_CODES = range(7, 251)  # token ids that any vocabulary has
 ROUNDS = 5
+UNCHUNKED: Mapping[str, Any] = {"prefill_tokens": 1 << 14, "stall_s": 1e6}
 PLAIN: Mapping[str, Any] = {"speculation": {"draft": "none"}}
 
 
@@ -70,7 +77,14 @@ def modes(cores: int) -> dict[str, dict[str, Any]]:
         "shared": {},
         "halves": _threads(max(cores // 2, 1)),
         "all": _threads(cores),
+        "chunks": together(cores),
+        "whole": together(cores, **UNCHUNKED),
     }
+
+
+def together(threads: int, **decode: Any) -> dict[str, Any]:
+    """Settings of a service that computes prompts between the steps of its decode worker."""
+    return {"router": {"disaggregate": "never"}, "decode": {"threads": threads, **decode}}
 
 
 def measure(models: Mapping[str, Any] | None = None) -> list[Row]:
@@ -78,7 +92,7 @@ def measure(models: Mapping[str, Any] | None = None) -> list[Row]:
     arms = modes(len(os.sched_getaffinity(0)))
     with ExitStack() as stack, asyncio.Runner() as runner:
         addresses = {
-            mode: stack.enter_context(serving({**PLAIN, **(models or {}), **values}))
+            mode: stack.enter_context(serving({**(models or {}), **PLAIN, **values}))
             for mode, values in arms.items()
         }
         turns = {mode: partial(_run, runner, address) for mode, address in addresses.items()}

@@ -1,10 +1,11 @@
 """Split against unsplit under a mixed load: `tandem bench split`.
 
-Three services of the bundled model on the same two cores take turns at the same requests: prefill and decode
-on workers that share the cores; everything on one worker of two threads, prompts in chunks between steps; and
-the split whose router keeps a prompt with its decode worker where that costs less. Most prompts are short,
-some are long, arrivals are Poisson. A request is good if its first token and its gaps keep the limits.
-A second table (bench/isolation.py) shows what sharing the cores brings the split.
+Four services of one model on the same two cores take turns at the same requests: prefill and decode on
+workers that share the cores; everything on one worker of two threads, prompts in chunks between steps; the
+split whose router keeps a prompt with its decode worker where that costs less; and the one worker again with
+prompts in one piece, as it was before chunks were thought of. Most prompts are short, some are long, arrivals
+are Poisson. A request is good if its first token and its gaps keep the limits.
+A second table (bench/isolation.py) shows how long tokens wait for prompts, and what sharing cores brings.
 """
 
 from __future__ import annotations
@@ -22,22 +23,26 @@ from typing import Any
 
 from bench import isolation
 from bench.embedded import serving
+from bench.inflate import BUNDLED, inflated_pair
 from bench.measure import Sheet, console, flat, machine, table, write_csv, write_json
 from bench.serve.arrivals import Arrival, Schedule
 from bench.serve.metrics import Slo
 from bench.serve.record import RequestRecord
 from bench.serve.session import LoadTest, Model, Options, Run
 from bench.serve.target import GrpcTarget
+from tandem.quantizations import parse_quantization
 
 MODES: Mapping[str, Mapping[str, Any]] = {
     "split": {"router": {"disaggregate": "always"}},
-    "unsplit": {"router": {"disaggregate": "never"}, "decode": {"threads": 2}},
+    "unsplit": isolation.together(2),
     "auto": {"router": {"disaggregate": "auto"}},
 }
+WITH_WHOLE = {**MODES, "whole": isolation.together(2, **isolation.UNCHUNKED)}
 MIXES = {"few long": "mix:96*9,1536", "many long": "mix:96*2,1536"}  # prompt tokens, by weight
 OUTPUT_TOKENS = "48"
 RATES = (1.0, 3.0, 6.0)  # requests a second
 LIMITS = Slo(ttft_ms=1000, itl_ms=50)
+CALM = ("split", "unsplit", "whole")
 TIGHT, LOOSE = Slo(ttft_ms=500, itl_ms=25), Slo(ttft_ms=2000, itl_ms=100)
 
 
@@ -59,18 +64,28 @@ class Cell:
     of_best: float  # that share over the best mode's
     tight: float  # the share within tighter limits, and within looser ones
     loose: float
+    in_time: float  # the share whose first token keeps its limit
 
 
-def run(seconds: float, rates: Sequence[float], out: Path, as_json: bool) -> dict[str, Any]:
-    """Measure each cell for about so long, show, write; returns the document."""
-    cells = list(measure(seconds, rates))
+def run(
+    shape: str, quantization: str, seconds: float, rates: Sequence[float], out: Path, as_json: bool
+) -> dict[str, Any]:
+    """Measure each cell for about so long, show, write; returns the document.
+
+    Raises `ConfigError` for an unknown shape or quantization.
+    """
+    parse_quantization(quantization)
+    pair = BUNDLED if shape == "raw" else inflated_pair(shape)
+    models = models_of(*pair, quantization)
+    cells = list(measure(seconds, rates, models, modes=WITH_WHOLE))
     shown = console(as_json)
-    for made in (sheet(cells), win_map(cells)):
+    for made in (sheet(cells), win_map(cells), calm(cells)):
         shown.print(table(*made))
-    shared = isolation.measure()
+    shared = isolation.measure(models)
     shown.print(table(*isolation.sheet(shared)))
     rows, cores = [flat(cell) for cell in cells], [flat(row) for row in shared]
-    document = {"machine": machine(2), "limits": dataclasses.asdict(LIMITS), "cells": rows, "cores": cores}
+    asked = {"shape": shape, "quantization": quantization, "limits": dataclasses.asdict(LIMITS)}
+    document = {"machine": machine(2), **asked, "cells": rows, "cores": cores}
     write_json(out / "split.json", document)
     write_csv(out / "split.csv", rows)
     write_csv(out / "cores.csv", cores)
@@ -78,16 +93,26 @@ def run(seconds: float, rates: Sequence[float], out: Path, as_json: bool) -> dic
     return document
 
 
+def models_of(target: Path, draft: Path | None, quantization: str = "none") -> dict[str, Any]:
+    """The part of a configuration that names models."""
+    speculation = {"draft": "model", "draft_path": str(draft)} if draft else {"draft": "none"}
+    return {"model": {"path": str(target), "quantization": quantization}, "speculation": speculation}
+
+
 def measure(
-    seconds: float, rates: Sequence[float], model: Mapping[str, Any] | None = None, deadline_s: float = inf
+    seconds: float,
+    rates: Sequence[float],
+    models: Mapping[str, Any] | None = None,
+    deadline_s: float = inf,
+    modes: Mapping[str, Mapping[str, Any]] = MODES,
 ) -> Iterator[Cell]:
-    """Every mode in each cell, for about so long. `model` is the part of a configuration that names models.
+    """Every mode in each cell, for about so long. `models` is the part of a configuration that names them.
 
     No cell is begun after `deadline_s` on the monotonic clock.
     """
     with ExitStack() as stack, asyncio.Runner() as runner:
         addresses = {
-            mode: stack.enter_context(serving({**values, **(model or {})})) for mode, values in MODES.items()
+            mode: stack.enter_context(serving({**values, **(models or {})})) for mode, values in modes.items()
         }
         for (mix, lengths), rate in itertools.product(MIXES.items(), rates):
             if time.monotonic() < deadline_s:
@@ -135,6 +160,7 @@ def _cell(mix: str, rate: float, mode: str, run: Run, best: float) -> Cell:
         (good or 0.0) / best if best else 1.0,
         _share(TIGHT, run.records),
         _share(LOOSE, run.records),
+        _share(Slo(ttft_ms=LIMITS.ttft_ms), run.records),
     )
 
 
@@ -160,6 +186,7 @@ def sheet(cells: Sequence[Cell]) -> Sheet:
 
 def win_map(cells: Sequence[Cell]) -> Sheet:
     """Who keeps which limits at which load: shares of requests, and which of split and unsplit has more."""
+    modes = dict.fromkeys(cell.mode for cell in cells)
     shares: dict[tuple[str, float, str], dict[str, float]] = {}
     for cell in cells:
         for limits, share in ((TIGHT, cell.tight), (LIMITS, cell.good or 0.0), (LOOSE, cell.loose)):
@@ -167,14 +194,29 @@ def win_map(cells: Sequence[Cell]) -> Sheet:
     rows = [
         (
             *(mix, f"{rate:g}", limits),
-            *(f"{by_mode[mode]:.0%}" for mode in MODES),
+            *(f"{by_mode[mode]:.0%}" for mode in modes),
             _better(by_mode["split"], by_mode["unsplit"]),
             _over(by_mode["auto"], max(by_mode["split"], by_mode["unsplit"])),
         )
         for (mix, rate, limits), by_mode in sorted(shares.items(), key=lambda item: item[0][:2])
     ]
-    columns = ("prompts", "requests/s", "limits", *MODES, "better", "auto over better")
+    columns = ("prompts", "requests/s", "limits", *modes, "better", "auto over better")
     return Sheet("within which limits: where the split wins and where it loses", columns, rows, 3)
+
+
+def calm(cells: Sequence[Cell]) -> Sheet:
+    """What long prompts do to those who read: p99 of gaps, ms, and who gets first tokens in time."""
+    found = {(cell.mix, cell.rate, cell.mode): cell for cell in cells}
+    rows = []
+    for mix, rate in dict.fromkeys((cell.mix, cell.rate) for cell in cells):
+        some = [found[mix, rate, mode] for mode in CALM]
+        split, *_, whole = (cell.itl_p99 for cell in some)
+        over = whole / split if split and whole else None
+        gaps, in_time = (_figure(cell.itl_p99) for cell in some), (f"{cell.in_time:.0%}" for cell in some)
+        rows.append((mix, f"{rate:g}", *gaps, _figure(over), *in_time))
+    asked = f"TTFT ≤ {LIMITS.ttft_ms:g} ms"
+    columns = ("prompts", "requests/s", *(f"ITL p99 {mode}" for mode in CALM), "whole over split")
+    return Sheet("gaps while prompts come", (*columns, *(f"{asked} {mode}" for mode in CALM)), rows, 2)
 
 
 def _said(limits: Slo) -> str:

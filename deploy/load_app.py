@@ -74,10 +74,11 @@ Seconds = Annotated[float, typer.Option(help="Of arrivals in each cell.", min=1)
 GoodputShape = Annotated[
     str, typer.Option(help="Model of the comparison: raw (the bundled one) or 111m with random weights.")
 ]
-OverheadShape = Annotated[
+GrownShape = Annotated[
     str,
     typer.Option(help="The bundled model as it is (raw), or grown to the cost of a larger one (111m, …)."),
 ]
+Weights = Annotated[str, typer.Option("--quantization", help="Kind of the model's weights: bf16, int8, …")]
 VLlmSteps = Annotated[
     list[int] | None,
     typer.Option(
@@ -150,6 +151,8 @@ def _load_test(params: dict[str, Any], with_search: bool, out: Path, as_json: bo
 
 
 def split(
+    shape: GrownShape = "raw",
+    quantization: Weights = "none",
     seconds: Seconds = 12.0,
     rates: Rates = None,
     out: o.Out = Path("bench-results/split"),
@@ -158,7 +161,7 @@ def split(
     """Prefill and decode apart, together, and apart where it pays, under the same mixed load."""
     from bench.split import RATES, run
 
-    document = run(seconds, rates or RATES, out, json_output)
+    document = run(shape, quantization, seconds, rates or RATES, out, json_output)
     if json_output:
         print(json.dumps(document))
 
@@ -199,7 +202,7 @@ def goodput(
 
 
 def overhead(
-    shape: OverheadShape = "raw",
+    shape: GrownShape = "raw",
     rounds: o.Rounds = 5,
     out: o.Out = Path("bench-results/overhead"),
     json_output: o.Json = False,

@@ -8,7 +8,7 @@ from typing import Any
 from bench.eval.experiment import Chart, Findings, Series, Settings
 from bench.eval.models import parameters, target_of
 from bench.inflate import inflated_pair
-from bench.split import LIMITS, MIXES, MODES, OUTPUT_TOKENS, RATES, Cell, measure, sheet, win_map
+from bench.split import LIMITS, MIXES, MODES, OUTPUT_TOKENS, RATES, Cell, measure, models_of, sheet, win_map
 
 NAME = "split"
 TITLE = "Split against unsplit"
@@ -49,8 +49,7 @@ def _models(settings: Settings) -> dict[str, Any]:
     target, draft = settings.target, settings.draft
     if target is None:
         target, draft = inflated_pair(settings.shape)
-    speculation = {"draft": "model", "draft_path": str(draft)} if draft else {"draft": "none"}
-    return {"model": {"path": str(target)}, "speculation": speculation}
+    return models_of(target, draft)
 
 
 def verdict(cells: Sequence[Cell], mode: str) -> str:

@@ -12,7 +12,9 @@ from tests.bench.eval.files import written
 
 
 def cell(mix: str, rate: float, mode: str, good: float | None) -> split.Cell:
-    return split.Cell(mix, rate, mode, 9, 1.0, None, 2.0, None, 50.0, 1.0, good, 1.0, (good or 0.0) / 2, 1.0)
+    return split.Cell(
+        mix, rate, mode, 9, 1.0, None, 2.0, None, 50.0, 1.0, good, 1.0, (good or 0.0) / 2, *(1.0, 1.0)
+    )
 
 
 def test_split_against_unsplit(settings, tmp_path, monkeypatch) -> None:
@@ -31,7 +33,7 @@ def test_split_against_unsplit(settings, tmp_path, monkeypatch) -> None:
     assert seconds == pytest.approx(0.6 * 60 / 18, rel=0.01)
     assert deadline_s == chosen.deadline_s
     assert models["speculation"] == {"draft": "model", "draft_path": str(settings.draft)}
-    assert models["model"] == {"path": str(settings.target)}
+    assert models["model"] == {"path": str(settings.target), "quantization": "none"}
     assert found.remarks[1].startswith(
         f"Good requests: split against unsplit loses with {few} at 1/s (40% against 50%), {many} at 1/s"
     )
