@@ -87,6 +87,7 @@ def verify(
     server: Verified = None,
     model: o.Model = None,
     draft: o.Draft = None,
+    device: o.Device = "cpu",
     dtype: o.Dtype = "float32",
     quantization: o.Quantization = "none",
     config: o.ConfigFile = None,

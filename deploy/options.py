@@ -32,6 +32,7 @@ Version = Annotated[
     bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Device = Annotated[str, typer.Option(help="What computes: cpu, cuda, or one of several GPUs as cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="Precision of activations and KV: float32, bfloat16 or float16.")]
 Quantization = Annotated[
     str,
@@ -136,7 +137,6 @@ PeerShape = Annotated[
 ]
 Full = Annotated[bool, typer.Option("--full", help="Every combination: hours instead of minutes.")]
 LongPrompts = Annotated[bool, typer.Option("--full", help="Prompts up to 32,768 tokens, and more memory.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Only = Annotated[
     list[str] | None,
     typer.Option(

@@ -24,6 +24,7 @@ def load_config(
     *,
     model: str | None = None,
     draft: str | None = None,
+    device: str = "cpu",
     dtype: str = "float32",
     quantization: str = "none",
     draft_quantization: str = "auto",
@@ -32,6 +33,7 @@ def load_config(
     http_port: int | None = None,
     policy: str = "least-loaded",
     batch_dir: Path | None = None,
+    changes: Mapping[str, Any] | None = None,
     named: Collection[str] = (),
     **security: Path | bool | None,
 ) -> ClusterConfig:
@@ -39,6 +41,7 @@ def load_config(
 
     Options in `named` were given: they count more than the file, as do a model, a draft, a folder and what
     is set in `security` (fields of `SecurityConfig`). Others are defaults for what the file leaves out.
+    `changes`, which look as the file does, count most.
     """
     values = _read(file) if file else {}
     names = ("model", "router", "speculation", "batches", "security")
@@ -46,7 +49,7 @@ def load_config(
     _choose(chosen, speculation, model, draft)
     router_options = {"host": host, "port": port, "http_port": http_port, "policy": policy}
     for section, options in (
-        (chosen, {"dtype": dtype, "quantization": quantization}),
+        (chosen, {"device": device, "dtype": dtype, "quantization": quantization}),
         (speculation, {"draft_quantization": draft_quantization}),
         (router, router_options),
     ):
@@ -54,7 +57,7 @@ def load_config(
     if batch_dir is not None:
         batches["dir"] = str(batch_dir.resolve())
     guarded |= {name: value for name, value in security.items() if value}
-    return settle(ClusterConfig.from_dict(values))
+    return settle(ClusterConfig.from_dict(_merged(values, changes or {})))
 
 
 def config_of(file: Path | None, options: Mapping[str, Any], named: Collection[str] = ()) -> ClusterConfig:
@@ -104,6 +107,15 @@ def _read(file: Path) -> dict[str, Any]:
     if values is not None and not isinstance(values, dict):
         raise ConfigError(f"{file} must hold a mapping of settings")
     return {name: section for name, section in (values or {}).items() if section is not None}
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` with `changes` laid over it, section by section."""
+    merged = dict(values)
+    for key, change in changes.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, change) if isinstance(old, dict) and isinstance(change, dict) else change
+    return merged
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:

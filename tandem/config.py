@@ -1,7 +1,7 @@
 """One tree of frozen settings, checked when built. Values found out at run time live elsewhere.
 
 ClusterConfig
-├── model     ModelConfig      which checkpoint, in which precision
+├── model     ModelConfig      which checkpoint, in which precision, where it computes
 ├── cache     CacheConfig      block size and memory budgets
 ├── prefill   PrefillConfig    batching of prompts
 ├── decode    DecodeConfig     batching of outputs
@@ -29,6 +29,9 @@ from tandem.config_door import InternalConfig as InternalConfig
 from tandem.config_door import RouterConfig as RouterConfig
 from tandem.config_door import SecurityConfig as SecurityConfig
 from tandem.config_index import IndexConfig as IndexConfig
+from tandem.config_model import BUNDLED_MODELS as BUNDLED_MODELS
+from tandem.config_model import IMPLEMENTATIONS as IMPLEMENTATIONS
+from tandem.config_model import ModelConfig as ModelConfig
 from tandem.config_profile import ProfileConfig as ProfileConfig
 from tandem.config_values import build, check, check_positive
 from tandem.geometry import DTYPE_BYTES, KV_CODECS
@@ -37,39 +40,6 @@ from tandem.quantizations import AUTO, CODED, FOUR_BITS, natural_kv_dtype, parse
 
 MIB = 1 << 20
 DRAFTS = ("none", "ngram", "model", "self", "qspec")
-IMPLEMENTATIONS = ("auto", "native", "lean", "transformers")
-BUNDLED_MODELS = Path(__file__).parent / "models"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ModelConfig:
-    """Which checkpoint to serve. `path` is a folder; the hub is asked only by `deploy`."""
-
-    path: Path = BUNDLED_MODELS / "target"
-    name: str = ""  # what clients call it; the folder's name by default
-    dtype: str = "float32"  # of activations, and of KV unless `cache` says otherwise
-    implementation: str = "auto"  # auto | native | lean | transformers (tandem.engine.implementation)
-    quantization: str = "none"  # of linear weights (tandem.quantizations); the output head stays whole
-    linear: str = "auto"  # auto | fp32 | fp16: storage of linear weights on a CPU (tandem.engine.linear)
-
-    def __post_init__(self) -> None:
-        check(
-            self.dtype in DTYPE_BYTES,
-            f"model dtype must be one of {', '.join(DTYPE_BYTES)}, not {self.dtype}",
-        )
-        check(
-            self.implementation in IMPLEMENTATIONS,
-            f"model implementation must be one of {', '.join(IMPLEMENTATIONS)}, not {self.implementation}",
-        )
-        parse_quantization(self.quantization)
-        check(
-            self.linear in ("auto", "fp32", "fp16"),
-            f"model linear must be auto, fp32 or fp16, not {self.linear}",
-        )
-
-    @property
-    def served_name(self) -> str:
-        return self.name or ("tandem-8m" if self.path == BUNDLED_MODELS / "target" else self.path.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

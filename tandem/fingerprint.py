@@ -18,15 +18,16 @@ SAMPLE_BYTES = 4096
 
 
 def model_fingerprint(config: ClusterConfig) -> bytes:
-    """SHA-256 over settings, tokenizer, weights, what runs them, dtypes, KV layout and codec, block size.
+    """SHA-256 over settings, tokenizer, weights, what runs them on which kind of device, dtypes, KV layout
+    and codec, block size.
 
     Weights count by their size, their header and 64 evenly spread samples of 4 KiB, so that a
     checkpoint of many gigabytes is named in milliseconds.
     """
     model, held = config.model, config.kv_dtypes
-    storage = f"{model.dtype}|{model.implementation}|{model.linear}|{model.quantization}"
+    storage = f"{model.dtype}|{model.implementation}|{model.linear}|{model.quantization}|{model.device_type}"
     digest = hashlib.sha256(
-        f"v6|{storage}|{config.cache.block_size}|{KV_LAYOUT}|{config.kvstore.codec}"
+        f"v7|{storage}|{config.cache.block_size}|{KV_LAYOUT}|{config.kvstore.codec}"
         f"|{held.prefill}|{held.decode}".encode()
     )
     digest.update(checkpoint_digest(config.model.path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,18 +50,16 @@ class AppArgs(BaseModel):
 
     def config_tree(self) -> ClusterConfig:
         """The service's settings. Raises `ConfigError`."""
-        config = load_config(
+        return load_config(
             self.config,
             model=self.model,
             draft=self.draft,
             host=self.host,
             port=self.port,
             http_port=self.http_port,
+            changes=self.engine_kwargs,
             named=self.model_fields_set,
         )
-        if not self.engine_kwargs:
-            return config
-        return ClusterConfig.from_dict(_merged(json.loads(config.to_json()), self.engine_kwargs))
 
     def check(self, config: ClusterConfig) -> None:
         """Raise `ConfigError` for a network that others could listen in on, unless that is wanted, and for a
@@ -75,12 +72,3 @@ class AppArgs(BaseModel):
                 "set engine_kwargs.internal.tls_cert, tls_key and tls_ca (SECURITY.md), or keep that network "
                 "to yourself and set engine_kwargs.security.insecure: true"
             )
-
-
-def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`values` with `changes` laid over it, section by section."""
-    merged = dict(values)
-    for key, change in changes.items():
-        old = merged.get(key)
-        merged[key] = _merged(old, change) if isinstance(old, dict) and isinstance(change, dict) else change
-    return merged

@@ -35,14 +35,17 @@ def mark(group: str) -> str:
 
 
 def on_several_nodes(args: AppArgs, gpus_per_worker: float = 0) -> AppArgs:
-    """The same service, with each kind of worker on the nodes marked for it."""
+    """The same service, with each kind of worker on the nodes marked for it, and on GPUs if it gets any."""
     sides: dict[str, Any] = {}
     for group in GROUPS:
         actor: dict[str, Any] = {"num_cpus": 1, "resources": {mark(group): SHARE}}
         if gpus_per_worker:
             actor["num_gpus"] = gpus_per_worker
         sides[f"{group}_config"] = {"deployment_config": {"ray_actor_options": actor}}
-    several = {"host": "0.0.0.0", "network": "node", "engine_kwargs": {"security": {"insecure": True}}}
+    settings: dict[str, Any] = {"security": {"insecure": True}}
+    if gpus_per_worker:
+        settings["model"] = {"device": "cuda"}
+    several = {"host": "0.0.0.0", "network": "node", "engine_kwargs": settings}
     return AppArgs.model_validate({**args.model_dump(exclude_defaults=True), **several, **sides})
 
 

@@ -71,7 +71,7 @@ def settings_of(options: dict[str, Any]) -> ClusterConfig | None:
     """Of the service to start; None if a running one is named."""
     if options["server"]:
         return None
-    named = ("model", "draft", "dtype", "quantization", "draft_quantization")
+    named = ("model", "draft", "device", "dtype", "quantization", "draft_quantization")
     return load_config(None, **{name: options[name] for name in named})
 
 

@@ -107,7 +107,7 @@ def service_of(options: dict[str, Any]) -> Any:
         return Service(access, None, path)
     from deploy.settings import load_config
 
-    named = ("model", "draft", "dtype", "quantization", "draft_quantization")
+    named = ("model", "draft", "device", "dtype", "quantization", "draft_quantization")
     config = load_config(None, **{name: options[name] for name in named})
     return Service(access, config, config.model.path)
 

@@ -35,7 +35,17 @@ def _parts(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Any
     """The options by what they are about: the service, lines that are prompts only, limits."""
     from tandem.offline.runner import Limits
 
-    named = ("server", "model", "draft", "dtype", "quantization", "draft_quantization", "queue", "name")
+    named = (
+        "server",
+        "model",
+        "draft",
+        "device",
+        "dtype",
+        "quantization",
+        "draft_quantization",
+        "queue",
+        "name",
+    )
     files = {name: str(options[name].resolve()) if options[name] else None for name in o.FILES}
     defaults = {name: options[name] for name in ("max_tokens", "temperature")}
     limits = Limits(options["max_in_flight"], options["max_attempts"], options["patience"])
@@ -70,6 +80,7 @@ def submit(
     tls_key: o.TlsKey = None,
     model: o.Model = None,
     draft: o.Draft = None,
+    device: o.Device = "cpu",
     dtype: o.Dtype = "float32",
     quantization: o.Quantization = "none",
     draft_quantization: o.DraftQuantization = "auto",
@@ -103,6 +114,7 @@ def resume(
     tls_key: o.TlsKey = None,
     model: o.Model = None,
     draft: o.Draft = None,
+    device: o.Device = "cpu",
     dtype: o.Dtype = "float32",
     quantization: o.Quantization = "none",
     draft_quantization: o.DraftQuantization = "auto",
@@ -133,6 +145,7 @@ def work(
     tls_key: o.TlsKey = None,
     model: o.Model = None,
     draft: o.Draft = None,
+    device: o.Device = "cpu",
     dtype: o.Dtype = "float32",
     quantization: o.Quantization = "none",
     draft_quantization: o.DraftQuantization = "auto",

@@ -76,13 +76,13 @@ def load_decoder(
     return TransformersDecoder.load(path, dtype, storage, device, reason)
 
 
-def best_for_draft(path: Path, implementation: str, dtype: str) -> str:
+def best_for_draft(path: Path, implementation: str, dtype: str, device: str = "cpu") -> str:
     """The quantization with which a draft model is fastest and agrees about as often: eight bits, activations
     too, where own kernels run it; as it comes elsewhere, and if it is quantized already."""
     raw = read_config(path)
     if quantization_of(raw) is not None:
         return "none"
-    name, _ = choose(path, raw, implementation, dtype, "cpu")
+    name, _ = choose(path, raw, implementation, dtype, torch.device(device).type)
     return AUTO_DRAFT if name == "native" else "none"
 
 

@@ -56,5 +56,5 @@ def settle(config: ClusterConfig) -> ClusterConfig:
     model = config.model
     if model.implementation != "auto":
         return config
-    name, _ = choose(model.path, read_config(model.path), "auto", model.dtype, "cpu")
+    name, _ = choose(model.path, read_config(model.path), "auto", model.dtype, model.device_type)
     return replace(config, model=replace(model, implementation=name))

@@ -77,6 +77,7 @@ def load_engine(
     Raises `ConfigError` if a checkpoint is unusable or the budget is smaller than one block.
     """
     torch.set_num_threads(threads or 1)
+    check_device(config.model.device)
     natural = natural_kv_dtype(*parse_quantization(config.model.quantization), config.model.dtype)
     held = natural if kv_dtype == "auto" else kv_dtype
     block_bytes = _block_bytes(config, config.model.path, held)
@@ -95,6 +96,17 @@ def load_engine(
     return Engine(model, pool, num_blocks, block_bytes, drafting)
 
 
+def check_device(name: str) -> None:
+    """Raise `ConfigError` unless torch can compute on it here."""
+    device = torch.device(name)
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise ConfigError(
+            f"model device {name}: torch {torch.__version__} finds {found or 'no'} GPUs here; "
+            "install a torch that is built for yours, or set model.device: cpu"
+        )
+
+
 def _draft(
     config: ClusterConfig, target: ModelRunner, path: Path | None, num_blocks: int, kv_dtype: str
 ) -> ModelRunner | None:
@@ -103,7 +115,8 @@ def _draft(
     name = speculation.draft_quantization
     if path is not None:
         if name == AUTO:
-            name = best_for_draft(path, _implementation(config, path), config.model.dtype)
+            where = config.model.dtype, config.model.device
+            name = best_for_draft(path, _implementation(config, path), *where)
         model = _load(config, path, num_blocks, kv_dtype, name)
         model.warm_up()
         return model
@@ -150,6 +163,7 @@ def _load(
         is_draft=bool(self_draft_bits),
         num_blocks=num_blocks,
         block_size=config.cache.block_size,
+        device=config.model.device,
     )
     if bits != ACTIVATION_BITS and model.implementation != "native":
         raise ConfigError(

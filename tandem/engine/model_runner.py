@@ -145,7 +145,10 @@ class ModelRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> torch.Tensor:
         """Fill the cache with the batch's rows; `[num_logits_rows, vocab]` float32 of the rows asked for."""
-        return self._model.forward(batch, self.cache).float()
+        logits = self._model.forward(batch, self.cache).float()
+        if logits.is_cuda:
+            torch.cuda.synchronize(logits.device)  # what a forward takes is measured around it
+        return logits
 
     @_labelled
     def choose(

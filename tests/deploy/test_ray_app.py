@@ -61,6 +61,8 @@ def test_settings_come_from_a_file_and_in_place(tmp_path):
     file.write_text("cache: {block_size: 32}\nrouter: {max_queue: 7, port: 1234}\n")
     tree = AppArgs(config=file, engine_kwargs={"router": {"max_queue": 9}}).config_tree()
     assert (tree.cache.block_size, tree.router.max_queue, tree.router.port) == (32, 9, 1234)
+    there = AppArgs(engine_kwargs={"model": {"device": "cuda"}}).config_tree()
+    assert (there.model.device, there.model.implementation) == ("cuda", "transformers")
     assert AppArgs(http_port=77).config_tree().router.http_port == 77
     assert AppArgs(http_port=None).config_tree().router.http_port is None
 

@@ -153,6 +153,7 @@ def test_gpus_and_the_image_reach_the_pods(tmp_path):
     served = application(yaml.safe_load(document["spec"]["serveConfigV2"]))["args"]
     assert served["model"] == "org/name"
     assert served["decode_config"]["deployment_config"]["ray_actor_options"]["num_gpus"] == 2
+    assert served["engine_kwargs"]["model"] == {"device": "cuda"}
 
 
 def test_the_cluster_config_without_consent_to_plain_traffic_is_refused():

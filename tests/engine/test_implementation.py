@@ -52,3 +52,14 @@ def test_settling_does_not_load_torch():
     """The command line settles it before it starts the workers."""
     code = "import sys, tandem.engine.implementation; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=Path(__file__).parents[2])
+
+
+def test_a_device_that_is_no_cpu_takes_transformers_and_is_part_of_the_name(saved_model):
+    llama = saved_model("llama3")[1]
+    assert settled(llama, device="cuda:1") == "transformers"
+    base = ClusterConfig(model=model(llama, implementation="transformers"))
+    names = [
+        model_fingerprint(replace(base, model=replace(base.model, device=device)))
+        for device in ("cpu", "cuda", "cuda:1")
+    ]
+    assert names[0] != names[1] == names[2]

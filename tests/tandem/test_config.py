@@ -87,6 +87,9 @@ def test_no_size_or_time_may_be_negative(part, name):
     ("part", "values"),
     [
         (ModelConfig, {"dtype": "int8"}),
+        (ModelConfig, {"device": "tpu"}),
+        (ModelConfig, {"device": "cuda:"}),
+        (ModelConfig, {"device": "cpu:1"}),
         (ModelConfig, {"linear": "fast"}),
         (CacheConfig, {"block_size": 0}),
         (CacheConfig, {"block_size": 24}),
