@@ -2,9 +2,9 @@
 
 Four services of one model on the same two cores take turns at the same requests: prefill and decode on
 workers that share the cores; everything on one worker of two threads, prompts in chunks between steps; the
-split whose router keeps a prompt with its decode worker where that costs less; and the one worker again with
-prompts in one piece, as it was before chunks were thought of. Most prompts are short, some are long, arrivals
-are Poisson. A request is good if its first token and its gaps keep the limits.
+split whose router, told the limit of gaps, keeps a prompt with its decode worker where that pays; and the one
+worker again with prompts in one piece, as it was before chunks were thought of. Most prompts are short, some
+are long, arrivals are Poisson. A request is good if its first token and its gaps keep the limits.
 A second table (bench/isolation.py) shows how long tokens wait for prompts, and what sharing cores brings.
 """
 
@@ -32,16 +32,17 @@ from bench.serve.session import LoadTest, Model, Options, Run
 from bench.serve.target import GrpcTarget
 from tandem.quantizations import parse_quantization
 
+ITL_MS = 50.0
+LIMITS = Slo(ttft_ms=1000, itl_ms=ITL_MS)
 MODES: Mapping[str, Mapping[str, Any]] = {
     "split": {"router": {"disaggregate": "always"}},
     "unsplit": isolation.together(2),
-    "auto": {"router": {"disaggregate": "auto"}},
+    "auto": {"router": {"disaggregate": "auto", "itl_limit_s": ITL_MS / 1e3}},
 }
 WITH_WHOLE = {**MODES, "whole": isolation.together(2, **isolation.UNCHUNKED)}
 MIXES = {"few long": "mix:96*9,1536", "many long": "mix:96*2,1536"}  # prompt tokens, by weight
 OUTPUT_TOKENS = "48"
 RATES = (1.0, 3.0, 6.0)  # requests a second
-LIMITS = Slo(ttft_ms=1000, itl_ms=50)
 CALM = ("split", "unsplit", "whole")
 TIGHT, LOOSE = Slo(ttft_ms=500, itl_ms=25), Slo(ttft_ms=2000, itl_ms=100)
 

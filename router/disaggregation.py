@@ -12,13 +12,16 @@ Neither side computes what the store has, which both restore, nor a decode worke
 Where both workers share their cores, there is nothing to compare as long as prompts can be computed between
 steps in chunks that nobody notices. With n sequences running, the split takes half of their cores for twice
 as long: they lose n · own · s, as they do otherwise, and the prompt itself another own · s and the hand-off.
-What nobody notices follows from `router.itl_limit_s`, the longest gap between tokens that is asked for.
+What nobody notices follows from `router.itl_limit_s`, the longest gap between tokens that is asked for. Where
+even the shortest chunk is more than that leaves, prompts of several chunks are split, whatever it costs: who
+comes while one is computed would wait too long for each of its tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from math import inf
 
 from router.decode_loads import DecodeLoads
 from tandem.request import Timings
@@ -28,7 +31,7 @@ ALPHA = 0.2  # weight of the newest measurement
 MIN_MEASURED = 3  # requests of the split way before anything is compared
 UNNOTICED_S = 0.06  # that the shortest chunk may take on shared cores where no limit is set,
 UNNOTICED_SHARE = 0.85  # and of what a limit leaves beside a step
-STEP_S = 0.03  # such a step
+STEP_S, STEP_SHARE = 0.03, 0.5  # such a step, but not more of a limit than that
 
 
 class Why(Enum):
@@ -41,6 +44,7 @@ class Why(Enum):
         "cacheable"  # its beginning is nowhere yet, and only the split leaves it in the store for others
     )
     UNMEASURED = "unmeasured"  # nothing to compare yet
+    NOTICED = "noticed"  # by those who asked for short gaps: its chunks there would be
     SHARED = "shared"  # by both workers: the cores, of which the split has no more to offer
     CHEAPER = "cheaper"  # this way
     CACHED = "cached"  # cheaper this way for what is cached there, and otherwise not
@@ -139,16 +143,21 @@ def decide(
     num_measured: int,
     most_tokens: int,
     unnoticed_s: float = UNNOTICED_S,
+    most_s: float = inf,
 ) -> Decision:
-    """A decode worker computes at most `most_tokens`, and its sequences may wait `unnoticed_s` at once."""
-    if situation.cached.left_at_decode(situation.tokens) > most_tokens:
+    """A decode worker computes at most `most_tokens`. Its sequences may wait `unnoticed_s` for a chunk where
+    a prefill worker would take their cores, and not longer than `most_s` for any."""
+    own_tokens, stall_s = situation.cached.left_at_decode(situation.tokens), costs.stall_s(situation)
+    if own_tokens > most_tokens:
         return Decision(False, Why.LONG)
     if situation.cached.is_nowhere:
         return Decision(False, Why.CACHEABLE)
     if num_measured < MIN_MEASURED:
         return Decision(False, Why.UNMEASURED)
-    if situation.shares_cores and costs.stall_s(situation) <= unnoticed_s:
+    if situation.shares_cores and stall_s <= unnoticed_s:
         return Decision(True, Why.SHARED)
+    if stall_s > most_s and own_tokens > LEAST_CHUNK_TOKENS:
+        return Decision(False, Why.NOTICED)
     is_local = costs.prefer_local(situation)
     without = costs.prefer_local(replace(situation, cached=NOTHING))
     return Decision(is_local, Why.CHEAPER if is_local == without else Why.CACHED)
@@ -161,7 +170,8 @@ class Disaggregation:
     def __init__(self, mode: str, most_tokens: int, itl_limit_s: float = 0.0) -> None:
         self._fixed = {"always": SPLIT, "never": UNSPLIT}.get(mode)
         self._most_tokens = most_tokens
-        self._unnoticed_s = UNNOTICED_SHARE * max(itl_limit_s - STEP_S, 0.0) if itl_limit_s else UNNOTICED_S
+        left_s = UNNOTICED_SHARE * (itl_limit_s - min(STEP_S, STEP_SHARE * itl_limit_s))
+        self._stalls_s = (left_s, left_s) if itl_limit_s else (UNNOTICED_S, inf)
         self._costs = Costs()
         self._num_measured = 0
         self.loads = DecodeLoads()
@@ -181,7 +191,7 @@ class Disaggregation:
         before = self.loads.tokens_before(decode_worker, cached.left_at_decode(tokens))
         there = before, self.loads.num_running(decode_worker)
         situation = Situation(tokens, prefill_queue, *there, cached, shares_cores, token_s)
-        return decide(situation, self._costs, self._num_measured, self._most_tokens, self._unnoticed_s)
+        return decide(situation, self._costs, self._num_measured, self._most_tokens, *self._stalls_s)
 
     def note(self, decision: Decision, tokens: int, timings: Timings) -> None:
         """A request that went this way has ended; its first token came after that many were computed, those

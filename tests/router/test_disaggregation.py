@@ -94,6 +94,18 @@ def test_on_shared_cores_a_prompt_stays_where_nobody_notices_it(here, costs):
     assert decide(wanted, costs, MIN_MEASURED, 10_000) == Decision(False, Why.CACHEABLE)
 
 
+@given(SITUATIONS, MEASURED, st.floats(0.001, 1.0))
+def test_a_prompt_of_several_chunks_is_split_where_one_would_be_too_long(here, costs, most_s):
+    found = decide(here, costs, MIN_MEASURED, 10_000, most_s=most_s)
+    is_noticed = costs.local_s_per_token * LEAST_CHUNK_TOKENS > most_s
+    if is_noticed and here.cached.left_at_decode(here.tokens) > LEAST_CHUNK_TOKENS:
+        assert found == Decision(False, Why.NOTICED)
+    else:
+        assert found == decide(here, costs, MIN_MEASURED, 10_000)
+    kept = replace(here, cached=Cached(at_decode=max(here.tokens - LEAST_CHUNK_TOKENS, 0)))
+    assert decide(kept, costs, MIN_MEASURED, 10_000, most_s=most_s).why is not Why.NOTICED
+
+
 @pytest.mark.parametrize(("limit_s", "is_local"), [(0.0, False), (0.1, False), (0.25, True), (1.0, True)])
 def test_what_nobody_notices_follows_from_the_limit_of_gaps(limit_s, is_local):
     """64 tokens take 128 ms there. With ten sequences running the split costs less, on cores of its own."""
@@ -102,12 +114,23 @@ def test_what_nobody_notices_follows_from_the_limit_of_gaps(limit_s, is_local):
         one.note(Decision(False, Why.UNMEASURED), 100, Timings(prefill_ms=200, kv_read_ms=1))
     for number in range(10):
         one.loads.begin("d", (f"r{number}", 1))
-    wanted = Decision(True, Why.SHARED) if is_local else Decision(False, Why.CHEAPER)
+    wanted = (
+        Decision(True, Why.SHARED) if is_local else Decision(False, Why.NOTICED if limit_s else Why.CHEAPER)
+    )
     assert one.decide(100, 0, "d", shares_cores=True) == wanted
     assert not one.decide(100, 0, "d").is_local
     for _ in range(100):
         one.note(Decision(True, Why.SHARED), 100, Timings(prefill_ms=5000))  # mostly waiting for others
     assert one.decide(100, 0, "d", shares_cores=True, token_s=0.002) == wanted
+
+
+def test_a_limit_for_a_fast_model_leaves_room_for_chunks():
+    """64 tokens take 6.4 ms there: within what a step leaves of 20 ms, and not of 10."""
+    for limit_s, wanted in ((0.02, Why.SHARED), (0.01, Why.NOTICED)):
+        one = Disaggregation("auto", 1000, limit_s)
+        for _ in range(MIN_MEASURED):
+            one.note(Decision(False, Why.UNMEASURED), 100, Timings(prefill_ms=10, kv_read_ms=1))
+        assert one.decide(100, 0, "d", shares_cores=True).why is wanted
 
 
 @given(SITUATIONS, MEASURED, st.integers(1, 5000))
