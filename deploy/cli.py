@@ -52,6 +52,8 @@ def serve(
     quantization: o.Quantization = "none",
     draft_quantization: o.DraftQuantization = "auto",
     policy: o.Policy = "least-loaded",
+    disaggregate: o.Disaggregate = "always",
+    itl_limit_s: o.ItlLimit = 0.0,
     config: o.ConfigFile = None,
     on_ray: o.OnRay = False,
     profile: o.Profile = None,

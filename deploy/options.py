@@ -74,6 +74,13 @@ ShownCert = Annotated[Path | None, typer.Option("--tls-cert", help="Certificate 
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Listen beyond this machine without tokens and TLS.")
 ]
+Disaggregate = Annotated[
+    str, typer.Option(help="Prompts to prefill workers: always, never, or auto, where that pays.")
+]
+ItlLimit = Annotated[
+    float,
+    typer.Option("--itl-limit", help="Seconds between tokens that auto tries to keep to; 0: none.", min=0),
+]
 Policy = Annotated[str, typer.Option(help=f"Which worker is next: {', '.join(POLICIES)}.")]
 Prefills = Annotated[int, typer.Option(help="Number of prefill workers.", min=1)]
 Decodes = Annotated[int, typer.Option(help="Number of decode workers.", min=1)]

@@ -32,6 +32,8 @@ def load_config(
     port: int = 0,
     http_port: int | None = None,
     policy: str = "least-loaded",
+    disaggregate: str = "always",
+    itl_limit_s: float = 0.0,
     batch_dir: Path | None = None,
     changes: Mapping[str, Any] | None = None,
     named: Collection[str] = (),
@@ -48,6 +50,7 @@ def load_config(
     chosen, router, speculation, batches, guarded = (_section(values, name) for name in names)
     _choose(chosen, speculation, model, draft)
     router_options = {"host": host, "port": port, "http_port": http_port, "policy": policy}
+    router_options |= {"disaggregate": disaggregate, "itl_limit_s": itl_limit_s}
     for section, options in (
         (chosen, {"device": device, "dtype": dtype, "quantization": quantization}),
         (speculation, {"draft_quantization": draft_quantization}),

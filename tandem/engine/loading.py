@@ -99,8 +99,10 @@ def load_engine(
 def check_device(name: str) -> None:
     """Raise `ConfigError` unless torch can compute on it here."""
     device = torch.device(name)
+    if device.type == "cpu":
+        return
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= found:
+    if (device.index or 0) >= found:
         raise ConfigError(
             f"model device {name}: torch {torch.__version__} finds {found or 'no'} GPUs here; "
             "install a torch that is built for yours, or set model.device: cpu"

@@ -45,6 +45,9 @@ def test_a_named_option_counts_more_than_the_file_and_a_default_less(settings) -
         "least-loaded",
     )
     assert config.model.dtype == "float32"
+    assert (config.router.disaggregate, config.router.itl_limit_s) == ("always", 0)
+    config = settings(FILE, "--disaggregate", "auto", "--itl-limit", "0.05")
+    assert (config.router.disaggregate, config.router.itl_limit_s) == ("auto", 0.05)
 
 
 def test_another_draft_keeps_the_files_other_settings_of_speculation(settings) -> None:
