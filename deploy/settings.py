@@ -46,19 +46,17 @@ def load_config(
     `changes`, which look as the file does, count most.
     """
     values = _read(file) if file else {}
-    names = ("model", "router", "speculation", "batches", "security")
-    chosen, router, speculation, batches, guarded = (_section(values, name) for name in names)
+    chosen, router, speculation, guarded = _sections(values, "model", "router", "speculation", "security")
     _choose(chosen, speculation, model, draft)
-    router_options = {"host": host, "port": port, "http_port": http_port, "policy": policy}
-    router_options |= {"disaggregate": disaggregate, "itl_limit_s": itl_limit_s}
+    placing = {"policy": policy, "disaggregate": disaggregate, "itl_limit_s": itl_limit_s}
     for section, options in (
         (chosen, {"device": device, "dtype": dtype, "quantization": quantization}),
         (speculation, {"draft_quantization": draft_quantization}),
-        (router, router_options),
+        (router, {"host": host, "port": port, "http_port": http_port, **placing}),
     ):
         section |= {name: value for name, value in options.items() if name in named or name not in section}
     if batch_dir is not None:
-        batches["dir"] = str(batch_dir.resolve())
+        _section(values, "batches")["dir"] = str(batch_dir.resolve())
     guarded |= {name: value for name, value in security.items() if value}
     return settle(ClusterConfig.from_dict(_merged(values, changes or {})))
 
@@ -119,6 +117,10 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         old = merged.get(key)
         merged[key] = _merged(old, change) if isinstance(old, dict) and isinstance(change, dict) else change
     return merged
+
+
+def _sections(values: dict[str, Any], *names: str) -> list[dict[str, Any]]:
+    return [_section(values, name) for name in names]
 
 
 def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
