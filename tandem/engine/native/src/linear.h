@@ -93,20 +93,36 @@ inline int inputs_of(const Linear& linear) {
     return std::is_same_v<W, Pair> ? divide_up(linear.in, 2) : linear.in;
 }
 
+// The panels that come after these. Where rows go through the same panels several times, all but the first find them
+// in the cache: each time a share of the next ones is asked for, so that memory and multipliers work side by side.
+struct Next {
+    const char* at = nullptr;  // null: there are none
+    size_t stride = 0;         // bytes from panel to panel
+    int times = 1, time = 0;
+};
+
 // y += R rows of `in` inputs times P panels. Weights are asked for ahead: with several rows the hardware's own
 // prefetch falls behind.
 template <int R, int P, class W>
-__attribute__((noinline)) void multiply_tile(Rows<const InputOf<W>> x, Panels<W> w, int in,
-                                             Rows<float> y) {
+__attribute__((noinline)) void multiply_tile(Rows<const InputOf<W>> x, Panels<W> w, int in, Rows<float> y,
+                                             const Next& next) {
     constexpr int LINE = CACHE_LINE / (PANEL * sizeof(W));
     p16 acc[R][P];
     unrolled<R>([&](auto r) INLINE {
         unrolled<P>([&](auto p) INLINE { acc[r][p] = load16(y.row(r) + p * PANEL); });
     });
+    const int times = next.at ? next.times : 0;
+    int time = next.time;
     for (int k = 0; k < in; k++) {
-        if (R > 1 && k % LINE == 0)
+        if (R > 1 && k % LINE == 0) {
             for (int p = 0; p < P; p++)
                 __builtin_prefetch(reinterpret_cast<const char*>(w.panel(p) + size_t(k) * PANEL) + AHEAD);
+            if (times && time-- == 0) {
+                time = times - 1;
+                for (int p = 0; p < P; p++)
+                    __builtin_prefetch(next.at + p * next.stride + size_t(k) / LINE * CACHE_LINE, 0, 2);
+            }
+        }
         decltype(load16(w.at)) weights[P];
         unrolled<P>([&](auto p) INLINE { weights[p] = load16(w.panel(p) + size_t(k) * PANEL); });
         unrolled<R>([&](auto r) INLINE {
@@ -121,22 +137,23 @@ __attribute__((noinline)) void multiply_tile(Rows<const InputOf<W>> x, Panels<W>
 
 // The tile of so many rows (at most R) and panels: as many as go with the tallest tile of a product, or one.
 template <int R, class W>
-inline void multiply_tile_of(int rows, int panels, Rows<const InputOf<W>> x, Panels<W> w, int in, Rows<float> y) {
+inline void multiply_tile_of(int rows, int panels, Rows<const InputOf<W>> x, Panels<W> w, int in, Rows<float> y,
+                             const Next& next) {
     if constexpr (R > 1)
-        if (rows < R) return multiply_tile_of<R - 1>(rows, panels, x, w, in, y);
+        if (rows < R) return multiply_tile_of<R - 1>(rows, panels, x, w, in, y, next);
     constexpr int P = tile_panels(R), Q = R == TILE_ROWS ? P : tile_panels(R + 1);  // with a taller tile beside it
-    if (panels == P) return multiply_tile<R, P>(x, w, in, y);
-    if (panels == Q) return multiply_tile<R, Q>(x, w, in, y);
-    for (; panels; panels--, w.at += w.stride, y.at += PANEL) multiply_tile<R, 1>(x, w, in, y);
+    if (panels == P) return multiply_tile<R, P>(x, w, in, y, next);
+    if (panels == Q) return multiply_tile<R, Q>(x, w, in, y, next);
+    for (; panels; panels--, w.at += w.stride, y.at += PANEL) multiply_tile<R, 1>(x, w, in, y, Next{});
 }
 
 // All rows, at most so many together, against some panels that fit a tile of these.
 template <class W>
 inline void multiply_panels(int rows, int most, int panels, Rows<const InputOf<W>> x, Panels<W> w, int in,
-                            Rows<float> y) {
-    for (int row = 0; row < rows; row += most)
-        multiply_tile_of<TILE_ROWS>(std::min(most, rows - row), panels, x.from(row), w, in,
-                                    y.from(row));
+                            Rows<float> y, const W* after = nullptr) {
+    Next next{reinterpret_cast<const char*>(after), w.stride * sizeof(W), divide_up(rows, most)};
+    for (int row = 0; row < rows; row += most, next.time++)
+        multiply_tile_of<TILE_ROWS>(std::min(most, rows - row), panels, x.from(row), w, in, y.from(row), next);
 }
 
 // The same weights as floats, until this thread's next call.
@@ -172,7 +189,8 @@ inline void multiply(const Linear& linear, Rows<const InputOf<W>> x, int rows, R
                         multiply_panels(count, most, panels, from, widened(some, panels, inputs), inputs, to);
                         continue;
                     }
-                multiply_panels(count, most, panels, from, some, inputs, to);
+                const bool has_next = count > most && block == in && panel + 2 * together <= last;
+                multiply_panels(count, most, panels, from, some, inputs, to, has_next ? some.panel(together) : nullptr);
             }
     }
 }
