@@ -18,6 +18,12 @@ constexpr int MAX_PAIR_VECTORS = 192;  // so many share a tile that was brought 
 constexpr float LOG2_E = 1.44269504f;  // scores are powers of two
 constexpr int MOST_ROWS = 6;           // of a product, beside as many panels as go with them
 
+// The positions that some rows see.
+struct Extent {
+    Context<bfloat16> context;
+    int begin, end;
+};
+
 class PairAttention {
    public:
     // Of floats, for heads of so many dimensions.
@@ -27,8 +33,10 @@ class PairAttention {
                size_t(TILE_POSITIONS) * (dim / 2 + width) + width + 2 * PANEL;
     }
 
-    PairAttention(const Context<bfloat16>& context, const Queries& queries, float* buffer)
-        : c(context), q(queries), vectors(queries.rows * queries.group), half(c.dim / 2), width(round_up(c.dim, PANEL)) {
+    // `coming` is read after this, by the same thread: its first tile is asked for during the last one here.
+    PairAttention(const Context<bfloat16>& context, const Queries& queries, const Extent& coming, float* buffer)
+        : c(context), q(queries), coming(coming), vectors(queries.rows * queries.group), half(c.dim / 2),
+          width(round_up(c.dim, PANEL)) {
         free = buffer + -(reinterpret_cast<uintptr_t>(buffer) / sizeof(float)) % PANEL;
         keys = take<Pair>(TILE_POSITIONS * half), values = take<Pair>(TILE_POSITIONS / 2 * width);
         seen = take<Pair>(TILE_POSITIONS / 2 * width), scores = take<float>(vectors * TILE_POSITIONS);
@@ -40,7 +48,7 @@ class PairAttention {
     void run() {
         begin = q.begin_of(0), end = q.end_of(q.rows - 1);
         start();
-        for (tile = begin / TILE_POSITIONS * TILE_POSITIONS; tile < end; tile += TILE_POSITIONS) {
+        for (tile = tile_of(begin); tile < end; tile += TILE_POSITIONS) {
             count = std::min(TILE_POSITIONS, end - tile);
             bring_keys();
             std::fill_n(scores, vectors * TILE_POSITIONS, 0.0f);
@@ -55,6 +63,7 @@ class PairAttention {
    private:
     const Context<bfloat16>& c;
     const Queries& q;
+    const Extent& coming;
     const int vectors, half, width;  // half: of the dimensions; width: these as whole panels
     float* free;
     Pair *asked, *keys, *values, *seen, *weights;
@@ -92,24 +101,32 @@ class PairAttention {
         std::fill_n(highest, vectors, std::numeric_limits<float>::lowest());
     }
 
+    using Vectors = const bfloat16* Context<bfloat16>::*;
+
     // Where the vectors of a tile are; zeros for what no row may see.
-    void find(const bfloat16* all, int first, const bfloat16** rows) const {
+    void find(const Extent& in, Vectors which, int first, const bfloat16** rows) const {
         for (int position = first; position < first + TILE_POSITIONS;) {
             const bfloat16* from = zeros;
             int stop = first + TILE_POSITIONS, step = 0;
-            if (position < begin) stop = std::min(stop, begin);
-            else if (position < end) {
-                stop = std::min({stop, end, c.end_of_block(position)});
-                from = all + c.offset(position), step = c.dim;
+            if (position < in.begin) stop = std::min(stop, in.begin);
+            else if (position < in.end) {
+                stop = std::min({stop, in.end, in.context.end_of_block(position)});
+                from = in.context.*which + in.context.offset(position), step = in.context.dim;
             }
             for (; position < stop; position++, from += step) *rows++ = from;
         }
     }
+    void find_next(Vectors which, const bfloat16** rows) const {
+        const int next = tile + TILE_POSITIONS;
+        if (next < end) find({c, begin, end}, which, next, rows);
+        else find(coming, which, tile_of(coming.begin), rows);
+    }
+    static int tile_of(int position) { return position / TILE_POSITIONS * TILE_POSITIONS; }
 
     // Panels of 16 positions: [panels][dim / 2][16].
     void bring_keys() {
         const bfloat16 *rows[TILE_POSITIONS], *ahead[TILE_POSITIONS];
-        find(c.keys, tile, rows), find(c.keys, tile + TILE_POSITIONS, ahead);
+        find({c, begin, end}, &Context<bfloat16>::keys, tile, rows), find_next(&Context<bfloat16>::keys, ahead);
         for (int i = 0; i < count; i += PANEL) {
             for (int j = i; j < i + PANEL; j++) ask_for(ahead[j], c.dim);
             turn_over(rows + i, c.dim, keys + i * half);
@@ -119,7 +136,7 @@ class PairAttention {
     // Panels of 16 dimensions: [panels][32 pairs of positions][16]. Whether all of them are finite.
     bool bring_values() {
         const bfloat16 *rows[TILE_POSITIONS], *ahead[TILE_POSITIONS];
-        find(c.values, tile, rows), find(c.values, tile + TILE_POSITIONS, ahead);
+        find({c, begin, end}, &Context<bfloat16>::values, tile, rows), find_next(&Context<bfloat16>::values, ahead);
         bool are_finite = true;
         for (int i = 0; i < count; i += 2) {
             ask_for(ahead[i], c.dim), ask_for(ahead[i + 1], c.dim);

@@ -134,7 +134,9 @@ class Forward {
             if (member == 0) __atomic_store_n(cache.layers_written, layer + 1, __ATOMIC_RELEASE);
             team.divide(int(work.size()), 1, [&](int first, int last) {
                 for (int i = first; i < last; i++)
-                    as_numbers(cache.number, [&](auto zero) { attend_some<decltype(zero)>(l, layer, work[i], member); });
+                    as_numbers(cache.number, [&](auto zero) {
+                        attend_some<decltype(zero)>(l, layer, work[i], work[std::min(i + 1, last - 1)], member);
+                    });
             });
             meet(member, ATTEND);
             for (int row = 0; row < b.rows; row += ROW_BLOCK) finish(l, row, block_rows(row), member);
@@ -285,19 +287,28 @@ class Forward {
     }
 
     template <class T>
-    void attend_some(const Layer& l, int layer, const Work& w, int member) {
+    Context<T> context_of(int layer, const Work& w) const {
+        return {head_data<T>(layer, 0, w.kv_head), head_data<T>(layer, 1, w.kv_head),
+                b.tables + b.first_blocks[w.sequence], __builtin_ctz(cache.block_size), m.dim,
+                b.positions[w.row + w.rows - 1]};
+    }
+
+    // `coming` is what the same member does next.
+    template <class T>
+    void attend_some(const Layer& l, int layer, const Work& w, const Work& coming, int member) {
         const int group = m.heads / m.kv_heads;
-        Context<T> context{head_data<T>(layer, 0, w.kv_head), head_data<T>(layer, 1, w.kv_head),
-                           b.tables + b.first_blocks[w.sequence], __builtin_ctz(cache.block_size), m.dim,
-                           b.positions[w.row + w.rows - 1]};
+        const Context<T> context = context_of<T>(layer, w);
         for (int first = 0; first < group; first += most_vectors) {  // a group larger than a tile goes in parts
             const size_t head = size_t(w.kv_head * group + first) * m.dim;
             Queries queries{w.rows, std::min(most_vectors, group - first), b.positions[w.row], l.window,
                             qkv + size_t(w.row) * qkv_width + head, attended + size_t(w.row) * attended_width + head,
                             size_t(qkv_width), size_t(attended_width)};
             float* buffer = buffers.attention[member].data();
-            if constexpr (std::is_same_v<T, bfloat16>) PairAttention(context, queries, buffer).run();
-            else attend(context, queries, Scratch(buffer, longest));
+            if constexpr (std::is_same_v<T, bfloat16>) {
+                const Context<T> after = context_of<T>(layer, coming);
+                const Queries asked{coming.rows, 0, b.positions[coming.row], l.window};
+                PairAttention(context, queries, {after, asked.begin_of(0), after.last + 1}, buffer).run();
+            } else attend(context, queries, Scratch(buffer, longest));
         }
     }
 
