@@ -492,9 +492,10 @@ async def test_a_reader_that_never_reads_disturbs_nobody(several):
 async def test_a_client_with_too_much_unread_is_given_up(monkeypatch):
     monkeypatch.setattr(flight, "MAX_BACKLOG", 3)
     async with running() as cluster:
-        asked = Ask.from_pb(ask("unread", max_tokens=300, ignore_eos=True))
-        [unread] = cluster.router.dispatcher.start(await cluster.router.intake.requests(asked))
-        await unread.landed()
+        asked = Ask.from_pb(ask("unread", max_tokens=30, ignore_eos=True))
+        with slow_steps(cluster.decodes[0]):  # else tokens come together, in fewer deltas
+            [unread] = cluster.router.dispatcher.start(await cluster.router.intake.requests(asked))
+            await unread.landed()
         with pytest.raises(Overloaded) as raised:
             await read_all(unread)
         assert await anext(unread, None) is None, "it has ended"

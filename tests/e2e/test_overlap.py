@@ -122,6 +122,7 @@ async def test_a_prompt_that_ends_with_its_first_token_gives_its_blocks_back():
 async def test_a_prefill_worker_that_dies_in_the_middle():
     async with overlapping(num_prefill=2) as cluster:
         expected = await tokens_of(cluster, 300)
+        await quiesce(cluster)
         with slow_runs(cluster.prefills[0], 0.3), slow_runs(cluster.prefills[1], 0.3):
             sending = asyncio.create_task(complete(cluster, ask(prompt_of(300), **MORE)))
             await until(lambda: store_of(cluster).audit().owned)
