@@ -88,11 +88,17 @@ def rest() -> None:
     time.sleep(REST_S)
 
 
-def machine(threads: int) -> dict[str, Any]:
-    """What a figure depends on: processor, cores, memory, versions, and the threads that were used."""
+def dtype_on(device: str) -> str:
+    """What benchmarks compute in."""
+    return "float32" if device == "cpu" else "bfloat16"
+
+
+def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
+    """What a figure depends on: processor, cores, memory, versions, the threads or the GPU that were used."""
     import torch  # seconds, which those who only write tables need not wait
 
-    return {
+    gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}
+    return gpu | {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),

@@ -10,6 +10,7 @@ import typer
 
 from deploy import options as o
 
+SAMPLES, GPU_SAMPLES = 16, 500  # the latter as published
 Shape = Annotated[
     str, typer.Option(help="The bundled pair as it was trained (raw), or grown to a cost: 111m, 1b or 8b.")
 ]
@@ -22,7 +23,15 @@ Texts = Annotated[
         "The bundled pair's held-out text by default."
     ),
 ]
-Samples = Annotated[int, typer.Option(help="Samples to decode, or to read.", min=1)]
+Samples = Annotated[
+    int | None,
+    typer.Option(
+        help=f"Samples to decode, or to read; {SAMPLES} by default, {GPU_SAMPLES} on a GPU.",
+        min=1,
+        show_default=False,
+    ),
+]
+Few = Annotated[int, typer.Option(help="Samples to decode, or to read.", min=1)]
 Log = Annotated[
     str | None, typer.Option("--log", help="Also to tensorboard:DIR or wandb:PROJECT, where installed.")
 ]
@@ -54,9 +63,10 @@ def _command(name: str) -> Callable[..., None]:
         target: Target = None,
         draft: DraftModel = None,
         text: Texts = None,
-        samples: Samples = 16,
+        samples: Samples = None,
         rounds: o.Rounds = 3,
         threads: o.Threads = 2,
+        device: o.Device = "cpu",
         minutes: o.Minutes = 10.0,
         out: o.Out = FOLDER,
         plots: o.Plots = True,
@@ -65,7 +75,8 @@ def _command(name: str) -> Callable[..., None]:
     ) -> None:
         from deploy.commands import eval as commands
 
-        commands.run(name, context.params, out, plots, json_output)
+        chosen = {"samples": samples or (SAMPLES if device == "cpu" else GPU_SAMPLES)}
+        commands.run(name, context.params | chosen, out, plots, json_output)
 
     return command
 
@@ -81,9 +92,10 @@ def everything(
     target: Target = None,
     draft: DraftModel = None,
     text: Texts = None,
-    samples: Samples = 8,
+    samples: Few = 8,
     rounds: o.Rounds = 8,
     threads: o.Threads = 2,
+    device: o.Device = "cpu",
     minutes: o.Minutes = 13.0,
     out: o.Out = FOLDER,
     page: Page = None,

@@ -1,4 +1,4 @@
-"""Ways of decoding the same samples, in turns: speed, acceptance, rollbacks and the processor's share.
+"""Ways of decoding the same samples, in turns: speed, acceptance, rollbacks and utilization.
 
 Samples are decoded in some rounds of different samples each, every arm on all of them. Decoding alone is
 timed; prompts are prefilled before.
@@ -6,14 +6,16 @@ timed; prompts are prefilled before.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
+from bench.eval.experiment import Settings
+from bench.eval.utilization import watched
+from bench.inflate import Pair
 from bench.measure import Spread, interleave
-from bench.speculation.rig import EXACT, Rig, Run
+from bench.speculation.rig import EXACT, Rig, Run, Setup
 from bench.speculation.text import Tokens, batches
 from decode_worker.decoder import Decoder
 from tandem.sampling import SamplingParams
@@ -52,7 +54,7 @@ class Outcome:
     """What an arm did with the samples of each round."""
 
     runs: list[Run] = field(default_factory=list)
-    cpu_s: float = 0.0  # of this process, all threads
+    busy_s: float = 0.0  # of the hardware: time of each run by the share that was used
 
     @property
     def total(self) -> Run:
@@ -64,9 +66,10 @@ class Outcome:
         """Output tokens per second, by round."""
         return [run.tokens_per_s for run in self.runs]
 
-    def utilization(self, threads: int) -> float:
-        """CPU time over wall time and threads."""
-        return self.cpu_s / self.total.seconds / threads
+    @property
+    def utilization(self) -> float:
+        """Of the threads, or of the GPU."""
+        return self.busy_s / self.total.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,12 @@ class Row:
     speedup: Spread  # within rounds
     utilization: float
     identical: bool | None  # to the baseline's tokens; None where they need not be
+
+
+def rig_of(settings: Settings, pair: Pair, setup: Setup, samples: int) -> Rig:
+    """With room for so many samples and what is decoded of them."""
+    tokens = PROMPT_TOKENS + OUTPUT_TOKENS
+    return Rig(pair, setup, samples, tokens, settings.threads, settings.device)
 
 
 def sampling_params(sampling: str) -> SamplingParams:
@@ -114,10 +123,11 @@ def measure(
     outcomes = {name: Outcome() for name in arms}
 
     def run(name: K, some: Sequence[Tokens]) -> tuple[Run, float]:
-        arm, began_s = arms[name], time.process_time()
-        found = arm.rig.run(arm.decoder, some, batch, sampling, arm.asked)
+        arm = arms[name]
+        decode = partial(arm.rig.run, arm.decoder, some, batch, sampling, arm.asked)
+        found = watched(decode, arm.rig.device, arm.rig.threads)
         after()
-        return found, time.process_time() - began_s
+        return found
 
     rigs = {id(arm.rig): arm.rig for arm in arms.values()}.values()
     for number, some in enumerate(batches(samples, per_round(len(samples), batch, rounds))):
@@ -128,9 +138,9 @@ def measure(
                 run(name, some[:batch])  # caches warm
         names = list(arms) if number % 2 == 0 else list(arms)[::-1]
         found = interleave({name: partial(run, name, some) for name in names}, 1, warm_ups=0)
-        for name, [(result, cpu_s)] in found.items():
+        for name, [(result, share)] in found.items():
             outcomes[name].runs.append(result)
-            outcomes[name].cpu_s += cpu_s
+            outcomes[name].busy_s += share * result.seconds
     return outcomes
 
 

@@ -25,6 +25,7 @@ class Settings:
     samples: int = 16
     rounds: int = 3
     threads: int = 2
+    device: str = "cpu"  # or cuda, or cuda:1
     deadline_s: float = float("inf")  # on the monotonic clock: nothing new is begun later
 
     @property

@@ -24,7 +24,6 @@ BATCHES, TOKENS = (1, 2, 4, 8, 16), 256
 INPUTS, NEW_TOKENS = tuple(1 << power for power in range(16)), 64
 OUTPUTS, PROMPT = tuple(1 << power for power in range(9)), 64
 SHORT, LONG, CACHE_TOKENS = 16, 1024, 32
-DEVICE = "cpu"
 Asked = tuple[int, tuple[int, ...], bool]  # prompt tokens, numbers of new tokens, with a cache?
 
 
@@ -47,7 +46,8 @@ def run(settings: Settings) -> Findings:
     subject = target_of(settings)
     torch.set_num_threads(settings.threads)
     most = max(INPUTS) + NEW_TOKENS
-    rig = Rig(subject.pair.target, DEVICE, room(subject.pair.target, most, FULL_KV_BYTES, DEVICE))
+    device = settings.device
+    rig = Rig(subject.pair.target, device, room(subject.pair.target, most, FULL_KV_BYTES, device))
     cost = Cost(subject.name, rig, settings)
     with Meter(NAME, cost.num_steps) as meter:
         rows = list(cost.batches(meter))
@@ -80,7 +80,7 @@ class Cost:
 
     def batches(self, meter: Meter) -> Iterator[Row]:
         """Forwards of whole prompts, in turns."""
-        free = free_bytes(DEVICE)
+        free = free_bytes(self._settings.device)
         timings, _ = measure(self._rig, self._cells, self._settings.rounds, free, meter)
         for timing in timings:
             seconds, batch = timing.seconds.median, timing.cell.batch
@@ -105,7 +105,7 @@ class Cost:
         if expected_s > self._settings.left_s:
             raise ConfigError(f"it may take {expected_s:.0f} s, {self._settings.left_s:.0f} are left")
         cell = Cell("prefill", 1, prompt + max(counts))
-        if why := obstacle(cell, self._rig, free_bytes(DEVICE)):
+        if why := obstacle(cell, self._rig, free_bytes(self._settings.device)):
             raise ConfigError(why)
         tokens = (self._rig.with_cache if cache else self._rig.without_cache)(prompt)
         times = list(itertools.islice(tokens, max(counts)))

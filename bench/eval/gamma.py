@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from bench.eval import published
 from bench.eval.attempt import attempt
 from bench.eval.decoding import (
-    OUTPUT_TOKENS,
-    PROMPT_TOKENS,
     Arm,
     Outcome,
     measure,
     num_runs,
     per_round,
+    rig_of,
     sampling_params,
 )
 from bench.eval.experiment import Chart, Findings, Series, Settings
@@ -72,11 +71,11 @@ def recommended(alpha: float, costs: Mapping[int, StepCosts]) -> int:
 def run(settings: Settings) -> Findings:
     """Every source there is, in turns with plain decoding of the same samples."""
     subject = pair_of(settings)
-    writer = Writer(subject, settings.threads)
+    writer = Writer(settings, subject)
     found = {s.name: (s, writer.samples(s, settings.samples)) for s in sources(settings, subject.pair.target)}
     most = max(len(samples.prompts) for _, samples in found.values())
     room = per_round(most, 1, settings.rounds)
-    rig = Rig(subject.pair, Setup(), room, PROMPT_TOKENS + OUTPUT_TOKENS, settings.threads)
+    rig = rig_of(settings, subject.pair, Setup(), room)
     costs = {g: measure_costs(rig.engine.model, rig.engine.draft, 1, g) for g in CANDIDATES}
     runs = sum(
         num_runs(1 + len(GAMMAS), len(samples.prompts), 1, settings.rounds) for _, samples in found.values()

@@ -46,9 +46,9 @@ def read(model: ModelRunner, tokens: Sequence[int]) -> Reading:
     nats, choices = 0.0, []
     for window in windows(len(tokens), stride_of(length), length):
         logits = _logits(model, tokens, window)
-        expected = torch.tensor(tokens[window.first : window.end])
+        expected = torch.tensor(tokens[window.first : window.end], device=logits.device)
         nats += F.cross_entropy(logits, expected, reduction="sum").item()
-        choices.append(logits.argmax(-1))
+        choices.append(logits.argmax(-1).cpu())
     return Reading(math.exp(nats / (len(tokens) - 1)), torch.cat(choices))
 
 

@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from bench.eval import published
 from bench.eval.attempt import attempt
 from bench.eval.decoding import (
-    OUTPUT_TOKENS,
-    PROMPT_TOKENS,
     Arm,
     Outcome,
     measure,
     num_runs,
+    rig_of,
     sampling_params,
 )
 from bench.eval.experiment import Findings, Settings
@@ -25,6 +24,7 @@ from bench.eval.perplexity import MAX_LENGTH, read
 from bench.eval.qspec_tables import BASELINE, Acceptance, Fidelity, Throughput, charts, sheets
 from bench.eval.samples import first_samples
 from bench.eval.texts import sources
+from bench.eval.utilization import remark as utilization
 from bench.measure import Meter, Spread
 from bench.speculation.rig import BLOCK_SIZE, Rig, Setup
 from bench.speculation.text import Tokens
@@ -65,7 +65,7 @@ def run(settings: Settings) -> Findings:
     remarks = [
         f"{subject.name}: {parameters(subject)}; {source.name}: {samples.remark} A batch larger than that "
         f"repeats samples. Perplexity of {len(text)} tokens as in `tandem eval quantization`.",
-        *(SETTING, published.QSPEC_SETTING, *skipped, *late, *later),
+        *(SETTING, utilization(settings.device), published.QSPEC_SETTING, *skipped, *late, *later),
     ]
     return Findings(
         tables={"rows": rows, "acceptance": by_gamma, "fidelity": fidelity},
@@ -83,10 +83,8 @@ class Study:
         self._subject, self._prompts, self._settings = subject, prompts, settings
         self._rounds = min(settings.rounds, MOST_ROUNDS)  # each is a whole batch
         setups = {bits: Setup("qspec", target_precision=WEIGHTS, activation_bits=bits) for bits in WIDTHS}
-        tokens = PROMPT_TOKENS + OUTPUT_TOKENS
         self._rigs = {
-            bits: Rig(subject.pair, setup, max(BATCHES), tokens, settings.threads)
-            for bits, setup in setups.items()
+            bits: rig_of(settings, subject.pair, setup, max(BATCHES)) for bits, setup in setups.items()
         }
 
     @property
@@ -99,7 +97,12 @@ class Study:
     def fidelity(self, text: Tokens) -> Iterator[Fidelity]:
         """What W4A16 and what drafts think of a text. QSpec's tokens are those of W4A16."""
         blocks = num_blocks(MAX_LENGTH, BLOCK_SIZE)
-        whole = ModelRunner.load(self._subject.pair.target, num_blocks=blocks, block_size=BLOCK_SIZE)
+        whole = ModelRunner.load(
+            self._subject.pair.target,
+            num_blocks=blocks,
+            block_size=BLOCK_SIZE,
+            device=self._settings.device,
+        )
         models = {"16-bit": whole, BASELINE: self._any.engine.model}
         models |= {_alone(bits): self._drafting(bits) for bits in WIDTHS}
         readings = {name: read(model, text) for name, model in models.items()}
@@ -162,7 +165,7 @@ class Study:
             acceptance_rate=whole.acceptance_rate if is_qspec else None,
             draft_share=whole.draft_s / whole.seconds if is_qspec else None,
             verify_share=whole.verify_s / whole.seconds if is_qspec else None,
-            utilization=outcome.utilization(self._settings.threads),
+            utilization=outcome.utilization,
             identical=whole.outputs == baseline.total.outputs,
         )
 

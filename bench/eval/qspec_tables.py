@@ -73,7 +73,7 @@ def _throughput(rows: Sequence[Throughput]) -> Sheet:
                 *("yes" if row.identical else "no", _published(row.batch) if is_qspec else ""),
             )
         )
-    columns = ("method", "batch", "tokens/s", "over W4A16", "low…high", "CPU", "acceptance")
+    columns = ("method", "batch", "tokens/s", "over W4A16", "low…high", "utilization", "acceptance")
     return Sheet("throughput", (*columns, "draft", "verify", "same", "published, 3B to 13B"), lines, 1)
 
 

@@ -14,6 +14,7 @@ from bench.eval.decoding import (
     measure,
     num_runs,
     per_round,
+    rig_of,
     sampling_params,
 )
 from bench.eval.experiment import Chart, Findings, Series, Settings
@@ -21,6 +22,7 @@ from bench.eval.models import Subject, parameters, target_of
 from bench.eval.perplexity import MAX_LENGTH, read, stride_of, window_length
 from bench.eval.samples import first_samples
 from bench.eval.texts import sources
+from bench.eval.utilization import remark as utilization
 from bench.measure import Meter, Sheet, Spread
 from bench.speculation.rig import Rig, Setup
 from bench.speculation.text import Tokens
@@ -62,6 +64,7 @@ def run(settings: Settings) -> Findings:
         f"{subject.name}: {parameters(subject)}; {source.name}. {samples.remark}",
         f"Perplexity of {len(text)} tokens in windows of {length} (the usual 2,048, clipped to the model's "
         f"context) with a stride of {stride_of(length)}. Agreement: places with the same likeliest token.",
+        utilization(settings.device),
         published.QUANTIZATION_SETTING,
         *skipped,
     ]
@@ -93,7 +96,7 @@ class Study:
         each = PROMPT_TOKENS + OUTPUT_TOKENS
         room = max(per_round(len(self._prompts), 1, self._settings.rounds), -(-MAX_LENGTH // each))
         setup = Setup(draft="none", target_precision=precision)
-        return Rig(self._subject.pair, setup, room, each, self._settings.threads)
+        return rig_of(self._settings, self._subject.pair, setup, room)
 
     def _row(self, precision: str, meter: Meter) -> Row:
         rig = self._whole if precision == WHOLE else self._rig(precision)
@@ -109,7 +112,7 @@ class Study:
             tokens_per_s=ours.tokens_per_s,
             ms_per_token=1e3 / ours.tokens_per_s,
             speedup=Spread.of_ratios(found[precision].rates, whole.rates),
-            utilization=found[precision].utilization(self._settings.threads),
+            utilization=found[precision].utilization,
             perplexity=reading.perplexity,
             agreement=reading.agreement(self._reading),
         )
@@ -129,8 +132,11 @@ def _sheet(rows: Sequence[Row]) -> Sheet:
                 f"{theirs.tokens_per_s / whole.tokens_per_s:.2f}x, {theirs.perplexity}",
             )
         )
-    columns = ("precision", "tokens/s", "ms/token", "speed-up", "low…high", "CPU", "perplexity", "agreement")
-    return Sheet("a target alone, batch 1", (*columns, "published: speed, perplexity"), lines, 1)
+    columns = (
+        *("precision", "tokens/s", "ms/token", "speed-up", "low…high", "utilization", "perplexity"),
+        *("agreement", "published: speed, perplexity"),
+    )
+    return Sheet("a target alone, batch 1", columns, lines, 1)
 
 
 def _name(row: Row) -> str:

@@ -7,13 +7,12 @@ from collections.abc import Iterator, Sequence
 from bench.eval import published
 from bench.eval.attempt import attempt
 from bench.eval.decoding import (
-    OUTPUT_TOKENS,
-    PROMPT_TOKENS,
     Arm,
     Row,
     measure,
     num_runs,
     per_round,
+    rig_of,
     sampling_params,
 )
 from bench.eval.experiment import Chart, Findings, Series, Settings
@@ -21,6 +20,7 @@ from bench.eval.models import Subject, pair_of
 from bench.eval.rows import COLUMNS, REMARK, cells_of, row_of
 from bench.eval.samples import first_samples
 from bench.eval.texts import sources
+from bench.eval.utilization import remark as utilization
 from bench.inflate import Pair
 from bench.measure import Meter, Sheet
 from bench.speculation.rig import Rig, Setup
@@ -57,7 +57,7 @@ def run(settings: Settings) -> Findings:
         tables={"rows": found},
         sheets=[_sheet(found)],
         charts=[_chart(found)],
-        remarks=[*setting, REMARK, published.SPECULATION_SETTING, *remarks],
+        remarks=[*setting, REMARK, utilization(settings.device), published.SPECULATION_SETTING, *remarks],
         published=published.QUANTIZED_PAIRS,
     )
 
@@ -77,7 +77,7 @@ class Study:
 
     def _rig(self, pair: Pair, setup: Setup) -> Rig:
         room = per_round(len(self._prompts), 1, self._settings.rounds)
-        return Rig(pair, setup, room, PROMPT_TOKENS + OUTPUT_TOKENS, self._settings.threads)
+        return rig_of(self._settings, pair, setup, room)
 
     def _rows(self, setup: Setup, meter: Meter) -> Iterator[Row]:
         """Of the pair, and of plain decoding where the target is another than before."""
@@ -88,7 +88,7 @@ class Study:
         found = measure(arms, self._prompts, 1, sampling_params("greedy"), self._settings.rounds, meter.step)
         for cell in cells:
             name, outcome = self._subject.name, found.get(str(cell), found[BASELINE])
-            yield row_of(name, setup, cell, "greedy", outcome, found[BASELINE], self._settings.threads)
+            yield row_of(name, setup, cell, "greedy", outcome, found[BASELINE])
 
 
 def name_of(row: Row) -> str:

@@ -29,7 +29,7 @@ class Report:
             "experiment": self.experiment.NAME,
             "title": self.experiment.TITLE,
             "command": self.command,
-            "machine": machine(self.settings.threads),
+            "machine": machine(self.settings.threads, self.settings.device),
             "settings": _plain(self.settings),
             **{name: [flat(row) for row in rows] for name, rows in self.findings.tables.items()},
             "published": [flat(row) for row in self.findings.published],

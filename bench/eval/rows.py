@@ -6,12 +6,14 @@ from bench.eval.decoding import Outcome, Row
 from bench.measure import Spread
 from bench.speculation.rig import Setup
 
-COLUMNS = ("tokens/s", "ms/token", "rollbacks", "acceptance", "α", "speed-up", "low…high", "CPU", "same")
+COLUMNS = (
+    *("tokens/s", "ms/token", "rollbacks", "acceptance", "α"),
+    *("speed-up", "low…high", "utilization", "same"),
+)
 REMARK = (
     "Rollbacks: steps in which a draft token was rejected, of all samples. Acceptance: accepted of drafted "
-    "tokens; α: of judged ones, up to the first rejected. CPU: processor time of the worker's process over "
-    "wall time and threads; far below 100 % others computed at the same time. Speed-up: within "
-    "rounds, over plain decoding of the unquantized target."
+    "tokens; α: of judged ones, up to the first rejected. Speed-up: within rounds, over plain decoding of "
+    "the unquantized target."
 )
 SAME = {True: "yes", False: "NO", None: ""}
 
@@ -23,7 +25,6 @@ def row_of(
     sampling: str,
     outcome: Outcome,
     baseline: Outcome,
-    threads: int,
 ) -> Row:
     """`cell` is k and τ. Tokens need be the same only where the target is, and decoding is greedy."""
     whole, (k, tau) = outcome.total, cell
@@ -42,7 +43,7 @@ def row_of(
         acceptance_rate=whole.acceptance_rate,
         alpha=whole.alpha,
         speedup=Spread.of_ratios(outcome.rates, baseline.rates),
-        utilization=outcome.utilization(threads),
+        utilization=outcome.utilization,
         identical=whole.outputs == baseline.total.outputs if comparable else None,
     )
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.eval.decoding import AT_ONCE, OUTPUT_TOKENS, PROMPT_TOKENS, sampling_params
+from bench.eval.decoding import AT_ONCE, OUTPUT_TOKENS, PROMPT_TOKENS, rig_of, sampling_params
 from bench.eval.experiment import Settings
 from bench.eval.models import Subject
 from bench.eval.texts import Source
 from bench.inflate import Pair
 from bench.speculation.agreement import by_looping
-from bench.speculation.rig import Rig, Setup
+from bench.speculation.rig import Setup
 from bench.speculation.text import Tokens, batches
 from tandem.errors import ConfigError
 
@@ -43,9 +43,9 @@ class Samples:
 class Writer:
     """The target alone, as cheap as it comes."""
 
-    def __init__(self, subject: Subject, threads: int) -> None:
-        pair, tokens = Pair(subject.writer, subject.writer), PROMPT_TOKENS + OUTPUT_TOKENS
-        self._rig = Rig(pair, Setup(draft="none"), AT_ONCE, tokens, threads)
+    def __init__(self, settings: Settings, subject: Subject) -> None:
+        pair = Pair(subject.writer, subject.writer)
+        self._rig = rig_of(settings, pair, Setup(draft="none"), AT_ONCE)
 
     def samples(self, source: Source, count: int) -> Samples:
         """Up to `count`. Raises `ConfigError` if every continuation loops, or no text is long enough."""
@@ -66,4 +66,4 @@ class Writer:
 
 def first_samples(settings: Settings, subject: Subject, source: Source) -> Samples:
     """As the settings ask, of one source."""
-    return Writer(subject, settings.threads).samples(source, settings.samples)
+    return Writer(settings, subject).samples(source, settings.samples)

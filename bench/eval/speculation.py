@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 from bench.eval import published
 from bench.eval.attempt import attempt
 from bench.eval.decoding import (
-    OUTPUT_TOKENS,
-    PROMPT_TOKENS,
     Arm,
     Row,
     measure,
     num_runs,
     per_round,
+    rig_of,
     sampling_params,
 )
 from bench.eval.experiment import Chart, Findings, Series, Settings
@@ -22,6 +21,7 @@ from bench.eval.models import pair_of
 from bench.eval.rows import COLUMNS, REMARK, cells_of, row_of
 from bench.eval.samples import first_samples
 from bench.eval.texts import sources
+from bench.eval.utilization import remark as utilization
 from bench.measure import Meter, Sheet
 from bench.speculation.rig import Rig, Setup
 from bench.speculation.text import Tokens
@@ -41,13 +41,7 @@ def run(settings: Settings) -> Findings:
     source = next(sources(settings, subject.pair.target))
     samples = first_samples(settings, subject, source)
     count = len(samples.prompts)
-    rig = Rig(
-        subject.pair,
-        SETUP,
-        per_round(count, 1, settings.rounds),
-        PROMPT_TOKENS + OUTPUT_TOKENS,
-        settings.threads,
-    )
+    rig = rig_of(settings, subject.pair, SETUP, per_round(count, 1, settings.rounds))
     with Meter(NAME, len(SAMPLINGS) * num_runs(len(CELLS), count, 1, settings.rounds)) as meter:
         found, skipped = attempt(
             {sampling: sampling for sampling in SAMPLINGS},
@@ -55,7 +49,10 @@ def run(settings: Settings) -> Findings:
             settings,
             meter,
         )
-    remarks = [f"{subject.label}; {source.name}. {samples.remark}", REMARK, published.SPECULATION_SETTING]
+    remarks = [
+        f"{subject.label}; {source.name}. {samples.remark}",
+        *(REMARK, utilization(settings.device), published.SPECULATION_SETTING),
+    ]
     return Findings(
         tables={"rows": found},
         sheets=[_sheet(found)],
@@ -72,7 +69,7 @@ def _rows(
     outcomes = measure(arms, prompts, 1, sampling_params(sampling), settings.rounds, meter.step)
     for cell in CELLS:
         theirs, ours = outcomes[str(PLAIN)], outcomes[str(cell)]
-        yield row_of(pair, SETUP, cell, sampling, ours, theirs, settings.threads)
+        yield row_of(pair, SETUP, cell, sampling, ours, theirs)
 
 
 def _sheet(rows: Sequence[Row]) -> Sheet:

@@ -9,6 +9,7 @@ from bench.eval.experiment import Chart, Findings, Series, Settings
 from bench.eval.models import parameters, target_of
 from bench.inflate import inflated_pair
 from bench.split import LIMITS, MIXES, MODES, OUTPUT_TOKENS, RATES, Cell, measure, models_of, sheet, win_map
+from tandem.errors import ConfigError
 
 NAME = "split"
 TITLE = "Split against unsplit"
@@ -18,7 +19,12 @@ MODES_APART = ("split", "auto")
 
 
 def run(settings: Settings) -> Findings:
-    """Three services on the same cores at the same requests, for each mix of prompts and each rate."""
+    """Three services on the same cores at the same requests, for each mix of prompts and each rate.
+
+    Raises `ConfigError` for a GPU, which is not shared out to workers as cores are.
+    """
+    if settings.device != "cpu":
+        raise ConfigError(f"split and unsplit share out the CPU's cores, not {settings.device}: --device cpu")
     subject = target_of(settings)
     num_cells = len(MIXES) * len(RATES) * len(MODES)
     seconds = min(SECONDS, SHARE * settings.left_s / num_cells)

@@ -59,13 +59,14 @@ class Suite:
         page.write_text("\n\n".join(["# Results", *self._setting(), *chapters, *missing]) + "\n")
 
     def _setting(self) -> tuple[str, str]:
-        facts = machine(self._settings.threads)
+        facts = machine(self._settings.threads, self._settings.device)
+        gpu = f", {facts['gpu']} ({self._settings.device})" if "gpu" in facts else ""
         versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
         return (
             f"Written by `{self._command}`; `docs/experiments.md` says what is measured and how. Samples are "
             "few: the command above each table measures it again, and takes more.",
             f"- machine: {facts['processor']}, {facts['cores']} cores, {facts['memory_gb']} GB, "
-            f"{facts['isa']}, {facts['threads']} threads; load at the end: {facts['load_before']}\n"
+            f"{facts['isa']}, {facts['threads']} threads{gpu}; load at the end: {facts['load_before']}\n"
             f"- versions: Python {facts['python']}, {versions}\n"
             "- seeds: samples are chosen by their place in the text; the seed of a sample is its number in "
             "its round; arrivals and synthetic prompts have seed 0",
@@ -85,6 +86,7 @@ def command_of(name: str, settings: Settings) -> str:
         words += ["--shape", settings.shape]
     for option, value in (("--target", settings.target), ("--draft", settings.draft)):
         words += [option, str(value)] if value else []
+    words += ["--device", settings.device] if settings.device != "cpu" else []
     for path in settings.texts:
         words += ["--text", str(path)]
     return shlex.join([*words, "--samples", str(settings.samples), "--rounds", str(settings.rounds)])

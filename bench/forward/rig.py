@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from bench.forward.traffic import Traffic
+from bench.measure import dtype_on
 from tandem.engine.batch import SequenceRows
 from tandem.engine.model_runner import ModelRunner
 from tandem.geometry import DTYPE_BYTES, ModelGeometry, num_blocks
@@ -26,7 +27,7 @@ class Rig:
     """One thread's engine with room for `max_tokens` of KV."""
 
     def __init__(self, path: Path, device: str, max_tokens: int) -> None:
-        self.dtype = "float32" if device == "cpu" else "bfloat16"
+        self.dtype = dtype_on(device)
         self.runner = ModelRunner.load(
             path,
             dtype=self.dtype,

@@ -15,7 +15,7 @@ from bench.forward.reference import Reference
 from bench.forward.results import Options, Results
 from bench.forward.rig import BLOCK_SIZE, Rig
 from bench.limits import best, limits
-from bench.measure import Meter, console, flat, machine, write_csv, write_json
+from bench.measure import Meter, console, dtype_on, flat, machine, write_csv, write_json
 from bench.plotting import require_matplotlib
 from bench.shapes import checkpoint
 from tandem.errors import ConfigError
@@ -119,7 +119,7 @@ def room(path: Path, most_tokens: int, budget_bytes: int, device: str) -> int:
 
     Raises `ConfigError` if memory holds none.
     """
-    each = ModelGeometry.from_path(path).kv_bytes(1, "float32" if device == "cpu" else "bfloat16")
+    each = ModelGeometry.from_path(path).kv_bytes(1, dtype_on(device))
     budget = min(budget_bytes, int(FREE_SHARE * free_bytes(device)))
     if budget < each:
         raise ConfigError(f"{budget} bytes hold no token of KV ({each} bytes); free some memory")
@@ -128,8 +128,8 @@ def room(path: Path, most_tokens: int, budget_bytes: int, device: str) -> int:
 
 def free_bytes(device: str) -> int:
     """Memory of the device that nobody uses."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
+    if device != "cpu":
+        return int(torch.cuda.mem_get_info(device)[0])
     lines = Path("/proc/meminfo").read_text().splitlines()
     found = next(line.split()[1] for line in lines if line.startswith("MemAvailable"))
     return int(found) << 10

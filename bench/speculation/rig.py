@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from bench.inflate import Pair
+from bench.measure import dtype_on
 from bench.speculation.text import Tokens, batches
 from decode_worker.decoder import Advance, Decoder, PlainDecoder
 from decode_worker.drafting import make_decoder
@@ -64,10 +65,15 @@ class Setup:
             parts.append(f"{self.activation_bits}-bit activations")
         return " ".join(parts)
 
-    def config(self, pair: Pair) -> ClusterConfig:
+    def config(self, pair: Pair, device: str = "cpu") -> ClusterConfig:
         """Raises `ConfigError` for what does not go together."""
         return ClusterConfig(
-            model=ModelConfig(path=pair.target, quantization=self.target_precision),
+            model=ModelConfig(
+                path=pair.target,
+                quantization=self.target_precision,
+                device=device,
+                dtype=dtype_on(device),
+            ),
             speculation=SpeculationConfig(
                 draft=self.draft,
                 draft_path=pair.draft if self.draft == "model" else None,
@@ -133,10 +139,19 @@ class Run:
 
 
 class Rig:
-    """A loaded pair with room for `max_sequences` of `max_tokens`."""
+    """A loaded pair with room for `max_sequences` of `max_tokens`. Raises `ConfigError` as loading does."""
 
-    def __init__(self, pair: Pair, setup: Setup, max_sequences: int, max_tokens: int, threads: int) -> None:
-        self._config = setup.config(pair)
+    def __init__(
+        self,
+        pair: Pair,
+        setup: Setup,
+        max_sequences: int,
+        max_tokens: int,
+        threads: int,
+        device: str = "cpu",
+    ) -> None:
+        self._config = setup.config(pair, device)
+        self.threads, self.device = threads, device
         draft = usable_draft(self._config)
         self._blocks_each = num_blocks(max_tokens + MAX_ASSISTANT_TOKENS, BLOCK_SIZE)
         wanted = SCRATCH_BLOCKS + max_sequences * self._blocks_each

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.eval.experiment import Settings
 from deploy.models import resolve_model
+from tandem.config_model import ModelConfig
 
 if TYPE_CHECKING:
     from bench.eval.trackers import Tracker
@@ -19,8 +20,13 @@ FOLDERS = ("--out", "--page", "--log")  # options of what a command writes, not 
 
 
 def settings_of(params: dict[str, Any]) -> Settings:
-    """From the options of a command. Raises `ConfigError` for models that are not there."""
-    chosen = {name: params[name] for name in ("shape", "samples", "rounds", "threads")}
+    """From the options of a command. Raises `ConfigError` for models and devices that are not there."""
+    from bench.eval import utilization
+    from tandem.engine.loading import check_device
+
+    check_device(ModelConfig(device=params["device"]).device)
+    utilization.check(params["device"])
+    chosen = {name: params[name] for name in ("shape", "samples", "rounds", "threads", "device")}
     chosen |= {name: resolve_model(params[name]) for name in ("target", "draft") if params[name]}
     deadline_s = time.monotonic() + 60 * params["minutes"]
     return Settings(**chosen, deadline_s=deadline_s, texts=tuple(params["text"] or ()))
