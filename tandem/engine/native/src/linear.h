@@ -44,6 +44,7 @@ struct Linear {
 constexpr int ROW_BLOCK = 96;           // rows that go through all panels together
 constexpr int INPUT_BLOCK = 512;        // inputs of so many rows that stay in the cache meanwhile
 constexpr int MANY_ROWS = 48;           // for which weights are widened before they are multiplied
+constexpr int LONG_ROWS = 7;            // of a tile whose products take as long as its weights do to come
 constexpr int AHEAD = 16 * CACHE_LINE;  // that weights are asked for before they are needed
 
 // The largest tile of a product: chains enough to fill the multipliers, and few enough for the registers.
@@ -94,7 +95,8 @@ inline int inputs_of(const Linear& linear) {
 }
 
 // The panels that come after these. Where rows go through the same panels several times, all but the first find them
-// in the cache: each time a share of the next ones is asked for, so that memory and multipliers work side by side.
+// in the cache: each time a share of the next ones is asked for, so that memory and multipliers work side by side. So
+// they are where one time takes as long as memory does.
 struct Next {
     const char* at = nullptr;  // null: there are none
     size_t stride = 0;         // bytes from panel to panel
@@ -189,7 +191,8 @@ inline void multiply(const Linear& linear, Rows<const InputOf<W>> x, int rows, R
                         multiply_panels(count, most, panels, from, widened(some, panels, inputs), inputs, to);
                         continue;
                     }
-                const bool has_next = count > most && block == in && panel + 2 * together <= last;
+                const bool is_long = count > most || most >= LONG_ROWS;
+                const bool has_next = is_long && block == in && panel + 2 * together <= last;
                 multiply_panels(count, most, panels, from, some, inputs, to, has_next ? some.panel(together) : nullptr);
             }
     }

@@ -32,18 +32,20 @@ struct Operands {
     int stride, groups;
     const uint8_t* weights;
     int piece_bytes;
+    const uint8_t* ahead;  // what all rows but the first ask for while a piece is multiplied: the next panel
+    int ahead_bytes;       // of them, per piece
 };
 
 constexpr int MANY_TILES = 3;  // for which a panel's pieces are loaded before they are multiplied
 
 // R rows against one panel; `load(bytes)` brings a piece. y = Σ_groups (weight scale · row scale) · integer.
 // Not inlined: within the loops around it, its own runs at three quarters of the speed.
-template <int R, class T, class Load>
+template <int R, bool IS_FIRST, class T, class Load>
 __attribute__((noinline)) void multiply_int_tile(const Linear& l, const Operands<T>& o, int row, int panel,
                                                  Rows<float> y, Load load) {
     const int group = group_of(l), in = l.in, stride = o.stride, step = o.piece_bytes;
     const T* x = o.values + size_t(row) * stride;
-    const uint8_t* weights = o.weights;
+    const uint8_t *weights = o.weights, *ahead = o.ahead;
     const float* scales = l.scales + size_t(panel) * (l.format == CODE4 ? o.groups : 1) * PANEL;
     Totals totals[R];
     unrolled<R>([&](auto r) INLINE { clear(totals[r]); });
@@ -52,7 +54,8 @@ __attribute__((noinline)) void multiply_int_tile(const Linear& l, const Operands
         unrolled<R>([&](auto r) INLINE { clear(sums[r], o.starts[size_t(row + r) * o.groups + g]); });
         const T* end = x + std::min(group, in - g * group);
         for (; x < end; x += PIECE_INPUTS, weights += step) {
-            __builtin_prefetch(weights + AHEAD);
+            __builtin_prefetch(IS_FIRST ? weights + AHEAD : ahead);
+            if (!IS_FIRST) ahead += o.ahead_bytes;
             const auto piece = load(weights);
             unrolled<R>([&](auto r) INLINE { add_products(piece, x + size_t(r) * stride, sums[r]); });
         }
@@ -66,20 +69,34 @@ __attribute__((noinline)) void multiply_int_tile(const Linear& l, const Operands
 }
 
 // The tile of so many rows, at most R.
-template <int R, class T, class Load>
+template <int R, bool IS_FIRST, class T, class Load>
 inline void multiply_int_tile_of(int rows, const Linear& l, const Operands<T>& o, int row, int panel, Rows<float> y,
                                  Load load) {
     if constexpr (R > 1)
-        if (rows < R) return multiply_int_tile_of<R - 1>(rows, l, o, row, panel, y, load);
-    multiply_int_tile<R>(l, o, row, panel, y, load);
+        if (rows < R) return multiply_int_tile_of<R - 1, IS_FIRST>(rows, l, o, row, panel, y, load);
+    multiply_int_tile<R, IS_FIRST>(l, o, row, panel, y, load);
 }
 
+// How rows go through a panel: so many at a time. The first ask for weights a little further on; the others find theirs
+// in the cache, and ask for a share of the next panel each, so that memory and multipliers work side by side.
+struct Times {
+    int rows, each;
+    int pieces, share;  // of the panel; of the next one, bytes per piece
+
+    Times(int rows, int most, int pieces, int panel_bytes) : rows(rows), each(tile_rows(rows, most)), pieces(pieces) {
+        const int others = divide_up(rows, each) - 1;
+        share = others ? divide_up(panel_bytes, others * pieces) : 0;
+    }
+};
+
 template <class T, class Load>
-inline void multiply_in_tiles(const Linear& l, const Operands<T>& o, int rows, int panel, Rows<float> y, Load load) {
+inline void multiply_in_tiles(const Linear& l, Operands<T>& o, const Times& times, int panel, const uint8_t* next,
+                              Rows<float> y, Load load) {
     constexpr int MOST = int_tile_rows<T>;
-    const int each = tile_rows(rows, MOST);
-    for (int row = 0; row < rows; row += each)
-        multiply_int_tile_of<MOST>(std::min(each, rows - row), l, o, row, panel, y, load);
+    multiply_int_tile_of<MOST, true>(std::min(times.each, times.rows), l, o, 0, panel, y, load);
+    o.ahead = next, o.ahead_bytes = times.share;
+    for (int row = times.each; row < times.rows; row += times.each, o.ahead += size_t(times.pieces) * times.share)
+        multiply_int_tile_of<MOST, false>(std::min(times.each, times.rows - row), l, o, row, panel, y, load);
 }
 
 // A panel's pieces as they are multiplied, until this thread's next call.
@@ -99,15 +116,17 @@ inline void multiply_ints(const Linear& l, const IntRows<T>& x, int rows, Rows<f
     const int pieces = divide_up(l.in, PIECE_INPUTS);
     const uint8_t* weights = static_cast<const uint8_t*>(l.weights);
     Operands<T> operands{x.values.data(), x.scales.data(), x.starts.data(), x.stride_of(l), groups_of(l)};
+    const int bytes = pieces * piece_bytes;
+    const Times times(rows, int_tile_rows<T>, pieces, bytes);
     for (int panel = first; panel < last; panel++) {
-        const uint8_t* stored = weights + size_t(panel) * pieces * piece_bytes;
+        const uint8_t *stored = weights + size_t(panel) * bytes, *next = stored + bytes;
         if (rows < MANY_TILES * int_tile_rows<T>) {
             operands.weights = stored, operands.piece_bytes = piece_bytes;
-            multiply_in_tiles(l, operands, rows, panel, y, load);
+            multiply_in_tiles(l, operands, times, panel, next, y, load);
         } else {
             operands.weights = loaded(stored, piece_bytes, pieces, load), operands.piece_bytes = sizeof(Loaded);
             auto as_it_lies = [](const uint8_t* p) { return copied(*reinterpret_cast<const Loaded*>(p)); };
-            multiply_in_tiles(l, operands, rows, panel, y, as_it_lies);
+            multiply_in_tiles(l, operands, times, panel, next, y, as_it_lies);
         }
     }
 }
