@@ -31,6 +31,12 @@ def last_words(text: str) -> str:
     return "; ".join(lines[-2:]) or "it said nothing"
 
 
+def models_of(target: Path, draft: Path | None, quantization: str = "none") -> dict[str, Any]:
+    """The part of a configuration that names models."""
+    speculation = {"draft": "model", "draft_path": str(draft)} if draft else {"draft": "none"}
+    return {"model": {"path": str(target), "quantization": quantization}, "speculation": speculation}
+
+
 @contextmanager
 def serving(values: Mapping[str, Any]) -> Iterator[str]:
     """Its gRPC address. Raises `ConfigError` if it does not start."""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import isolation
-from bench.embedded import serving
+from bench.embedded import models_of, serving
 from bench.inflate import BUNDLED, inflated_pair
 from bench.measure import Sheet, console, flat, machine, table, write_csv, write_json
 from bench.serve.arrivals import Arrival, Schedule
@@ -92,12 +92,6 @@ def run(
     write_csv(out / "cores.csv", cores)
     shown.print(f"\nsplit.json, split.csv and cores.csv are in {out}")
     return document
-
-
-def models_of(target: Path, draft: Path | None, quantization: str = "none") -> dict[str, Any]:
-    """The part of a configuration that names models."""
-    speculation = {"draft": "model", "draft_path": str(draft)} if draft else {"draft": "none"}
-    return {"model": {"path": str(target), "quantization": quantization}, "speculation": speculation}
 
 
 def measure(

@@ -46,6 +46,7 @@ HELP = {
     "quantization": "A target in 16, 8 and 4 bits without a draft: speed and perplexity.",
     "gamma": "γ draft tokens per step: speed-up beside theory from measured costs; by data source.",
     "qspec": "Four-bit weights that draft with 4- and 8-bit activations: speed, acceptance, fidelity.",
+    "quality": "Programs and paths by a target in 16, 8 and 4 bits, on tasks that need no file.",
     "forward": "Time against batch, input and output length, with and without a KV cache.",
     "split": "Prefill and decode apart and together on the same cores: TTFT, ITL, goodput under mixed load.",
 }

@@ -12,6 +12,7 @@ MODULES = {  # by the name of the command
     "quantization": "quantization",
     "gamma": "gamma",
     "qspec": "qspec",
+    "quality": "quality",
     "forward": "forward",
     "split": "split",
 }

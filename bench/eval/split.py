@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from bench.embedded import models_of
 from bench.eval.experiment import Chart, Findings, Series, Settings
 from bench.eval.models import parameters, target_of
 from bench.inflate import inflated_pair
-from bench.split import LIMITS, MIXES, MODES, OUTPUT_TOKENS, RATES, Cell, measure, models_of, sheet, win_map
+from bench.split import LIMITS, MIXES, MODES, OUTPUT_TOKENS, RATES, Cell, measure, sheet, win_map
 from tandem.errors import ConfigError
 
 NAME = "split"

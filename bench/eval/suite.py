@@ -21,6 +21,7 @@ WEIGHTS: Mapping[str, float] = {  # of the time that is left
     "quantization": 2,
     "gamma": 2,
     "qspec": 3,
+    "quality": 1,
     "forward": 3,
     "split": 5,
 }

@@ -62,13 +62,18 @@ def sheets(results: Results | Perplexity, model: str) -> Iterator[Sheet]:
     """Our figures, and those that others published."""
     title = f"{results.task}, {model}"
     yield _scores(title, results) if isinstance(results, Results) else _perplexity(title, results)
-    if found := published(results.task):
-        yield Sheet(
-            f"{results.task} as published: other models, other machines",
-            ("source", "model", "setting", "figure"),
-            [(one.source, one.model, one.setting, one.figure) for one in found],
-            3,
-        )
+    if theirs := others(results.task):
+        yield theirs
+
+
+def others(task: str) -> Sheet | None:
+    """What was published of a task, if anything was."""
+    found = published(task)
+    if not found:
+        return None
+    title = f"{task} as published: other models, other machines"
+    lines = [(one.source, one.model, one.setting, one.figure) for one in found]
+    return Sheet(title, ("source", "model", "setting", "figure"), lines, 3)
 
 
 def _scores(title: str, results: Results) -> Sheet:

@@ -14,6 +14,7 @@ import random
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from bench.measure import Meter
@@ -65,8 +66,11 @@ def sampled(samples: int) -> Setting:
     return Setting("T 0.7, top_p 0.95", 0.7, 0.95, samples)
 
 
-async def evaluate(task: Task, model: Model, samples: int, seed: int) -> Results:
-    """Greedy, and with `samples` sampled answers of each problem. Raises `ConfigError` and `TandemError`."""
+async def evaluate(task: Task, model: Model, samples: int, seed: int, meter: Meter | None = None) -> Results:
+    """Greedy, and with `samples` sampled answers of each problem. `meter` steps with each answer.
+
+    Raises `ConfigError` and `TandemError`.
+    """
     settings = [GREEDY, sampled(samples)] if samples else [GREEDY]
 
     async def answer(problem: Problem, setting: Setting, sample: int) -> Item:
@@ -79,7 +83,7 @@ async def evaluate(task: Task, model: Model, samples: int, seed: int) -> Results
             grade = Grade(0.0, f"{error.reason}: {error.message}")
         return Item(problem.id, setting.name, sample, grade.score, grade.why, text)
 
-    return await _all(task, settings, answer)
+    return await _all(task, settings, answer, meter)
 
 
 async def check(task: Task) -> Results:
@@ -98,7 +102,9 @@ def is_sound(results: Results) -> bool:
     return all(item.score == (1.0 if item.setting == RIGHT.name else 0.0) for item in results.items)
 
 
-async def _all(task: Task, settings: Sequence[Setting], one: Answering) -> Results:
+async def _all(
+    task: Task, settings: Sequence[Setting], one: Answering, meter: Meter | None = None
+) -> Results:
     await task.prepare()
     wanted = [
         (problem, setting, sample)
@@ -107,11 +113,11 @@ async def _all(task: Task, settings: Sequence[Setting], one: Answering) -> Resul
         for sample in range(setting.samples)
     ]
     began_s = time.monotonic()
-    with Meter(task.name, len(wanted)) as meter:
+    with Meter(task.name, len(wanted)) if meter is None else nullcontext(meter) as shown:
 
         async def counted(problem: Problem, setting: Setting, sample: int) -> Item:
             item = await one(problem, setting, sample)
-            meter.step()
+            shown.step()
             return item
 
         items = await asyncio.gather(*(counted(*each) for each in wanted))
