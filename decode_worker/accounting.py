@@ -28,11 +28,11 @@ def account(sequence: DecodeSequence, advance: Advance) -> Event:
             sequence.is_finished = True
             break
     assert news is not None
-    usage = sequence.speculated if sequence.is_finished and sequence.speculated.num_steps else None
+    usage = sequence.usage() if sequence.is_finished else None
     return news._replace(
         drafted=advance.num_drafted,
         accepted=advance.num_accepted,
-        speculation=usage,
+        speculation=usage if usage and usage.num_steps else None,
         cached=sequence.take_hit(),
     )
 

@@ -14,7 +14,7 @@ from tandem.errors import TandemError
 from tandem.output import OutputDelta, OutputStream
 from tandem.prefix_usage import NO_HIT, PrefixHit
 from tandem.speculation import SpeculationPolicy
-from tandem.speculation_usage import SpeculationUsage
+from tandem.speculation_usage import PlainTally, SpeculationUsage
 from tandem.work import Work
 
 
@@ -54,6 +54,7 @@ class DecodeSequence:
     next_token: int = field(init=False)
     token_ids: list[int] = field(init=False)  # prompt and output; the last one is `next_token`
     speculated: SpeculationUsage = field(default_factory=SpeculationUsage)
+    tally: PlainTally | None = None  # of steps that `speculated` does not know yet
     needs_logits: bool = field(init=False)  # for penalties or log-probabilities; others need tokens only
     is_guessable: bool = field(init=False)  # no choice of a token depends on the tokens before it
     goes_by_confidence: bool = field(init=False)  # what its draft is sure of says how far it looks ahead
@@ -98,6 +99,13 @@ class DecodeSequence:
         return SequenceRows(
             token_ids=(self.next_token,), start=self.num_computed, block_table=self.blocks, num_logits=1
         )
+
+    def usage(self) -> SpeculationUsage:
+        """What speculation did, until now."""
+        if self.tally is not None:
+            self.speculated.count_plain(self.tally.num_steps, self.tally.verify_s, self.tally.plain_s)
+            self.tally = None
+        return self.speculated
 
     def take_hit(self) -> PrefixHit:
         """To be said once."""

@@ -75,6 +75,8 @@ class SpeculativeDecoder:
         return advances
 
     def settle(self, sequences: Sequence[DecodeSequence]) -> None:
+        if self._run is not None:
+            return  # nothing was guessed
         for sequence in sequences:
             self._draft.settle(sequence)
 
@@ -90,7 +92,7 @@ class SpeculativeDecoder:
         """Learn from plain steps that nothing was learnt from yet."""
         run, self._run = self._run, None
         if run is not None and run.num_steps:
-            self._learn(run.outcome(), 0.0)
+            self._learn(run.end(), 0.0)
 
     def _propose(self, sequences: Sequence[DecodeSequence], counts: Sequence[int]) -> list[Proposal]:
         """Guesses that are safe to verify; none if the draft fails."""

@@ -315,6 +315,21 @@ def test_plain_steps_are_learnt_from_together_and_counted_one_by_one(target, oth
     assert decoder.stats.verify_s == pytest.approx(told)
 
 
+def test_a_request_that_ends_knows_its_plain_steps_at_once_and_once(target, other) -> None:
+    decoder = speculative(target, ModelDraft(other))
+    running = sequences(target, GREEDY, SpeculationPolicy.OFF)
+    for _ in range(3):
+        for sequence, advance in zip(running, decoder.step(running), strict=True):
+            sequence.advance(advance.tokens[0].token_id)
+        decoder.settle(running)
+    ended = running.pop()
+    assert ended.usage().num_steps == 3
+    assert ended.usage().verify_s == decoder._run._tally.verify_s > 0
+    decoder.leave(ended)
+    assert [s.usage().num_steps for s in (ended, *running)] == [3] * (1 + len(running))
+    assert decoder.stats.num_steps == 3 * (1 + len(running))
+
+
 class StubbornDraft:
     """Proposes what it is told to, whatever the sequences are."""
 
