@@ -154,6 +154,6 @@ def _sheet(rows: Sequence[Row]) -> Sheet:
             *(row.metric, str(row.problems), f"{row.score:.3f}", f"{row.low:.3f} to {row.high:.3f}"),
             "" if row.same is None else f"{row.same:.0%}",
         )
-        for row in sorted(rows, key=lambda row: (row.task, row.setting, -row.bits))
+        for row in sorted(rows, key=lambda row: (row.task, row.setting != GREEDY.name, -row.bits))
     ]
     return Sheet("answers", columns, lines, 4)
