@@ -155,6 +155,7 @@ def test_kernels_compute_with_the_dequantized_weights_row_by_row(
     assert torch.equal(team.linear(packed, x), got)
     row = seed % rows
     assert torch.equal(alone.linear(packed, x[row : row + 1].contiguous())[0], got[row])
+    assert alone.linear(packed, x[:0]).shape == (0, got.shape[1])  # as of a forward without logits
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])

@@ -112,6 +112,7 @@ inline const uint8_t* loaded(const uint8_t* weights, int piece_bytes, int count,
 template <class T, class Load>
 inline void multiply_ints(const Linear& l, const IntRows<T>& x, int rows, Rows<float> y, int first, int last,
                           int piece_bytes, Load load) {
+    if (!rows) return;
     using Loaded = decltype(load(nullptr));
     const int pieces = divide_up(l.in, PIECE_INPUTS);
     const uint8_t* weights = static_cast<const uint8_t*>(l.weights);
