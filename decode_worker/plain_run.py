@@ -13,7 +13,7 @@ from decode_worker.decoder import Advance, PlainDecoder
 from decode_worker.earnings import Earnings
 from decode_worker.lookahead import StepOutcome
 from decode_worker.sequence import DecodeSequence
-from tandem.speculation_usage import PlainTally
+from tandem.speculation_usage import SpeculationUsage
 
 
 class PlainRun:
@@ -27,7 +27,7 @@ class PlainRun:
         self._advances: list[Advance] = []  # of the last step
         self._patience = patience
         self._plain_s = earnings.plain_s(len(sequences))
-        self._tally = PlainTally()
+        self._tally = SpeculationUsage()  # of each of them
         for sequence in sequences:
             sequence.tally = self._tally
 
@@ -43,7 +43,7 @@ class PlainRun:
         began_s = time.perf_counter()
         self._advances = self._decoder.step(self._sequences)
         took_s = time.perf_counter() - began_s
-        self._tally.count(took_s, self._plain_s or took_s)
+        self._tally.count_plain(1, took_s, self._plain_s or took_s)
         return self._advances
 
     def end(self) -> StepOutcome:

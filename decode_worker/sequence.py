@@ -14,7 +14,7 @@ from tandem.errors import TandemError
 from tandem.output import OutputDelta, OutputStream
 from tandem.prefix_usage import NO_HIT, PrefixHit
 from tandem.speculation import SpeculationPolicy
-from tandem.speculation_usage import PlainTally, SpeculationUsage
+from tandem.speculation_usage import SpeculationUsage
 from tandem.work import Work
 
 
@@ -54,7 +54,7 @@ class DecodeSequence:
     next_token: int = field(init=False)
     token_ids: list[int] = field(init=False)  # prompt and output; the last one is `next_token`
     speculated: SpeculationUsage = field(default_factory=SpeculationUsage)
-    tally: PlainTally | None = None  # of steps that `speculated` does not know yet
+    tally: SpeculationUsage | None = None  # plain steps of a run, which `speculated` does not know yet
     needs_logits: bool = field(init=False)  # for penalties or log-probabilities; others need tokens only
     is_guessable: bool = field(init=False)  # no choice of a token depends on the tokens before it
     goes_by_confidence: bool = field(init=False)  # what its draft is sure of says how far it looks ahead

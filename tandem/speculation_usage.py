@@ -17,21 +17,6 @@ def _positions() -> list[int]:
 
 
 @dataclass(slots=True)
-class PlainTally:
-    """Plain steps that some sequences took together: the same sums for each of them."""
-
-    num_steps: int = 0
-    verify_s: float = 0.0
-    plain_s: float = 0.0  # as of `SpeculationUsage`
-
-    def count(self, verify_s: float, plain_s: float) -> None:
-        """One step."""
-        self.num_steps += 1
-        self.verify_s += verify_s
-        self.plain_s += plain_s
-
-
-@dataclass(slots=True)
 class SpeculationUsage:
     """Sums over steps. A step is one verifying forward as seen by one sequence."""
 
