@@ -76,19 +76,8 @@ def run(settings: Settings) -> Findings:
         tables={"rows": rows},
         sheets=[_sheet(rows), *(sheet for sheet in theirs if sheet)],
         remarks=remarks + skipped,
-        published=[_Figure(*one) for task in TASKS for one in published(task)],
+        published=[one for task in TASKS for one in published(task)],
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Figure:
-    """What others published."""
-
-    task: str
-    source: str
-    model: str
-    setting: str
-    figure: str
 
 
 class Study:

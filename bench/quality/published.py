@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 HPML = "Columbia HPML 2025"
 QSPEC = "QSpec (Zhao et al.)"
 
 
-class Published(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One figure, or some that belong together."""
+
     task: str
     source: str
     model: str

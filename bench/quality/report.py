@@ -28,7 +28,7 @@ def document(results: Results | Perplexity, options: Mapping[str, Any], model: s
         "model": model,
         "options": {name: _plain(value) for name, value in options.items()},
         **asdict(results),
-        "published": [one._asdict() for one in published(results.task)],
+        "published": [asdict(one) for one in published(results.task)],
     }
 
 
