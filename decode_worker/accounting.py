@@ -9,7 +9,7 @@ from decode_worker.decoder import Advance
 from decode_worker.sequence import DecodeSequence, Emit, Event
 from tandem.engine.work_state import logprobs_of
 from tandem.errors import Internal, TandemError, failure_of
-from tandem.output import OutputDelta
+from tandem.output import OutputDelta, TokenLogprobs
 
 log = logging.getLogger(__name__)
 
@@ -19,21 +19,30 @@ def account(sequence: DecodeSequence, advance: Advance) -> Event:
     if advance.is_bad:
         sequence.is_finished = True
         return Internal.numerics()
-    news: OutputDelta | None = None
+    token_ids: list[int] = []
+    entries: list[TokenLogprobs] = []
+    text, finish, matched = "", None, None
     for token in advance.tokens:
+        token_ids.append(token.token_id)
         sequence.advance(token.token_id)
-        delta = sequence.output.append(token.token_id, logprobs_of(token))
-        news = delta if news is None else news.followed_by(delta)
-        if delta.finish is not None:
+        more, finish, matched = sequence.output.take(token.token_id)
+        text += more
+        if (entry := logprobs_of(token)) is not None:
+            entries.append(entry)
+        if finish is not None:
             sequence.is_finished = True
             break
-    assert news is not None
     usage = sequence.usage() if sequence.is_finished else None
-    return news._replace(
-        drafted=advance.num_drafted,
-        accepted=advance.num_accepted,
-        speculation=usage if usage and usage.num_steps else None,
-        cached=sequence.take_hit(),
+    return OutputDelta(
+        tuple(token_ids),
+        text,
+        tuple(entries),
+        finish,
+        matched,
+        advance.num_drafted,
+        advance.num_accepted,
+        usage if usage and usage.num_steps else None,
+        sequence.take_hit(),
     )
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from decode_worker import acceptance
-from decode_worker.decoder import Advance, chosen_token
+from decode_worker.decoder import Advance
 from decode_worker.drafts.draft import Proposal
 from decode_worker.sequence import DecodeSequence
 from tandem.engine.draw import NOT_DRAFTED, Drafted
 from tandem.engine.rng import Stream, exponentials, uniforms
 from tandem.engine.sampler import (
+    NO_TOKEN,
     BadLogits,
     SampledToken,
     Sampler,
@@ -84,9 +85,15 @@ def _walk(
     sequence: DecodeSequence, proposal: Proposal, advance: Advance, token_ids: Sequence[int], row: int
 ) -> None:
     """Rows from `row` on judge the draft tokens and give the one after them."""
-    last = row + len(proposal.token_ids)
-    for offset in range(1 + acceptance.match(proposal.token_ids, token_ids[row:last])):
-        _take(sequence, proposal, offset, chosen_token(token_ids[row + offset]), advance)
+    drafted = proposal.token_ids
+    num_accepted = acceptance.match(drafted, token_ids[row : row + len(drafted)])
+    taken = token_ids[row : row + num_accepted + 1]
+    if taken[-1] == NO_TOKEN:
+        taken = taken[:-1]
+        advance.is_bad = not taken  # good tokens before it stand; the row comes again next step
+    advance.num_accepted = num_accepted
+    advance.tokens = list(map(SampledToken, taken))
+    sequence.sampling.extend(taken)
 
 
 def _side_by_side(
@@ -122,7 +129,7 @@ def _take(
 ) -> bool:
     """Add one token; True if it is the draft's, so that the next row counts too."""
     if isinstance(token, BadLogits):
-        advance.is_bad = not advance.tokens  # good tokens before it stand; the row comes again next step
+        advance.is_bad = not advance.tokens  # as in `_walk`
         return False
     sequence.sampling.append(token.token_id)
     advance.tokens.append(token)

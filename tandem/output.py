@@ -23,6 +23,7 @@ FINISH_TO_PB = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
 }
+Taken = tuple[str, FinishReason | None, str | int | None]  # the text of a token, and the end if it is one
 FINISH_FROM_PB = {number: reason for reason, number in FINISH_TO_PB.items()}
 
 
@@ -144,25 +145,35 @@ class OutputStream:
     num_prompt_tokens: int
     num_tokens: int = field(default=0, init=False)  # output tokens so far
     _stream: TokenStream = field(init=False, repr=False)
+    _last_ids: Collection[int] = field(init=False, repr=False)  # that end the output
     _held: str = field(default="", init=False)  # decoded, but perhaps the start of a stop string
 
     def __post_init__(self) -> None:
+        eos = () if self.sampling.ignore_eos else self.eos_token_ids
+        self._last_ids = frozenset((*self.sampling.stop_token_ids, *eos))
         self._stream = self.tokenizer.stream(self.token_ids[: self.num_prompt_tokens])
         for token_id in self.token_ids[self.num_prompt_tokens :]:
-            self.append(token_id)
+            self.take(token_id)
 
     def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> OutputDelta:
         """Account for one sampled token."""
-        self.num_tokens += 1
-        text, finish, matched = self._advance(token_id)
+        text, finish, matched = self.take(token_id)
         entry = () if logprobs is None else (logprobs,)
         return OutputDelta((token_id,), text, entry, finish, matched)
 
-    def _advance(self, token_id: int) -> tuple[str, FinishReason | None, str | int | None]:
-        if token_id in self.sampling.stop_token_ids or self._is_eos(token_id):
+    def take(self, token_id: int) -> Taken:
+        """As `append`: what the delta of the token is made of, for those who put several into one."""
+        self.num_tokens += 1
+        if token_id in self._last_ids:
             return self._flush(), FinishReason.STOP, token_id
-        self._held += self._stream.step(token_id)
-        if self.sampling.stop and self.num_tokens >= self.sampling.min_tokens:
+        text = self._stream.step(token_id)
+        if self.sampling.stop:
+            return self._look_for_stop(text)
+        return text, FinishReason.LENGTH if self.num_tokens >= self.max_tokens else None, None
+
+    def _look_for_stop(self, text: str) -> Taken:
+        self._held += text
+        if self.num_tokens >= self.sampling.min_tokens:
             at, stop = _find_first(self._held, self.sampling.stop)
             if stop is not None:
                 self._held = self._held[:at]
@@ -172,9 +183,6 @@ class OutputStream:
         keep = _longest_beginning(self._held, self.sampling.stop)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return text, None, None
-
-    def _is_eos(self, token_id: int) -> bool:
-        return not self.sampling.ignore_eos and token_id in self.eos_token_ids
 
     def _flush(self) -> str:
         text, self._held = self._held, ""

@@ -5,14 +5,16 @@ Acceptance is counted before stops cut the output, so that it tells of the draft
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from tandem.pb.v1 import generation_pb2 as pb
 from tandem.pb.worker.v1 import worker_pb2
 from tandem.speculation import MAX_ASSISTANT_TOKENS
 
 
-def _positions() -> list[int]:
+def _lengths() -> list[int]:
     return [0] * MAX_ASSISTANT_TOKENS
 
 
@@ -25,11 +27,21 @@ class SpeculationUsage:
     num_accepted: int = 0
     num_rollbacks: int = 0  # steps in which a draft token was rejected
     num_tau_stops: int = 0  # steps in which drafting ended because the draft was unsure
-    drafted_at: list[int] = field(default_factory=_positions)  # by place in the run, the first one first
-    accepted_at: list[int] = field(default_factory=_positions)
+    runs_drafted: list[int] = field(default_factory=_lengths)  # steps by their number of draft tokens, from 1
+    runs_accepted: list[int] = field(default_factory=_lengths)  # and of those that stood
     draft_s: float = 0.0
     verify_s: float = 0.0
     plain_s: float = 0.0  # what plain steps would have taken for the same tokens, by measured costs
+
+    @property
+    def drafted_at(self) -> list[int]:
+        """Draft tokens by place in their run, the first one first."""
+        return _places(self.runs_drafted)
+
+    @property
+    def accepted_at(self) -> list[int]:
+        """Of `drafted_at`, how many stood."""
+        return _places(self.runs_accepted)
 
     @property
     def num_rolled_back(self) -> int:
@@ -55,10 +67,9 @@ class SpeculationUsage:
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted
         self.num_rollbacks += num_accepted < num_drafted
-        for position in range(num_drafted):
-            self.drafted_at[position] += 1
-        for position in range(num_accepted):
-            self.accepted_at[position] += 1
+        self.runs_drafted[num_drafted - 1] += 1
+        if num_accepted:
+            self.runs_accepted[num_accepted - 1] += 1
 
     def count_plain(self, num_steps: int, verify_s: float, plain_s: float) -> None:
         """Steps without a draft, and their time as `spend` takes it."""
@@ -74,14 +85,15 @@ class SpeculationUsage:
 
     def to_pb(self) -> pb.SpeculationUsage:
         """Places after the last drafted one are left out."""
-        used = sum(count > 0 for count in self.drafted_at)
+        drafted_at = self.drafted_at
+        used = sum(count > 0 for count in drafted_at)
         return pb.SpeculationUsage(
             steps=self.num_steps,
             drafted=self.num_drafted,
             accepted=self.num_accepted,
             rollbacks=self.num_rollbacks,
             tau_stops=self.num_tau_stops,
-            drafted_at=self.drafted_at[:used],
+            drafted_at=drafted_at[:used],
             accepted_at=self.accepted_at[:used],
             draft_ms=1e3 * self.draft_s,
             verify_ms=1e3 * self.verify_s,
@@ -90,21 +102,29 @@ class SpeculationUsage:
 
     @classmethod
     def from_pb(cls, message: pb.SpeculationUsage) -> SpeculationUsage:
-        def places(counts: list[int]) -> list[int]:
-            return (counts + _positions())[:MAX_ASSISTANT_TOKENS]
-
         return cls(
             num_steps=message.steps,
             num_drafted=message.drafted,
             num_accepted=message.accepted,
             num_rollbacks=message.rollbacks,
             num_tau_stops=message.tau_stops,
-            drafted_at=places(list(message.drafted_at)),
-            accepted_at=places(list(message.accepted_at)),
+            runs_drafted=_runs(message.drafted_at),
+            runs_accepted=_runs(message.accepted_at),
             draft_s=message.draft_ms / 1e3,
             verify_s=message.verify_ms / 1e3,
             plain_s=message.plain_ms / 1e3,
         )
+
+
+def _places(runs: Sequence[int]) -> list[int]:
+    """A run has one token at each place up to its length."""
+    return list(accumulate(reversed(runs)))[::-1]
+
+
+def _runs(places: Sequence[int]) -> list[int]:
+    """Runs by their length, from tokens by place; those after the last that is given are none."""
+    counts = [*places, *_lengths()][:MAX_ASSISTANT_TOKENS]
+    return [count - after for count, after in zip(counts, [*counts[1:], 0], strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

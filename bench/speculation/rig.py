@@ -283,6 +283,6 @@ def _take(sequence: DecodeSequence, advance: Advance) -> None:
         raise FloatingPointError("the model gave no usable distribution")
     for token in advance.tokens:
         sequence.advance(token.token_id)
-        if sequence.output.append(token.token_id).finish is not None:
+        if sequence.output.take(token.token_id)[1] is not None:
             sequence.is_finished = True
             return

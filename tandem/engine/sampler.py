@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,9 +30,11 @@ _NEVER = float("-inf")
 Waits = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """A chosen token. `logprob` and `top` are of the model's own distribution, and empty unless asked for."""
+class SampledToken(NamedTuple):
+    """A chosen token. `logprob` and `top` are of the model's own distribution, and empty unless asked for.
+
+    A tuple, as each step makes one or more for each sequence.
+    """
 
     token_id: int
     logprob: float | None = None

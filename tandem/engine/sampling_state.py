@@ -46,8 +46,7 @@ class SamplingState:
             ids = torch.tensor(prompt_ids, dtype=torch.int64, device=device)
             self.prompt_counts = torch.bincount(ids, minlength=vocab_size).float()
             self.output_counts = torch.zeros_like(self.prompt_counts)
-        for token_id in output_ids:
-            self.append(token_id)
+        self.extend(output_ids)
 
     @property
     def position(self) -> int:
@@ -64,6 +63,13 @@ class SamplingState:
         self.output_ids.append(token_id)
         if self.output_counts is not None:
             self.output_counts[token_id] += 1
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """Several, in order."""
+        self.output_ids += token_ids
+        if self.output_counts is not None:
+            for token_id in token_ids:
+                self.output_counts[token_id] += 1
 
     def rollback(self, num_tokens: int) -> None:
         """Forget the last `num_tokens` output tokens."""
